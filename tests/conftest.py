@@ -1,0 +1,52 @@
+import os
+
+# before torch starts its threads: each test process keeps to one core
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+CLASSES = ('ant', 'bee', 'cat')
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging():
+    """A run sets up the root logger: give it back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers, root.level = handlers, level
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory) -> Path:
+    """A folder of tiny real PNGs: train (12 a class) and val (4 a class), 3 classes told apart by colour."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, number in (('train', 12), ('val', 4)):
+        for c, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 120, (40, 40, 3))
+                pixels[..., c] += 100
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def small_run(image_folder, tmp_path) -> list[str]:
+    """The command line of a run of seconds, without its models."""
+    return [
+        *(str(image_folder), '--num-classes', '3', '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu'),
+        *('--epochs', '2', '--warmup-epochs', '0', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'),
+        *('--scale', '0.5', '1.0', '--log-interval', '2'),
+    ]

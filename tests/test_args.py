@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from timm.utils import ParseKwargs
+
+from timm_pe.args import create_parser, parse_args, resolve_lr
+
+FACTS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
+ACTIONS = {s: a for a in create_parser()._actions for s in (a.option_strings or [a.dest])}
+DATA = ['--dataset', 'sklearn/digits']
+TYPES = {'str': str, 'int': int, 'float': float}
+
+
+def refused(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_args(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.startswith('train_distill: error: ')
+    assert err.count('\n') == 1
+    return err
+
+
+@pytest.mark.parametrize('fact', [f for f in FACTS if f['flags'][0] in ACTIONS], ids=lambda f: f['flags'][-1])
+def test_a_flag_of_timm_has_timms_names_type_and_default(fact):
+    action = ACTIONS[fact['flags'][0]]
+    assert set(fact['flags']) == set(action.option_strings or [action.dest])
+    assert action.default == fact['default']
+    kind = fact.get('action')
+    if kind == 'parse_kwargs':
+        assert isinstance(action, ParseKwargs)
+    elif kind in ('store_true', 'store_false'):
+        assert action.nargs == 0
+        assert action.const == (kind == 'store_true')
+    else:
+        assert (action.type or str) is TYPES[fact.get('type', 'str')]
+        assert action.nargs == fact.get('nargs')
+    if isinstance(fact.get('choices'), list):
+        assert list(action.choices) == fact['choices']
+    if 'const' in fact:
+        assert action.const == fact['const']
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        ([], 'no data'),
+        ([*DATA, '--pe-projectors', '0', '--teacher', 'resnet18'], '--pe-projectors must be 1 or more, got 0'),
+        ([*DATA, '--teacher', 'resnet18', '--pe-projector', 'identity'], 'add --pe-projectors 1'),
+        ([*DATA, '--teacher', 'resnet18', '--pe-projector', 'lin'], "invalid choice: 'lin' (choose from"),
+        ([*DATA, '--teacher', 'resnet18', '--pe-loss', 'l1'], "invalid choice: 'l1' (choose from"),
+        ([*DATA, '--pe-projectors', '2'], '--pe-projectors needs --teacher'),
+        ([*DATA, '--teacher-checkpoint', 'x.pth'], '--teacher-checkpoint needs --teacher'),
+        ([*DATA, '--teecher', 'resnet18'], 'unknown argument --teecher, did you mean --teacher?'),
+        ([*DATA, '--epochs', 'three'], "--epochs: invalid int value: 'three'"),
+        ([*DATA, '--batch-size', '0'], '--batch-size must be 1 or more, got 0'),
+        ([*DATA, '--mixup', '0.5', '-b', '7'], 'must be even, got 7'),
+        ([*DATA, '--opt', 'sgdd'], "unknown optimizer 'sgdd', did you mean"),
+        ([*DATA, '--sched', 'cos'], "--sched must be one of 'cosine'"),
+        ([*DATA, '--amp-dtype', 'half'], "--amp-dtype must be one of 'float16', 'bfloat16', got 'half'"),
+        ([*DATA, '--hflip', '1.5'], '--hflip must be from 0 to 1'),
+        ([*DATA, '-c', '/no/such.yaml'], "cannot read '/no/such.yaml'"),
+        ([*DATA, '--teacher', 'resnet18', '--kd-temperature', '0'], '--kd-temperature must be above 0'),
+    ],
+)
+def test_a_mistake_is_one_line_with_what_came_and_what_is_allowed(argv, message, capsys):
+    assert message in refused(argv, capsys)
+
+
+def config(tmp_path, text):
+    path = tmp_path / 'config.yaml'
+    path.write_text(text)
+    return ['-c', str(path)]
+
+
+def test_yaml_sets_flags_and_the_command_line_wins(tmp_path):
+    yaml_args = config(
+        tmp_path, "dataset: sklearn/digits\nlr: '3e-4'\nteacher: resnet34\npe-projectors: 5\nepochs: 7\n"
+    )
+    args, _ = parse_args([*yaml_args, '--epochs', '9'])
+    assert (args.dataset, args.lr, args.teacher, args.pe_projectors, args.epochs) == (
+        'sklearn/digits',
+        3e-4,
+        'resnet34',
+        5,
+        9,
+    )
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('epoch: 3', "unknown key 'epoch' in .*, did you mean epochs"),
+        ('epochs: many', "epochs in .* must be of type int, got 'many'"),
+        ('epochs: 2.5', 'epochs in .* must be of type int, got 2.5'),
+        ('epochs: [1]', 'must be of type int'),
+        ('amp: 1', 'amp in .* must be true or false, got 1'),
+        ('pe_loss: l1', 'pe_loss in .* must be one of direction, mse'),
+        ('input_size: [3, 32]', 'must be a list of 3'),
+        ('- a\n- b', "must hold 'flag: value' lines, it holds a list"),
+        ('a: [', 'is no YAML file'),
+        ('!!python/object/apply:os.mkdir [/tmp/timm_pe_owned]', 'is no YAML file'),
+    ],
+)
+def test_yaml_is_checked_like_the_command_line(tmp_path, capsys, text, message):
+    import re
+
+    assert re.search(message, refused([*DATA, *config(tmp_path, text)], capsys))
+    assert not Path('/tmp/timm_pe_owned').exists()
+
+
+def test_args_yaml_holds_yaml_and_flags_merged_and_reads_back_to_the_same_run(tmp_path):
+    args, text = parse_args([*DATA, *config(tmp_path, 'lr: 0.3\nmodel_kwargs: {depth: 3}'), '--epochs', '4'])
+    merged = yaml.safe_load(text)
+    assert (merged['lr'], merged['epochs'], merged['model_kwargs']) == (0.3, 4, {'depth': 3})
+    assert merged['device'] == 'cuda'  # as given, before what the machine made of it
+    (tmp_path / 'args.yaml').write_text(text)
+    again, _ = parse_args(['-c', str(tmp_path / 'args.yaml')])
+    assert {**vars(again), 'config': ''} == {**vars(args), 'config': ''}
+
+
+@pytest.mark.parametrize(
+    ('flags', 'world_size', 'lr'),
+    [
+        (['--lr', '0.3'], 4, 0.3),
+        (['-b', '128'], 4, 0.1 * 512 / 256),
+        (['-b', '64', '--grad-accum-steps', '8'], 1, 0.1 * 512 / 256),
+        (['-b', '128', '--opt', 'adamw', '--lr-base', '0.001'], 8, 0.001 * 2),
+        (['-b', '128', '--opt', 'adamw', '--lr-base', '0.001', '--lr-base-scale', 'linear'], 8, 0.001 * 4),
+    ],
+)
+def test_the_learning_rate_follows_the_global_batch_as_in_timm(flags, world_size, lr):
+    assert resolve_lr(parse_args([*DATA, *flags])[0], world_size) == pytest.approx(lr)

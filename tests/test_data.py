@@ -1,0 +1,176 @@
+import argparse
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_pe import UsageError
+from timm_pe.args import parse_args
+from timm_pe.data import (
+    check_num_classes,
+    count_classes,
+    create_data,
+    create_datasets,
+    derive_seed,
+    seeded_mixup,
+    set_epoch,
+)
+from timm_pe.runtime import setup_runtime
+
+
+def open_data(argv):
+    args, _ = parse_args([*argv, '--device', 'cpu', '--img-size', '32', *([] if '-b' in argv else ['-b', '8'])])
+    runtime = setup_runtime(args)
+    student = timm.create_model('test_resnet', num_classes=args.num_classes)
+    return create_data(args, create_datasets(args), student, runtime)
+
+
+def epoch_of(data, epoch):
+    set_epoch(data.train, epoch)
+    return [(x.clone(), y.clone()) for x, y in data.train]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b) > 0
+    for (xa, ya), (xb, yb) in zip(a, b, strict=True):
+        assert torch.equal(xa, xb)
+        assert torch.equal(ya, yb)
+
+
+def folder(image_folder, *more):
+    return [str(image_folder), '--num-classes', '3', *more]
+
+
+HARD = ('--mixup', '0.5', '--cutmix', '0.5', '--reprob', '0.7', '--aa', 'rand-m9-mstd0.5', '--color-jitter', '0.4')
+
+
+@pytest.mark.parametrize('more', [(), HARD, (*HARD, '--no-prefetcher')], ids=['plain', 'everything', 'no prefetcher'])
+def test_any_number_of_workers_sees_the_same_pixels(image_folder, more):
+    epochs = []
+    for workers in ('0', '1', '2'):
+        data = open_data(folder(image_folder, '-j', workers, *more))
+        torch.manual_seed(int(workers))  # the run's own random state must not matter
+        np.random.seed(int(workers))
+        epochs.append((epoch_of(data, 0), epoch_of(data, 1)))
+    for other in epochs[1:]:
+        assert_same(epochs[0][0], other[0])
+        assert_same(epochs[0][1], other[1])
+
+
+def test_a_restart_at_any_epoch_sees_the_same_pixels(image_folder):
+    straight, restarted = (open_data(folder(image_folder, '-j', '0', *HARD)) for _ in range(2))
+    epoch_of(straight, 0)
+    assert_same(epoch_of(straight, 1), epoch_of(restarted, 1))
+
+
+def test_epochs_and_seeds_differ(image_folder):
+    data = open_data(folder(image_folder, '-j', '0'))
+    other = open_data(folder(image_folder, '-j', '0', '--seed', '7'))
+    first, second, seed7 = epoch_of(data, 0), epoch_of(data, 1), epoch_of(other, 0)
+    assert not torch.equal(first[0][0], second[0][0])
+    assert not torch.equal(first[0][0], seed7[0][0])
+
+
+def test_drawing_leaves_the_random_state_of_the_run_alone(image_folder):
+    data = open_data(folder(image_folder, '-j', '0', *HARD))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    epoch_of(data, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_mixing_ends_at_the_off_epoch_in_persistent_workers_too(image_folder, workers):
+    data = open_data(
+        folder(image_folder, '-j', workers, '--mixup', '0.8', '--mixup-off-epoch', '2', '--smoothing', '0')
+    )
+    for epoch in range(4):
+        hard = all(((y == 0) | (y == 1)).all() for _, y in epoch_of(data, epoch))
+        assert hard == (epoch >= 2), epoch
+
+
+def test_mixup_without_prefetcher_is_a_function_of_its_key():
+    mixup = timm.data.Mixup(mixup_alpha=0.5, cutmix_alpha=0.5, num_classes=3)
+    x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    a = seeded_mixup(mixup, x.clone(), y, 1, 2, 3, 4)
+    np.random.seed(99)
+    b = seeded_mixup(mixup, x.clone(), y, 1, 2, 3, 4)
+    c = seeded_mixup(mixup, x.clone(), y, 1, 2, 4, 4)
+    assert torch.equal(a[0], b[0])
+    assert not torch.equal(a[0], c[0])
+
+
+def test_near_keys_give_unrelated_seeds():
+    seeds = {derive_seed(s, e, i) for s in range(4) for e in range(10) for i in range(100)}
+    assert len(seeds) == 4000
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_each_rank_of_a_repeated_image_gets_another_draw():
+    from timm_pe.data import DrawBatchSampler
+
+    draws = [
+        draw
+        for rank in range(2)
+        for batch in DrawBatchSampler([5, 5, 5, 5], 2, seed=0, rank=rank, world_size=2, repeated=True)
+        for draw in batch
+    ]
+    assert len(set(draws)) == 8
+
+
+def test_digits_are_real_fixed_and_stratified():
+    args, _ = parse_args(['--dataset', 'sklearn/digits', '--num-classes', '10'])
+    train, val = create_datasets(args)
+    assert (len(train), len(val)) == (898, 899)
+    assert count_classes(train) == 10
+    assert train[0][0].mode == 'RGB'
+    for part in (train, val):
+        counts = np.bincount(part.reader.targets)
+        assert counts.min() >= 86
+        assert counts.max() <= 92
+    assert not set(train.reader.indices) & set(val.reader.indices)
+    grey, _ = create_datasets(parse_args(['--dataset', 'sklearn/digits', '--in-chans', '1'])[0])
+    assert grey[0][0].mode == 'L'
+
+
+def test_a_missing_or_empty_folder_is_refused(tmp_path):
+    for path, message in ((tmp_path / 'none', 'no data folder'), (tmp_path, 'cannot open data set .*Found 0 images')):
+        args, _ = parse_args([str(path), '--num-classes', '3'])
+        with pytest.raises(UsageError, match=message):
+            create_datasets(args)
+
+
+def test_a_missing_split_is_refused_instead_of_validating_on_everything(image_folder, tmp_path):
+    (tmp_path / 'train').symlink_to(image_folder / 'train')
+    args, _ = parse_args([str(tmp_path), '--num-classes', '3'])
+    with pytest.raises(UsageError, match="no folder for split 'validation' in .*: it has train"):
+        create_datasets(args)
+
+
+def test_splits_with_other_classes_are_refused(image_folder, tmp_path):
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        for name in ('ant', 'bee', 'cat') if split == 'train' else ('ant', 'cat'):
+            (tmp_path / split / name).symlink_to(image_folder / split / name)
+    args, _ = parse_args([str(tmp_path)])
+    with pytest.raises(UsageError, match='different classes.*: bee in one of them only'):
+        create_datasets(args)
+
+
+def test_classes_that_do_not_fit_the_data_are_refused(caplog):
+    dataset = argparse.Namespace(reader=SimpleNamespace(class_to_idx={'a': 0, 'b': 1, 'c': 2}))
+    check_num_classes(dataset, 3, given=True)
+    with pytest.raises(UsageError, match='3 classes and the student 10: use --num-classes 3'):
+        check_num_classes(dataset, 10, given=True)
+    with pytest.raises(UsageError, match='3 classes and the student 2'):
+        check_num_classes(dataset, 2, given=False)
+    check_num_classes(dataset, 1000, given=False)
+    assert '--num-classes 3' in caplog.text
+
+
+def test_fewer_images_than_a_batch_is_refused(image_folder):
+    with pytest.raises(UsageError, match='36 training images on 1 rank.* no batch of 64'):
+        open_data(folder(image_folder, '-j', '0', '-b', '64'))

@@ -1,0 +1,106 @@
+"""./distributed_train.sh with two CPU processes (gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_distill
+
+ROOT = Path(train_distill.__file__).parent
+PAIR = ['--model', 'test_vit', '--teacher', 'test_resnet', '--no-teacher-pretrained']
+
+# every process of the run imports this at start: it dumps what each rank has trained
+DUMP = """
+import os
+if 'TIMM_PE_DUMP' in os.environ and 'RANK' in os.environ:
+    import torch
+    import timm_pe.fit as module
+    from timm.utils import unwrap_model
+
+    fit = module.fit
+
+    def dumping_fit(trainer, *args):
+        fit(trainer, *args)
+        state = unwrap_model(trainer.task.get_trainable_module()).state_dict()
+        torch.save(state, os.path.join(os.environ['TIMM_PE_DUMP'], 'rank' + os.environ['RANK'] + '.pt'))
+
+    module.fit = dumping_fit
+"""
+
+
+def launch(argv, tmp_path, nproc=2):
+    (tmp_path / 'sitecustomize.py').write_text(DUMP)
+    env = {
+        **os.environ,
+        'TIMM_PE_DUMP': str(tmp_path),
+        'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)]),
+        'PYTHON': sys.executable,
+        'OMP_NUM_THREADS': '1',
+    }
+    command = [str(ROOT / 'distributed_train.sh'), str(nproc), *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
+
+
+def states(tmp_path):
+    return [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in range(2)]
+
+
+def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(small_run, tmp_path):
+    # all 36 images in one step an epoch: which rank draws which image cannot matter
+    settings = [*small_run, *PAIR, '--lr', '0.05', '--color-jitter', '0.4', '--distill-loss-weight', '5']
+    out = launch([*settings, '-b', '18'], tmp_path)
+    assert out.returncode == 0, out.stderr
+    first, second = states(tmp_path)
+    assert any(k.startswith('projection.') for k in first)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert out.stderr.count('Test 1/1') == 1  # rank 0 alone talks
+    assert 'global batch    36 = 18 x 2 ranks x 1 steps' in out.stderr
+
+    train_distill.main([*settings, '-b', '36', '--experiment', 'one'])
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        one = torch.load(tmp_path / 'one' / 'last.pth.tar', weights_only=True)
+    expected = {f'student.{k}': v for k, v in one['state_dict'].items()}
+    expected.update({f'projection.{k}': v for k, v in one['task_state']['projection'].items()})
+    assert set(expected) == set(first)
+    for name in expected:
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_two_ranks_with_batch_norm_average_accumulation_and_workers(small_run, tmp_path):
+    more = [
+        '--model',
+        'test_resnet',
+        '--teacher',
+        'test_vit',
+        '--model-ema',
+        '--grad-accum-steps',
+        '2',
+        '-j',
+        '1',
+        '-b',
+        '4',
+    ]
+    out = launch([*small_run, *PAIR, *more], tmp_path)
+    assert out.returncode == 0, out.stderr
+    first, second = states(tmp_path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_mistake_under_torchrun_is_said_once(small_run, tmp_path):
+    out = launch([*small_run, '--model', 'test_vit', '--teacher', 'resnt34'], tmp_path)
+    assert out.returncode != 0
+    assert out.stderr.count('train_distill: error:') == 1
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('argv', [[], ['zero'], ['0', 'data']])
+def test_the_launcher_says_how_it_is_used(argv):
+    out = subprocess.run([str(ROOT / 'distributed_train.sh'), *argv], capture_output=True, text=True, check=False)
+    assert out.returncode == 2
+    assert out.stderr.startswith('usage: ')

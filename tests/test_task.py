@@ -1,0 +1,299 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
+
+from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
+from timm_pe.fit import check_projectors_optimized
+
+
+def make_task(student='test_resnet', teacher='test_vit', **kwargs):
+    torch.manual_seed(0)
+    student = timm.create_model(student, num_classes=5)
+    teacher = timm.create_model(teacher, num_classes=5)
+    return ProjectorEnsembleTask(student_model=student, teacher_model=teacher, verbose=False, **kwargs)
+
+
+def batch(n=4, size=64, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, size, size, generator=g), torch.randint(0, 5, (n,), generator=g)
+
+
+def naive_step(student, teacher, projectors, optimizer, x, y):
+    """PEFD as one would write it on a board: three Linear, sums and divisions by hand."""
+    feature_map = student.forward_features(x)
+    s = feature_map.mean(dim=(2, 3))
+    logits = s @ student.fc.weight.T + student.fc.bias
+    with torch.no_grad():
+        t = teacher.forward_features(x).mean(dim=(2, 3))
+    p = sum(torch.clamp(projector(s), min=0) for projector in projectors) / len(projectors)
+    log_prob = logits - logits.logsumexp(dim=1, keepdim=True)
+    ce = -log_prob[torch.arange(len(y)), y].sum() / len(y)
+    cosine = (p * t).sum(1) / ((p * p).sum(1).sqrt() * (t * t).sum(1).sqrt())
+    pe = (1 - cosine).sum() / len(y)
+    loss = ce + 25 * pe
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return ce.item(), pe.item(), loss.item()
+
+
+def test_twenty_steps_equal_a_naive_rewriting_on_resnet34_to_resnet18():
+    torch.manual_seed(0)
+    student, teacher = timm.create_model('resnet18', num_classes=5), timm.create_model('resnet34', num_classes=5)
+    teacher.eval()
+    task = ProjectorEnsembleTask(
+        student_model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), verbose=False
+    )
+    projectors = nn.ModuleList(nn.Linear(512, 512) for _ in range(3))
+    fc = task.projection.projectors.fc
+    with torch.no_grad():
+        for projector, w, b in zip(projectors, fc.weight.chunk(3), fc.bias.chunk(3), strict=True):
+            projector.weight.copy_(w)
+            projector.bias.copy_(b)
+    # double precision: what is compared is the method, not the rounding that 20 chaotic steps amplify
+    student, teacher, projectors, task = student.double(), teacher.double(), projectors.double(), task.double()
+    task.teacher.input_dtype = torch.float64
+    settings = {'lr': 0.02, 'momentum': 0.9, 'weight_decay': 1e-4}
+    ours = torch.optim.SGD(task.trainable_module.parameters(), **settings)
+    naive = torch.optim.SGD([*student.parameters(), *projectors.parameters()], **settings)
+    task.train()
+    student.train()
+    for step in range(20):
+        x, y = batch(4, 64, seed=step)
+        x = x.double()
+        result = task(x, y)
+        ours.zero_grad()
+        result['loss'].backward()
+        ours.step()
+        expected = naive_step(student, teacher, projectors, naive, x, y)
+        actual = [result[k].item() for k in ('task_loss', 'pe_loss', 'loss')]
+        assert actual == pytest.approx(expected, rel=1e-7), step
+    for (name, a), b in zip(task.trainable_module.student.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
+    torch.testing.assert_close(fc.weight, torch.cat([p.weight for p in projectors]), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(fc.bias, torch.cat([p.bias for p in projectors]), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('teacher', ['test_resnet', 'test_vit'], ids=['equal dims', 'other dims'])
+@pytest.mark.parametrize('projector', ['linear', 'mlp'])
+def test_every_projector_parameter_changes_after_one_step(teacher, projector):
+    task = make_task(teacher=teacher, projector=projector).train()
+    assert (task.projection.in_dim == task.projection.out_dim) == (teacher == 'test_resnet')
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
+    check_projectors_optimized(task.projection, optimizer)
+    before = {n: p.clone() for n, p in task.projection.named_parameters()}
+    task(*batch(8))['loss'].backward()
+    optimizer.step()
+    assert len(before) == (2 if projector == 'linear' else 12)
+    for name, param in task.projection.named_parameters():
+        assert not torch.equal(param, before[name]), name
+
+
+def test_projectors_missing_from_the_optimizer_are_an_error():
+    task = make_task()
+    optimizer = torch.optim.SGD(task.trainable_module.student.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match='is in 0 optimizer groups'):
+        check_projectors_optimized(task.projection, optimizer)
+
+
+def test_the_teacher_never_changes_neither_weights_nor_batch_norm_statistics():
+    task = make_task(teacher='test_resnet').train()
+    before = {k: v.clone() for k, v in task.teacher.state_dict().items()}
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
+    for _ in range(2):
+        task(*batch())['loss'].backward()
+        optimizer.step()
+    assert any('running_mean' in k for k in before)
+    for name, value in task.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not task.teacher.model.training
+    assert not any(p.requires_grad for p in task.teacher.parameters())
+
+
+def test_the_teacher_is_in_no_checkpoint_no_average_and_not_in_the_trainable_module():
+    task = make_task()
+    task.setup_ema(decay=0.9)
+    teacher_ids = {id(p) for p in task.teacher.parameters()}
+    assert not teacher_ids & {id(p) for p in task.trainable_module.parameters()}
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    assert set(state) == {'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
+    student_keys = set(timm.create_model('test_resnet', num_classes=5).state_dict())
+    assert set(state['state_dict']) == set(state['state_dict_ema']) == student_keys
+    assert set(state['task_state']['projection']) == {'projectors.fc.weight', 'projectors.fc.bias'}
+
+
+def test_unset_weights_mean_25_and_1_each_on_its_own():
+    assert (make_task().distill_loss_weight, make_task().task_loss_weight) == (25.0, 1.0)
+    task = make_task(task_loss_weight=0.3)
+    assert (task.distill_loss_weight, task.task_loss_weight) == (25.0, 0.3)
+    task = make_task(distill_loss_weight=0.0)
+    assert (task.distill_loss_weight, task.task_loss_weight) == (0.0, 1.0)
+
+
+def test_the_terms_are_raw_and_the_weights_are_in_the_loss_alone():
+    task = make_task(task_loss_weight=0.5, distill_loss_weight=3.0, kd_loss_weight=0.2, kd_temperature=2.0).train()
+    r = task(*batch())
+    assert set(r) == {'loss', 'output', 'task_loss', 'pe_loss', 'logit_loss'}
+    torch.testing.assert_close(r['loss'], 0.5 * r['task_loss'] + 3.0 * r['pe_loss'] + 0.2 * r['logit_loss'])
+    torch.testing.assert_close(r['task_loss'], F.cross_entropy(r['output'], batch()[1]))
+    assert 'logit_loss' not in make_task()(*batch())
+
+
+@pytest.mark.parametrize(('teacher', 'act'), [('resnet10t', 'relu'), ('test_vit', 'none')])
+def test_auto_activation_is_relu_exactly_for_teachers_with_non_negative_features(teacher, act):
+    task = make_task(teacher=teacher)
+    assert task.projection.act == 'auto'
+    task.setup_ema(decay=0.9)
+    task(*batch())
+    assert task.projection.act == act
+    assert task.get_task_state(ema=True)['act'] == act
+
+
+def test_a_settled_activation_is_stored_and_not_probed_again(tmp_path):
+    task = make_task()
+    task(*batch())
+    fresh = make_task()
+    fresh.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], task.get_task_state())
+    assert fresh.projection.act == 'none'
+    # a teacher that would now be judged otherwise
+    fresh.teacher.forward = None
+    assert fresh.projection.projectors.act == 'none'
+
+
+def test_projectors_of_another_kind_are_refused_on_load():
+    state = make_task(num_projectors=2, act='none').get_task_state()
+    with pytest.raises(UsageError, match='num_projectors=2, this run num_projectors=3'):
+        make_task().load_task_state(state)
+    with pytest.raises(UsageError, match='act=none, this run act=relu'):
+        make_task(num_projectors=2, act='relu').load_task_state(state)
+    with pytest.raises(UsageError, match='projectors are not those of'):
+        make_task(num_projectors=2, teacher='test_resnet').load_task_state(state)
+
+
+def test_given_feature_dims_are_checked_against_the_tap():
+    make_task(student_feature_dim=96, teacher_feature_dim=64)
+    with pytest.raises(UsageError, match='student_feature_dim is 64, but .* 96 channels'):
+        make_task(student_feature_dim=64)
+    with pytest.raises(UsageError, match='teacher_feature_dim is 96, but .* 64 channels'):
+        make_task(teacher_feature_dim=96)
+
+
+def test_it_takes_every_keyword_of_timms_feature_distillation_task():
+    import inspect
+
+    theirs = set(inspect.signature(FeatureDistillationTask.__init__).parameters)
+    assert theirs <= set(inspect.signature(ProjectorEnsembleTask.__init__).parameters)
+    assert issubclass(ProjectorEnsembleTask, FeatureDistillationTask)
+
+
+def test_a_timm_distillation_teacher_is_accepted_with_its_normalization():
+    student, teacher = timm.create_model('test_resnet', num_classes=5), timm.create_model('resnet10t', num_classes=5)
+    task = ProjectorEnsembleTask(student_model=student, teacher_model=DistillationTeacher(teacher), verbose=False)
+    assert task.teacher.model is teacher
+    assert task.teacher.mean == pytest.approx((0.485, 0.456, 0.406))
+    x, y = batch()
+    feature = teacher.forward_head(teacher.forward_features((x * 0.5 + 0.5 - torch.tensor(task.teacher.mean).view(1, 3, 1, 1)) / torch.tensor(task.teacher.std).view(1, 3, 1, 1)), pre_logits=True)  # fmt: skip
+    torch.testing.assert_close(task.teacher(x).feature, feature, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_other_classes_are_refused_but_features_are_fine():
+    student, teacher = timm.create_model('test_resnet', num_classes=5), timm.create_model('test_vit', num_classes=7)
+    ProjectorEnsembleTask(student, teacher, verbose=False)(*batch())
+    with pytest.raises(UsageError, match='student has 5 and the teacher 7'):
+        ProjectorEnsembleTask(student, teacher, kd_loss_weight=1.0, verbose=False)
+
+
+def test_compiled_features_and_gradients_equal_eager_ones_with_fullgraph():
+    eager, compiled = make_task(), make_task()
+    compiled.compile(backend='aot_eager', fullgraph=True)
+    results = []
+    for task in (eager, compiled):
+        task.train()
+        result = task(*batch())
+        result['loss'].backward()
+        results.append((result, [p.grad for p in task.trainable_module.parameters()]))
+    for key in results[0][0]:
+        torch.testing.assert_close(results[0][0][key], results[1][0][key])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b)
+    assert set(compiled.get_checkpoint_state()['state_dict']) == set(eager.get_checkpoint_state()['state_dict'])
+
+
+def test_the_average_gives_the_features_of_its_own_weights():
+    task = make_task().train()
+    task(*batch())
+    task.setup_ema(decay=0.0)
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
+    task(*batch())['loss'].backward()
+    optimizer.step()
+    old = task.get_trainable_module(ema=True).module
+    x = batch()[0]
+    task.eval()
+    assert not torch.allclose(old.eval()(x)[1], task.trainable_module(x)[1])
+    task.update_ema(step=1)  # decay 0: the average is now the weights
+    for a, b in zip(old(x), task.trainable_module(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_accumulation_2x8_equals_1x16_without_batch_norm():
+    grads = []
+    for parts in (1, 2):
+        task = make_task(student='test_vit', act='none').train()
+        x, y = batch(16, 160)
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (task(xs, ys)['loss'] / parts).backward()
+        grads.append([p.grad for p in task.trainable_module.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_in_distilled_training_learns_through_the_mean_of_its_heads():
+    torch.manual_seed(0)
+    student = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5, img_size=32, patch_size=16)
+    student.set_distilled_training(True)
+    task = ProjectorEnsembleTask(
+        student, timm.create_model('test_vit', num_classes=5), act='none', verbose=False
+    ).train()
+    x, y = batch(2, 32)
+    result = task(x, y)
+    assert result['output'].shape == (2, 5)
+    result['loss'].backward()
+    assert student.head.weight.grad.abs().sum() > 0
+    assert student.head_dist.weight.grad.abs().sum() > 0
+
+
+def test_it_replaces_timms_task_in_a_loop_with_checkpoint_and_resume(tmp_path):
+    """A loop that reads `loss` and `output` only, saves with timm's saver and resumes with timm's helper."""
+    from timm.utils import CheckpointSaver
+
+    def loop(task, optimizer, steps):
+        task.train()
+        for step in steps:
+            result = task(*batch(4, 64, seed=step))
+            optimizer.zero_grad()
+            result['loss'].backward()
+            optimizer.step()
+            assert result['output'].shape == (4, 5)
+
+    whole, first, second = make_task(), make_task(), make_task()
+    optimizers = [create_optimizer_v2(t.trainable_module, 'sgd', lr=0.05) for t in (whole, first, second)]
+    loop(whole, optimizers[0], range(4))
+    loop(first, optimizers[1], range(2))
+    saver = CheckpointSaver(first.get_eval_model(), optimizers[1], task=first, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    assert resume_task_checkpoint(second, str(tmp_path / 'last.pth.tar'), optimizers[2], log_info=False) == 1
+    loop(second, optimizers[2], range(2, 4))
+    for a, b in zip(whole.trainable_module.parameters(), second.trainable_module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_teacher_made_once_serves_as_it_is():
+    teacher = create_teacher('test_vit', pretrained=False, num_classes=5)
+    task = ProjectorEnsembleTask(timm.create_model('test_resnet', num_classes=5), teacher, verbose=False)
+    assert task.teacher is teacher

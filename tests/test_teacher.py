@@ -1,0 +1,170 @@
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from timm_pe import UsageError, create_teacher
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('test_vit', num_classes=7)
+
+
+def test_the_batch_is_renormalized_from_what_the_loader_used_to_the_teachers_own():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet10t', num_classes=3).eval()
+    pixels = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    teacher = create_teacher(model, input_mean=mean.tolist(), input_std=std.tolist())
+    out = teacher((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    cfg = model.pretrained_cfg
+    own = (pixels - torch.tensor(cfg['mean']).view(3, 1, 1)) / torch.tensor(cfg['std']).view(3, 1, 1)
+    torch.testing.assert_close(out.logits, model(own), rtol=1e-4, atol=1e-5)
+    feature = model.forward_head(model.forward_features(own), pre_logits=True)
+    torch.testing.assert_close(out.feature, feature, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_normalization_leaves_the_batch_untouched(model):
+    teacher = create_teacher(model, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
+    x = torch.randn(2, 3, 160, 160)
+    assert teacher.adapt_input(x) is x
+
+
+def test_it_stays_frozen_and_in_eval_mode(model):
+    teacher = create_teacher(model.train())
+    teacher.train()
+    assert not any(m.training for m in teacher.modules())
+    out = teacher(torch.randn(2, 3, 160, 160, requires_grad=True))
+    assert not out.feature.requires_grad
+    assert not out.logits.requires_grad
+
+
+def test_its_own_precision_is_used_under_autocast_too(model):
+    teacher = create_teacher(model, dtype=torch.bfloat16)
+    with torch.autocast('cpu', dtype=torch.float16):
+        assert teacher(torch.randn(2, 3, 160, 160)).feature.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'plain', 'state_dict', 'model', 'ddp', 'compiled', 'ema'])
+def test_checkpoints_load_in_the_forms_that_users_hold(model, tmp_path, form):
+    state = model.state_dict()
+    path = tmp_path / ('weights.safetensors' if form == 'safetensors' else 'weights.pth.tar')
+    other = {k: torch.zeros_like(v) for k, v in state.items()}
+    if form == 'safetensors':
+        safetensors.torch.save_file(state, path)
+    else:
+        content = {
+            'plain': state,
+            'state_dict': {'state_dict': state, 'epoch': 3},
+            'model': {'model': state},
+            'ddp': {'state_dict': {f'module.{k}': v for k, v in state.items()}},
+            'compiled': {'state_dict': {f'_orig_mod.{k}': v for k, v in state.items()}},
+            'ema': {'state_dict': other, 'state_dict_ema': state},
+        }[form]
+        torch.save(content, path)
+    teacher = create_teacher('test_vit', checkpoint=path)
+    assert teacher.num_classes == 7
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(teacher(x).logits, model.eval()(x))
+
+
+def test_without_ema_the_plain_weights_of_a_checkpoint_are_taken(model, tmp_path):
+    state = model.state_dict()
+    torch.save({'state_dict': state, 'state_dict_ema': {k: v * 0 for k, v in state.items()}}, tmp_path / 'w.pth')
+    teacher = create_teacher('test_vit', checkpoint=tmp_path / 'w.pth', use_ema=False)
+    assert torch.equal(teacher.model.head.weight, state['head.weight'])
+
+
+def test_a_local_dir_teacher_brings_its_weights_and_classes(model, tmp_path):
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    teacher = create_teacher(f'local-dir:{tmp_path}')
+    assert teacher.num_classes == 7
+    assert torch.equal(teacher.model.head.weight, model.head.weight)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def bad_checkpoint(kind, model, tmp_path):
+    path = tmp_path / 'bad.pth'
+    if kind == 'missing':
+        return path, 'no file'
+    if kind == 'pickled code':
+        torch.save({'state_dict': model.state_dict(), 'extra': Evil(str(tmp_path / 'owned'))}, path)
+        return path, 'holds pickled code'
+    if kind == 'bare pickle':
+        path.write_bytes(pickle.dumps(Evil(str(tmp_path / 'owned'))))
+        return path, 'holds pickled code|cannot read'
+    if kind == 'other architecture':
+        torch.save(timm.create_model('test_resnet').state_dict(), path)
+        return path, 'does not fit VisionTransformer: .* missing keys .* unexpected keys'
+    if kind == 'other width':
+        state = model.state_dict()
+        state['norm.weight'] = torch.zeros(3)
+        torch.save(state, path)
+        return path, r'1 other shapes \(norm.weight \[3\] for \[64\]\)'
+    if kind == 'empty file':
+        path.write_bytes(b'')
+        return path, 'cannot read'
+    if kind == 'text file':
+        path.write_text('hello')
+        return path, 'cannot read|holds pickled code'
+    if kind == 'truncated':
+        torch.save(model.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:1000])
+        return path, 'cannot read'
+    if kind == 'lying safetensors':
+        path = tmp_path / 'bad.safetensors'
+        path.write_bytes((2**40).to_bytes(8, 'little') + b'{}')
+        return path, 'cannot read'
+    if kind == 'no tensors':
+        torch.save({'epoch': 3}, path)
+        return path, 'is no state_dict'
+    if kind == 'empty folder':
+        return tmp_path, 'holds no checkpoint'
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['missing', 'pickled code', 'bare pickle', 'other architecture', 'other width', 'empty file', 'text file', 'truncated', 'lying safetensors', 'no tensors', 'empty folder'],
+)  # fmt: skip
+def test_a_bad_checkpoint_is_one_line_and_runs_no_code(model, tmp_path, kind):
+    path, message = bad_checkpoint(kind, model, tmp_path)
+    with pytest.raises(UsageError, match=message) as e:
+        create_teacher('test_vit', checkpoint=path, what='--teacher-checkpoint')
+    assert '\n' not in str(e.value)
+    assert not (tmp_path / 'owned').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('resnet34d_', 'unknown model .*did you mean .*resnet34d'),
+        ('zzzzzzzz', 'list_models'),
+        ('resnet18.a9', 'has no such tag, it has .*a1_in1k'),
+        ('local-dir:/no/such/folder', 'no folder with a config.json'),
+        ('timm/resnet18', 'hf-hub:timm/resnet18'),
+        ('resnet18', 'no pretrained weights .*checkpoint file'),
+        ('cifar_resnet8', 'no pretrained weights'),
+    ],
+)
+def test_a_teacher_that_cannot_be_had_is_one_line_with_a_remedy(name, message):
+    with pytest.raises(UsageError, match=message) as e:
+        create_teacher(name)
+    assert '\n' not in str(e.value)
+
+
+def test_another_number_of_channels_is_refused(model):
+    with pytest.raises(UsageError, match='student sees 1 channels and the teacher 3'):
+        create_teacher(model, input_mean=(0.5,), input_std=(0.5,))

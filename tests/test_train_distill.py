@@ -1,0 +1,339 @@
+"""The training script end to end, on tiny real images, by what it leaves in its folder and says."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+import train_distill
+
+ROOT = Path(train_distill.__file__).parent
+PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
+
+
+def run(argv, capsys=None) -> str:
+    train_distill.main(argv)
+    return capsys.readouterr().err if capsys else ''
+
+
+def refused(argv, capsys, code=2) -> str:
+    """The one line a run ends with."""
+    with pytest.raises(SystemExit) as e:
+        train_distill.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == code
+    assert 'Traceback' not in err
+    errors = [line for line in err.splitlines() if line.startswith('train_distill: error:')]
+    assert len(errors) == 1
+    assert err.splitlines()[-1] == errors[0]
+    return errors[0]
+
+
+def summary(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def load(path):
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def finished(image_folder, tmp_path_factory):
+    """A finished run with a teacher, and what it said."""
+    output = tmp_path_factory.mktemp('finished')
+    argv = [
+        *(str(image_folder), '--num-classes', '3', '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu'),
+        *('--epochs', '3', '--warmup-epochs', '0', '--lr', '0.02', '--output', str(output), '--experiment', 'run'),
+        *('--scale', '0.5', '1.0', '--log-interval', '2', *PAIR),
+    ]
+    out = subprocess.run(
+        [sys.executable, str(ROOT / 'train_distill.py'), *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert out.returncode == 0, out.stderr
+    return output / 'run', argv, out.stderr
+
+
+def test_a_run_leaves_the_files_of_timm_and_the_student(finished):
+    folder, _, _ = finished
+    assert {p.name for p in folder.iterdir()} == {
+        *('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'student.safetensors'),
+        *(f'checkpoint-{i}.pth.tar' for i in range(3)),
+    }
+
+
+def test_the_summary_names_every_raw_term(finished):
+    rows = summary(finished[0])
+    assert [r['epoch'] for r in rows] == ['0', '1', '2']
+    columns = 'epoch train_loss train_task_loss train_pe_loss train_images_per_s eval_loss eval_top1 eval_top5 lr'
+    assert list(rows[0]) == columns.split()
+    for row in rows:
+        loss = float(row['train_task_loss']) + 25 * float(row['train_pe_loss'])
+        assert float(row['train_loss']) == pytest.approx(loss, rel=1e-5)
+    assert float(rows[2]['lr']) < float(rows[0]['lr']) == 0.02
+
+
+def test_args_yaml_repeats_the_command(finished):
+    args = yaml.safe_load((finished[0] / 'args.yaml').read_text())
+    assert (args['teacher'], args['pe_projectors'], args['lr'], args['distill_loss_weight']) == (
+        'test_vit',
+        3,
+        0.02,
+        None,
+    )
+
+
+def test_a_checkpoint_holds_the_plain_student_and_the_projectors_apart(finished):
+    checkpoint = load(finished[0] / 'last.pth.tar')
+    plain = timm.create_model('test_resnet', num_classes=3)
+    assert {k: v.shape for k, v in checkpoint['state_dict'].items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+    state = checkpoint['task_state']
+    assert state['projection']['projectors.fc.weight'].shape == (3 * 64, 96)
+    assert (state['act'], state['num_projectors'], state['projector']) == ('none', 3, 'linear')
+    assert checkpoint['args'].teacher == 'test_vit'
+
+
+def test_plain_timm_loads_checkpoint_and_safetensors_to_the_same_best_student(finished):
+    script = (
+        'import sys, timm, torch\n'
+        'a, b = (timm.create_model("test_resnet", num_classes=3, checkpoint_path=p).eval() for p in sys.argv[1:])\n'
+        'x = torch.randn(2, 3, 32, 32)\n'
+        'assert torch.equal(a(x), b(x))\n'
+        'assert not any(m.startswith("timm_pe") for m in sys.modules)\n'
+    )
+    paths = [str(finished[0] / name) for name in ('model_best.pth.tar', 'student.safetensors')]
+    subprocess.run([sys.executable, '-c', script, *paths], check=True, timeout=120)
+
+
+def test_the_start_says_every_resolved_choice_once(finished):
+    said = finished[2]
+    for pattern in (
+        r'model +test_resnet +test_vit',
+        r'parameters +0\.37 M +0\.37 M \(frozen\)',
+        r'feature width +96 +64',
+        r'classes +3 +1000',
+        r'input +3x32x32 +3x32x32',
+        r'mean +0\.5 0\.5 0\.5 +0\.5',
+        r'projectors +3 x linear 96 -> 64, activation none, 18,624 parameters',
+        r'loss +1 x LabelSmoothingCrossEntropy \+ 25 x direction',
+        r'learning rate +0\.02 \(sgd, cosine',
+        r'global batch +8 = 8 x 1 ranks x 1 steps',
+        r'precision +float32 +float32',
+        r'device +cpu, world size 1',
+    ):
+        assert len(re.findall(pattern, said)) == 1, pattern
+    assert 'its 1000 classes are not the 3 of the data, so its accuracy cannot be checked' in said
+    assert said.count("--pe-act auto is 'none'") == 1
+    assert re.search(
+        r'Train 1/2 \[ +2/4 \( 50%\)\]  loss: .*task_loss: .*pe_loss: .* images/s  lr: .*left: 0:00:0', said
+    )
+
+
+def test_evaluate_gives_the_accuracy_of_the_best_epoch_again(finished, capsys):
+    folder, argv, _ = finished
+    best = max(float(r['eval_top1']) for r in summary(folder))
+    for path in (folder, folder / 'model_best.pth.tar', folder / 'student.safetensors'):
+        said = run([*argv, '--evaluate', str(path)], capsys)
+        assert float(re.search(r'top-1 ([\d.]+) %', said)[1]) == pytest.approx(best, abs=1e-3)
+
+
+def test_resume_continues_with_projectors_optimizer_and_schedule(finished, small_run, tmp_path, capsys):
+    folder, _, _ = finished
+    argv = [*small_run, *PAIR, '--epochs', '3', '--resume', str(folder / 'checkpoint-1.pth.tar')]
+    said = run(argv, capsys)
+    assert '--pe-act auto' not in said  # taken from the checkpoint, not probed again
+    rows, expected = summary(tmp_path / 'run'), summary(folder)
+    assert [r['epoch'] for r in rows] == ['2']
+    for name in ('train_loss', 'train_pe_loss', 'eval_loss', 'lr'):
+        assert float(rows[0][name]) == pytest.approx(float(expected[2][name]), rel=1e-5), name
+    ours, theirs = load(tmp_path / 'run' / 'last.pth.tar'), load(folder / 'last.pth.tar')
+    for part in ('state_dict', 'task_state'):
+        a, b = (c[part] if part == 'state_dict' else c[part]['projection'] for c in (ours, theirs))
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+def test_resume_into_the_same_folder_keeps_history_and_summary(small_run, tmp_path, capsys):
+    run([*small_run, *PAIR])
+    run([*small_run, *PAIR, '--epochs', '4', '--resume', str(tmp_path / 'run')])
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
+    assert len(load(tmp_path / 'run' / 'last.pth.tar')['saver']['checkpoint_files']) == 3  # and itself
+    run([*small_run, *PAIR])
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['0', '1']
+
+
+def test_resume_says_that_it_keeps_the_learning_rate_of_the_checkpoint(finished, small_run, capsys):
+    resumed = ['--epochs', '3', '--resume', str(finished[0] / 'checkpoint-1.pth.tar')]
+    said = run([*small_run, *PAIR, *resumed, '--lr', '0.5'], capsys)
+    assert '--resume continues with the learning rate 0.02 of the checkpoint, not with 0.5' in said
+    assert re.search(r'learning rate +0\.02 ', said)
+
+
+def test_resume_of_a_run_without_projectors_needs_no_resume_opt(small_run, tmp_path, capsys):
+    plain = [*small_run, '--model', 'test_resnet']
+    run([*plain, '--experiment', 'plain'])
+    assert 'add --no-resume-opt' in refused([*small_run, *PAIR, '--resume', str(tmp_path / 'plain')], capsys)
+    said = run([*small_run, *PAIR, '--resume', str(tmp_path / 'plain'), '--no-resume-opt'], capsys)
+    assert 'holds no projectors: they start new' in said
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['0', '1']
+
+
+def test_the_average_is_what_is_evaluated_and_saved(small_run, tmp_path):
+    run([*small_run, *PAIR, '--model-ema', '--model-ema-decay', '0.5'])
+    checkpoint = load(tmp_path / 'run' / 'model_best.pth.tar')
+    student = safetensors.torch.load_file(tmp_path / 'run' / 'student.safetensors')
+    assert all(torch.equal(v, checkpoint['state_dict_ema'][k]) for k, v in student.items())
+    assert not torch.equal(student['fc.weight'], checkpoint['state_dict']['fc.weight'])
+    assert set(checkpoint['task_state_ema']['projection']) == {'projectors.fc.weight', 'projectors.fc.bias'}
+
+
+def test_a_teacher_that_knows_the_classes_is_validated_first_and_warned_about_at_chance(small_run, tmp_path, capsys):
+    run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '8', '--lr', '0.05'])
+    best = max(float(r['eval_top1']) for r in summary(tmp_path / 'teacher'))
+    teacher = ['--model', 'test_vit', '--teacher', 'test_resnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
+    said = run([*small_run, *teacher, '--epochs', '1', '--kd-loss-weight', '0.5'], capsys)
+    assert f'Teacher: top-1 {best:.2f} %' in said
+    assert said.index('Teacher: top-1') < said.index('Train 0/0')
+    assert 'train_logit_loss' in summary(tmp_path / 'run')[0]
+    zero = {k: torch.zeros_like(v) for k, v in timm.create_model('test_resnet', num_classes=3).state_dict().items()}
+    torch.save(zero, tmp_path / 'zero.pth')
+    said = run([*small_run, *teacher[:4], '--teacher-checkpoint', str(tmp_path / 'zero.pth'), '--epochs', '1'], capsys)
+    assert 'THE TEACHER IS AT CHANCE LEVEL (top-1 33.33 % of 3 classes)' in said
+    said = run([*small_run, *teacher, '--epochs', '1', '--no-teacher-eval'], capsys)
+    assert 'Teacher: top-1' not in said
+
+
+FLAGS = {
+    'amp bfloat16': ['--amp', '--amp-dtype', 'bfloat16'],
+    'channels last': ['--channels-last'],
+    'compile': ['--torchcompile', 'aot_eager'],
+    'compile and average': ['--torchcompile', 'aot_eager', '--model-ema'],
+    'accumulation with a remainder': ['--grad-accum-steps', '3'],
+    'clip norm': ['--clip-grad', '1.0'],
+    'clip agc': ['--clip-grad', '0.02', '--clip-mode', 'agc'],
+    'layer decay': ['--opt', 'adamw', '--layer-decay', '0.7'],
+    'mixup and cutmix': ['--mixup', '0.5', '--cutmix', '0.5', '--bce-loss'],
+    'no prefetcher': ['--no-prefetcher', '--mixup', '0.5'],
+    'schedule on updates': ['--sched-on-updates', '--warmup-epochs', '1'],
+    'workers and erasing': ['-j', '1', '--reprob', '0.5', '--recount', '2'],
+    'grad checkpointing': ['--grad-checkpointing'],
+    'mlp projector and mse': ['--pe-projector', 'mlp', '--pe-loss', 'mse', '--pe-act', 'relu'],
+    'bfloat16 parameters': ['--model-dtype', 'bfloat16'],
+    'validation every second epoch': ['--val-interval', '2'],
+    'average on the cpu': ['--model-ema', '--model-ema-force-cpu', '--model-ema-warmup'],
+    'head init and dropout': ['--head-init-scale', '0.1', '--head-init-bias', '-2', '--drop', '0.2'],
+    'recovery checkpoints': ['--recovery-interval', '2'],
+    'lamb': ['--opt', 'lamb', '--lr', '0.005'],
+}
+
+
+@pytest.mark.parametrize('name', FLAGS)
+def test_training_options_work_with_a_teacher(name, small_run, tmp_path):
+    run([*small_run, *PAIR, *FLAGS[name]])
+    rows = summary(tmp_path / 'run')
+    assert len(rows) == 2
+    assert all(0 < float(r['train_loss']) < 100 for r in rows)
+    assert rows[1]['eval_top1']
+    assert (rows[0]['eval_top1'] == '') == (name == 'validation every second epoch')
+    assert bool(list((tmp_path / 'run').glob('recovery-*'))) == (name == 'recovery checkpoints')
+
+
+def test_two_runs_of_a_command_are_equal_bit_for_bit_with_any_number_of_workers(small_run, tmp_path):
+    for name, workers in (('a', '0'), ('b', '2')):
+        more = ['--mixup', '0.5', '--reprob', '0.5', '--drop', '0.1', '-j', workers, '--experiment', name]
+        run([*small_run, *PAIR, *more])
+    a, b = (load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_student_starts_the_same_with_and_without_a_teacher(small_run, tmp_path):
+    still = ['--lr', '0', '--epochs', '1']
+    run([*small_run, '--model', 'test_vit', *still, '--experiment', 'alone'])
+    run([*small_run, '--model', 'test_vit', *PAIR[2:], *still])
+    a, b = (load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('alone', 'run'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip('a CUDA device is here')
+    said = run([*small_run, *PAIR, '--device', 'cuda', '--epochs', '1'], capsys)
+    assert "No CUDA device here: '--device cuda' falls back to the CPU" in said
+    assert 'cpu, world size 1' in said
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--model', 'resnet18x'], "--model: unknown model 'resnet18x', did you mean resnet18"),
+        (['--teacher', 'resnt34'], "--teacher: unknown model 'resnt34', did you mean resnet34"),
+        (['--teacher-checkpoint', '/no/file.pth'], "--teacher-checkpoint: no file '/no/file.pth'"),
+        (['--teacher', 'resnet18', '--teacher-pretrained'], 'no pretrained weights for'),
+        (['--num-classes', '7'], '3 classes and the student 7: use --num-classes 3'),
+        (['--kd-loss-weight', '1'], 'the student has 3 and the teacher 1000'),
+        (['--pe-projector', 'identity', '--pe-projectors', '1'], 'the student has 96 and the teacher 64'),
+        (['--data-dir', '/no/such/folder'], "no data folder '/no/such/folder'"),
+        (['--train-crop-mode', 'rkrc', '--aa', 'nonsense'], 'training augmentation: '),
+        (['-b', '64'], 'make no batch of 64'),
+        (['--resume', '/no/last.pth.tar'], "--resume: no file '/no/last.pth.tar'"),
+        (['--model-kwargs', 'depht=3'], 'depht'),
+        (['--opt-kwargs', 'nosuch=3'], "cannot make optimizer 'sgd'"),
+        (['--gp', 'nosuch'], 'nosuch'),
+        (['--start-epoch', '5'], 'nothing to train'),
+        (['--device', 'nosuch'], "cannot use 'nosuch'"),
+        (['--sched', 'wsd', '--decay-epochs', '9'], 'wsd schedule requires'),
+        (['--dataset', 'torch/nosuch'], "cannot open data set 'torch/nosuch'"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(more, message, small_run, tmp_path, capsys):
+    assert message in refused([*small_run, *PAIR, *more], capsys)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small_run, tmp_path, capsys):
+    run([*small_run, *PAIR, '--epochs', '1'])
+    good = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
+    error = refused(
+        [*small_run, *PAIR, '--resume', str(tmp_path / 'run'), '--no-resume-opt', '--start-epoch', '1', '--lr', '1e30'],
+        capsys,
+        code=1,
+    )
+    assert re.search(r'(task_loss|pe_loss).* not finite at batch \d of the epoch', error)
+    assert (tmp_path / 'run' / 'last.pth.tar').read_bytes() == good
+
+
+def test_the_command_line_prints_one_line_and_no_traceback_for_a_mistake(image_folder):
+    argv = [sys.executable, str(ROOT / 'train_distill.py'), str(image_folder), '--teacher', 'resnt34']
+    out = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert out.returncode == 2
+    assert out.stderr.count('\n') == 1
+    assert out.stderr.startswith("train_distill: error: --teacher: unknown model 'resnt34', did you mean")
+    assert out.stdout == ''
+
+
+def test_the_help_names_every_group():
+    out = subprocess.run(
+        [sys.executable, str(ROOT / 'train_distill.py'), '--help'],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, 'COLUMNS': '120'},
+    )
+    assert '--pe-projectors' in out.stdout
+    assert 'teacher and projector ensemble' in out.stdout

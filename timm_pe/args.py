@@ -1,0 +1,345 @@
+"""Command line and YAML of a run: timm's flags, ours, and what can be refused before any work is done."""
+
+import argparse
+import difflib
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from timm.optim import list_optimizers
+from timm.utils import world_info_from_env
+
+from .args_timm import add_timm_args
+from .losses import list_feature_losses
+from .projectors import list_projectors
+
+# a flag that only means something next to this one
+_TEACHER_FLAGS = (
+    'teacher_pretrained',
+    'teacher_checkpoint',
+    'teacher_eval',
+    'pe_projectors',
+    'pe_projector',
+    'pe_act',
+    'pe_loss',
+    'distill_loss_weight',
+    'task_loss_weight',
+    'kd_loss_weight',
+    'kd_temperature',
+)
+_CHOICES = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'model_dtype': (None, 'float32', 'bfloat16', 'float16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'dist_bn': ('', 'broadcast', 'reduce'),
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'remode': ('const', 'rand', 'pixel'),
+    'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
+    'worker_seeding': ('all', 'part'),
+    'eval_metric': (None, 'top1', 'top5', 'loss'),
+    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
+}
+_AT_LEAST = {
+    'batch_size': 1,
+    'validation_batch_size': 1,
+    'grad_accum_steps': 1,
+    'num_classes': 1,
+    'img_size': 1,
+    'in_chans': 1,
+    'epochs': 1,
+    'checkpoint_hist': 1,
+    'val_interval': 1,
+    'log_interval': 1,
+    'pe_projectors': 1,
+    'recovery_interval': 0,
+    'workers': 0,
+    'seed': 0,
+    'kd_loss_weight': 0,
+    'warmup_epochs': 0,
+    'cooldown_epochs': 0,
+    'mixup_off_epoch': 0,
+    'recount': 1,
+}
+_PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing')  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, said once (by rank 0)."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            near = [m for u in unknown for m in difflib.get_close_matches(u.split('=')[0], known, n=1, cutoff=0.7)]
+            hint = f', did you mean {", ".join(near)}?' if near else ' (--help lists the known ones)'
+            self.error(f'unknown argument {" ".join(unknown)}{hint}')
+        return parsed
+
+
+def exit_with_error(message: str, code: int = 2) -> NoReturn:
+    """Print one line on rank 0 and exit with `code`."""
+    if world_info_from_env()[1] == 0:
+        sys.stderr.write(f'train_distill: error: {" ".join(message.split())}\n')
+        sys.stderr.flush()
+    else:
+        # a launcher stops the whole job at the first exit: leave rank 0 the time to say why
+        time.sleep(5)
+    raise SystemExit(code)
+
+
+def create_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog='train_distill',
+        description="timm's ImageNet training with a teacher: projector ensemble feature distillation",
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument(
+        '-c', '--config', metavar='FILE', type=str, default='', help='YAML file of flags; the command line wins'
+    )
+    _add_teacher_args(parser)
+    add_timm_args(parser)
+    return parser
+
+
+def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('teacher and projector ensemble').add_argument
+    add(
+        '--teacher',
+        metavar='NAME',
+        type=str,
+        default=None,
+        help="the teacher: a timm name, 'hf-hub:...' or 'local-dir:...'",
+    )
+    add(
+        '--teacher-pretrained',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the weights that belong to the teacher's name, or leave random ones",
+    )
+    add(
+        '--teacher-checkpoint',
+        metavar='PATH',
+        type=str,
+        default=None,
+        help='weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder',
+    )
+    add(
+        '--teacher-eval',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='validate the teacher before the first epoch',
+    )
+    add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
+    add(
+        '--pe-projector',
+        metavar='NAME',
+        type=str,
+        default='linear',
+        choices=list_projectors(),
+        help=f'kind of projector: {", ".join(list_projectors())}',
+    )
+    add(
+        '--pe-act',
+        type=str,
+        default='auto',
+        choices=('auto', 'relu', 'none'),
+        help="activation of the projectors; auto: relu exactly when the teacher's features on the first batch are all >= 0",
+    )
+    add(
+        '--pe-loss',
+        metavar='NAME',
+        type=str,
+        default='direction',
+        choices=list_feature_losses(),
+        help=f'feature loss: {", ".join(list_feature_losses())}',
+    )
+    add(
+        '--kd-loss-weight',
+        metavar='R',
+        type=float,
+        default=0.0,
+        help='weight of logit distillation next to the features',
+    )
+    add(
+        '--evaluate',
+        metavar='PATH',
+        type=str,
+        default='',
+        help='validate the student in this checkpoint or run folder, and stop',
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
+    """Parse flags over YAML over defaults, and refuse what cannot work.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        The namespace, and its YAML text as it goes into args.yaml: YAML and flags merged, before derived values.
+    """
+    parser = create_parser()
+    config_parser = Parser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument('-c', '--config', type=str, default='')
+    config = config_parser.parse_known_args(argv)[0].config
+    if config:
+        parser.set_defaults(**_read_config(parser, config))
+    args = parser.parse_args(argv)
+    text = yaml.safe_dump(vars(args), default_flow_style=False)
+    _check(parser, args)
+    return args, text
+
+
+def _read_config(parser: Parser, path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding='utf-8') as f:
+            config = yaml.safe_load(f)
+    except OSError as e:
+        parser.error(f"--config: cannot read '{path}' ({e.strerror})")
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        parser.error(f"--config: '{path}' is no YAML file: {e}")
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        parser.error(f"--config: '{path}' must hold 'flag: value' lines, it holds a {type(config).__name__}")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
+    values = {}
+    for key, value in config.items():
+        dest = str(key).replace('-', '_')
+        if dest == 'config':  # an args.yaml names the YAML it came from
+            continue
+        if dest not in actions:
+            near = difflib.get_close_matches(dest, actions, n=1)
+            hint = f', did you mean {near[0]}?' if near else ''
+            parser.error(f"--config: unknown key '{key}' in '{path}'{hint}")
+        values[dest] = _typed(parser, actions[dest], key, value, path)
+    return values
+
+
+def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: str) -> Any:
+    """A YAML value, checked as the same words on the command line would be."""
+
+    def refuse(expected: str) -> NoReturn:
+        parser.error(f"--config: {key} in '{path}' must be {expected}, got {value!r}")
+
+    def scalar(v: Any) -> Any:
+        convert = action.type or str
+        if isinstance(v, (bool, list, dict)) or v is None or (convert is int and isinstance(v, float) and v != int(v)):
+            refuse(f'of type {convert.__name__}')
+        try:
+            result = convert(v)
+        except (TypeError, ValueError):
+            refuse(f'of type {convert.__name__}')
+        if action.choices and result not in action.choices:
+            refuse(f'one of {", ".join(map(str, action.choices))}')
+        return result
+
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        return value if isinstance(value, bool) else refuse('true or false')
+    if isinstance(action.default, dict):
+        return value if isinstance(value, dict) else refuse("'key: value' lines")
+    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
+        values = value if isinstance(value, list) else [value]
+        if isinstance(action.nargs, int) and len(values) != action.nargs:
+            refuse(f'a list of {action.nargs}')
+        return [scalar(v) for v in values]
+    return scalar(value)
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f'{_flag(name)} must be {least} or more, got {value}')
+    for name in _PROBABILITIES:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            parser.error(f'{_flag(name)} must be from 0 to 1, got {value}')
+    for name, choices in _CHOICES.items():
+        if getattr(args, name) not in choices:
+            known = ', '.join(repr(c) for c in choices if c)
+            parser.error(f'{_flag(name)} must be one of {known}, got {getattr(args, name)!r}')
+    _check_optimizer(parser, args)
+    _check_teacher(parser, args)
+    _check_mixing(parser, args)
+    if not args.data and not args.data_dir and not args.dataset:
+        parser.error('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
+    if args.no_resume_opt and not args.resume:
+        parser.error('--no-resume-opt needs --resume')
+    if args.recovery_interval and args.evaluate:
+        parser.error('--recovery-interval does not go with --evaluate')
+
+
+def _check_optimizer(parser: Parser, args: argparse.Namespace) -> None:
+    name = args.opt.lower().removeprefix('lookahead_')
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=4)
+        parser.error(
+            f"--opt: unknown optimizer '{args.opt}', "
+            + (f'did you mean {", ".join(near)}?' if near else 'timm.optim.list_optimizers() lists the known ones')
+        )
+
+
+def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.teacher:
+        given = [n for n in _TEACHER_FLAGS if getattr(args, n) != parser.get_default(n)]
+        if given:
+            parser.error(f'{_flag(given[0])} needs --teacher')
+        return
+    if args.kd_temperature <= 0:
+        parser.error(f'--kd-temperature must be above 0, got {args.kd_temperature}')
+    if args.pe_projector == 'identity' and args.pe_projectors > 1:
+        parser.error(
+            f'--pe-projector identity has nothing to train, {args.pe_projectors} of them are one: add --pe-projectors 1'
+        )
+    if args.aug_splits:
+        parser.error('--aug-splits does not go with --teacher')
+
+
+def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
+        parser.error(f'--mixup and --cutmix mix pairs, --batch-size must be even, got {args.batch_size}')
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        parser.error(f'--cutmix-minmax takes 2 values, got {len(args.cutmix_minmax)}')
+    if mixing and args.aug_splits:
+        parser.error('--mixup and --cutmix do not go with --aug-splits')
+    if args.aug_splits == 1 or args.aug_splits < 0:
+        parser.error(f'--aug-splits must be 0, or 2 and more, got {args.aug_splits}')
+    if args.jsd_loss and not args.aug_splits:
+        parser.error('--jsd-loss needs --aug-splits')
+    if args.split_bn and not (args.aug_splits or args.resplit):
+        parser.error('--split-bn needs --aug-splits or --resplit')
+    if args.jsd_loss and args.bce_loss:
+        parser.error('--jsd-loss does not go with --bce-loss')
+    for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
+        if getattr(args, name) not in (None, False) and not args.bce_loss:
+            parser.error(f'{_flag(name)} needs --bce-loss')
+
+
+def _flag(dest: str) -> str:
+    return '--' + dest.replace('_', '-')
+
+
+def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
+    """--lr, or --lr-base scaled by the global batch, linearly or by its square root, as timm does it."""
+    if args.lr is not None:
+        return args.lr
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    ratio = args.batch_size * world_size * args.grad_accum_steps / args.lr_base_size
+    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def resolve_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype called `name`."""
+    return getattr(torch, name) if name else None

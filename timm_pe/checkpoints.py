@@ -1,0 +1,139 @@
+"""Checkpoints in timm's format, and the student as safetensors. Every file is written beside and moved into place."""
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
+
+from .errors import UsageError, one_line
+from .loading import find_checkpoint
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+
+
+class Saver(CheckpointSaver):
+    """timm's saver whose files appear whole or not at all, and which keeps the best student as safetensors.
+
+    Args:
+        folder: The run's folder.
+        task: The task.
+        optimizer: Its optimizer.
+        args: Run arguments, stored in the checkpoints.
+        scaler: AMP loss scaler or None.
+        decreasing: A lower metric is better.
+        evaluated_model: Gives the module whose weights were evaluated (the EMA's if on).
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace,
+        scaler: object,
+        decreasing: bool,
+        evaluated_model: Callable[[], nn.Module],
+    ):
+        super().__init__(
+            model=task.get_eval_model(),
+            optimizer=optimizer,
+            args=args,
+            amp_scaler=scaler,
+            task=task,
+            checkpoint_dir=folder,
+            recovery_dir=folder,
+            decreasing=decreasing,
+            max_history=args.checkpoint_hist,
+        )
+        self.evaluated_model = evaluated_model
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        beside = dst + '.tmp'
+        if os.path.exists(beside):
+            os.unlink(beside)
+        try:
+            os.link(src, beside)
+        except (OSError, NotImplementedError):
+            shutil.copy2(src, beside)
+        os.replace(beside, dst)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
+        best_metric, best_epoch = super().save_checkpoint(epoch, metric)
+        student_path = os.path.join(self.checkpoint_dir, 'student.safetensors')
+        if best_epoch == epoch or not os.path.exists(student_path):
+            save_student(self.evaluated_model(), student_path)
+        return best_metric, best_epoch
+
+
+def save_student(model: nn.Module, path: str) -> None:
+    """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in unwrap_model(model).state_dict().items()}
+    save_file(tensors, path + '.tmp', metadata={'format': 'pt'})
+    os.replace(path + '.tmp', path)
+
+
+def find_resume(args: argparse.Namespace) -> str:
+    """The training checkpoint that --resume names: a file, or the `last` one of a run folder."""
+    return str(find_checkpoint(args.resume, '--resume', ('last.pth.tar',)))
+
+
+def resume(
+    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, runtime: Runtime
+) -> int | None:
+    """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt weights alone.
+
+    Returns:
+        The epoch to start with, None where the checkpoint names none.
+
+    Raises:
+        UsageError: No such checkpoint, unreadable, or of another model, optimizer or projectors.
+    """
+    path = find_resume(args)
+    checkpoint = _read(path)
+    has_projectors = bool(checkpoint.get('task_state'))
+    if hasattr(task, 'projection') and not has_projectors:
+        if not args.no_resume_opt:
+            raise UsageError(
+                f"--resume: '{path}' holds no projectors, its optimizer knows none either: add --no-resume-opt to start "
+                f'new ones on its student'
+            )
+        _logger.info(f"'{path}' holds no projectors: they start new.")
+    try:
+        epoch = resume_task_checkpoint(
+            task,
+            path,
+            optimizer=None if args.no_resume_opt else optimizer,
+            loss_scaler=None if args.no_resume_opt else runtime.scaler,
+        )
+    except UsageError as e:
+        raise UsageError(f"--resume '{path}': {e}") from e
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
+    return None if args.no_resume_opt else epoch
+
+
+def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:
+    """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
+    load_task_ema_checkpoint(task, find_resume(args))
+
+
+def _read(path: str) -> dict:
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+    except Exception as e:
+        raise UsageError(f"--resume: cannot read '{path}' as a training checkpoint: {one_line(e, 160)}") from e
+    if not isinstance(checkpoint, dict) or not ('state_dict' in checkpoint or 'model' in checkpoint):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint (last.pth.tar, checkpoint-N.pth.tar)")
+    return checkpoint

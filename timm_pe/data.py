@@ -1,0 +1,521 @@
+"""Data sets and loaders on timm.data, with augmentation that is a function of what is drawn, not of who draws it.
+
+Every draw of a map-style data set is seeded: an image by (seed, epoch, index, repeat), what is drawn once a batch (order,
+mixup, cutmix, random erasing) by (seed, epoch, batch number, rank). Any number of workers, and a restart, see the same
+pixels. Streams have no index and go without.
+"""
+
+import argparse
+import hashlib
+import io
+import logging
+import os
+import random
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.loader import PrefetchLoader
+from timm.data.model_config import resolve_input_data_config
+from timm.data.readers.reader import Reader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+
+from .args import resolve_dtype
+from .errors import UsageError, one_line
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """What a run reads.
+
+    Attributes:
+        train: Training loader, batches `(input [b, ch, h, w], target [b] or [b, c])`; None where a run only evaluates.
+        eval: Validation loader.
+        mixup: Mixup to call on a batch, where the loader (no prefetcher) does not mix itself.
+        config: timm's data config: input_size, mean, std, interpolation, crop_pct.
+    """
+
+    train: Any
+    eval: Any
+    mixup: Mixup | None
+    config: dict[str, Any]
+
+
+# Seeds ---------------------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*key: int) -> int:
+    """A 63-bit seed for a tuple of integers; near tuples give unrelated seeds."""
+    digest = hashlib.blake2b(struct.pack(f'<{len(key)}q', *key), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device, at 25 times the cost
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """Give the random states of python, numpy and torch's CPU back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Draw(NamedTuple):
+    """One draw of an image: which epoch, which image, the how-many-th time."""
+
+    epoch: int
+    index: Any
+    repeat: int
+
+
+class Batch(list):
+    """The draws, or then the samples, of a batch that knows its place in the run."""
+
+    def __init__(self, items: Any, epoch: int, number: int):
+        super().__init__(items)
+        self.epoch, self.number = epoch, number
+
+    def __reduce__(self) -> tuple:
+        return Batch, (list(self), self.epoch, self.number)
+
+
+class DrawBatchSampler(Sampler):
+    """Batches of `Draw`s in the order of an index sampler; the order of a RandomSampler is a function of the epoch too.
+
+    Args:
+        sampler: Index sampler (timm's or torch's).
+        batch_size: Draws in a batch; an incomplete last batch is dropped, as timm does in training.
+        seed: Run seed.
+        rank: This rank.
+        world_size: Number of ranks.
+        repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, seed: int, rank: int, world_size: int, repeated: bool):
+        self.sampler, self.batch_size, self.seed = sampler, batch_size, seed
+        self.rank, self.world_size, self.repeated = rank, world_size, repeated
+        self.epoch = 0
+        if isinstance(sampler, RandomSampler):
+            sampler.generator = torch.Generator()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+        if hasattr(self.sampler, 'set_epoch'):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        if isinstance(self.sampler, RandomSampler):
+            self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
+        times = Counter()
+        draws, number = [], 0
+        for index in self.sampler:
+            repeat = times[index]
+            times[index] += 1
+            draws.append(Draw(epoch, index, repeat * self.world_size + self.rank if self.repeated else repeat))
+            if len(draws) == self.batch_size:
+                yield Batch(draws, epoch, number)
+                draws, number = [], number + 1
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+
+class SeededDataset(Dataset):
+    """A map-style data set whose random transforms depend on the draw alone."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitems__(self, batch: Batch) -> Batch:
+        with kept_rng():
+            return Batch([self._load(draw) for draw in batch], batch.epoch, batch.number)
+
+    def __getitem__(self, draw: Draw) -> tuple:
+        with kept_rng():
+            return self._load(draw)
+
+    def _load(self, draw: Draw) -> tuple:
+        _seed_all(derive_seed(self.seed, *draw))
+        return self.dataset[draw.index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class SeededCollate:
+    """A collate function whose draws (mixup, cutmix) depend on the batch alone; mixing ends at `mixup_off_epoch`."""
+
+    def __init__(self, collate: Callable, seed: int, rank: int, mixup_off_epoch: int):
+        self.collate, self.seed, self.rank, self.mixup_off_epoch = collate, seed, rank, mixup_off_epoch
+
+    def __call__(self, batch: Batch) -> Any:
+        if isinstance(self.collate, FastCollateMixup):
+            self.collate.mixup_enabled = not self.mixup_off_epoch or batch.epoch < self.mixup_off_epoch
+        with kept_rng():
+            _seed_all(derive_seed(self.seed, batch.epoch, batch.number, self.rank))
+            return self.collate(batch)
+
+
+class SeededErasing:
+    """timm's RandomErasing on the device, with draws that depend on the batch alone.
+
+    The prefetcher erases batch n + 1 before it hands out batch n, so the count is kept here.
+    """
+
+    def __init__(self, erasing: Callable, seed: int, rank: int):
+        self.erasing, self.seed, self.rank = erasing, seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.number = epoch, 0
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        devices = [input.device] if input.device.type == 'cuda' else []
+        with kept_rng(), torch.random.fork_rng(devices):
+            seed = derive_seed(self.seed, self.epoch, self.number, self.rank, 1)
+            _seed_all(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            self.number += 1
+            return self.erasing(input)
+
+
+def seeded_mixup(mixup: Mixup, input: torch.Tensor, target: torch.Tensor, *key: int) -> tuple:
+    """`mixup(input, target)` with the draws of `key`, (seed, epoch, batch number, rank)."""
+    with kept_rng():
+        _seed_all(derive_seed(*key))
+        return mixup(input, target)
+
+
+def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any:
+    """Put a DataLoader over seeded draws in the place of timm's, under its prefetcher where there is one."""
+    plain = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    seeded = DataLoader(
+        SeededDataset(plain.dataset, args.seed),
+        batch_sampler=DrawBatchSampler(
+            plain.sampler, args.batch_size, args.seed, runtime.rank, runtime.world_size, bool(args.aug_repeats)
+        ),
+        collate_fn=SeededCollate(plain.collate_fn, args.seed, runtime.rank, args.mixup_off_epoch),
+        num_workers=plain.num_workers,
+        pin_memory=plain.pin_memory,
+        worker_init_fn=plain.worker_init_fn,
+        persistent_workers=plain.persistent_workers,
+        generator=torch.Generator(),  # else each epoch takes its workers' seed from the run's random state
+    )
+    if not isinstance(loader, PrefetchLoader):
+        return seeded
+    loader.loader = seeded
+    if loader.random_erasing is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing, args.seed, runtime.rank)
+    return loader
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell all parts of a training loader which epoch comes next."""
+    for part in (loader.batch_sampler, loader.dataset, getattr(loader, 'random_erasing', None)):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+
+
+# Data sets -----------------------------------------------------------------------------------------------------------
+
+
+class DigitsReader(Reader):
+    """The 1,797 handwritten digits of scikit-learn (8x8, 10 classes; UCI ML hand-written digits), one half to train on.
+
+    The split is fixed and stratified: 898 images to train, 899 to validate.
+
+    Args:
+        split: A name with 'train' in it for the training half, any other for the validation half.
+
+    Raises:
+        UsageError: scikit-learn is not installed.
+    """
+
+    def __init__(self, split: str):
+        super().__init__()
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as e:
+            raise UsageError("--dataset sklearn/digits needs scikit-learn: pip install 'timm_pe[demo]'") from e
+        digits = load_digits()
+        halves = train_test_split(np.arange(len(digits.target)), test_size=0.5, stratify=digits.target, random_state=0)
+        self.indices = halves[0 if 'train' in split else 1]
+        self.images = (digits.images[self.indices] * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target[self.indices]
+        self.class_to_idx = {str(c): c for c in range(10)}
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(self.images[index]).save(file, 'png')
+        return file, int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return f'digits/{self.indices[index]}'
+
+
+_BUILT_IN_READERS = {'sklearn/digits': DigitsReader}
+
+
+def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
+    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    if args.dataset.lower() in _BUILT_IN_READERS:
+        return ImageDataset(
+            args.data_dir or args.data or '', reader=_BUILT_IN_READERS[args.dataset.lower()](split), input_img_mode=mode
+        )
+    root = args.data_dir or args.data
+    is_folder = args.dataset.lower() in ('', 'folder', 'image_folder')
+    if is_folder and (not root or not os.path.exists(root)):
+        raise UsageError(f"no data folder '{root}': give the folder that holds the splits, e.g. DIR/train and DIR/val")
+    extra = {} if is_folder else {'trust_remote_code': args.dataset_trust_remote_code}
+    try:
+        return create_dataset(
+            args.dataset,
+            root=root,
+            split=split,
+            is_training=is_training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            repeats=args.epoch_repeats if is_training else 0,
+            input_img_mode=mode,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=args.train_num_samples if is_training else args.val_num_samples,
+            **extra,
+        )
+    except Exception as e:
+        raise UsageError(f"cannot open data set '{args.dataset or root}', split '{split}': {one_line(e)}") from e
+
+
+def create_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
+    """Open the training split (None where the run only evaluates) and the validation split.
+
+    Raises:
+        UsageError: No such data, no images, or splits whose classes differ.
+    """
+    in_chans = args.in_chans or (args.input_size or [3])[0]
+    train = None if args.evaluate else _create_dataset(args, args.train_split, True, in_chans)
+    evaluation = _create_dataset(args, args.val_split, False, in_chans)
+    _check_splits(train, evaluation, args)
+    return train, evaluation
+
+
+def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
+    if train is None or args.dataset:
+        return
+    roots = [os.path.abspath(getattr(d.reader, 'root', '')) for d in (train, evaluation)]
+    data_dir = os.path.abspath(args.data_dir or args.data)
+    if roots[0] == roots[1] == data_dir:
+        _logger.warning(f"No split folders in '{data_dir}': training and validation use the SAME images.")
+    elif data_dir in roots:
+        split = (args.train_split, args.val_split)[roots.index(data_dir)]
+        raise UsageError(
+            f"no folder for split '{split}' in '{data_dir}': it has {', '.join(sorted(os.listdir(data_dir)))}"
+        )
+    classes, eval_classes = (getattr(d.reader, 'class_to_idx', None) for d in (train, evaluation))
+    if classes != eval_classes:
+        only = sorted(set(classes).symmetric_difference(eval_classes))
+        raise UsageError(
+            f'training and validation split have different classes, so their labels would not mean the same: '
+            f'{", ".join(only[:5])} in one of them only ({len(classes)} and {len(eval_classes)} classes)'
+        )
+
+
+def count_classes(dataset: Dataset | None) -> int | None:
+    """Number of classes of a data set, None where it does not tell."""
+    reader = getattr(dataset, 'reader', None)
+    class_to_idx = getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    if class_to_idx:
+        return max(class_to_idx.values()) + 1
+    classes = getattr(dataset, 'classes', None)
+    return len(classes) if classes else None
+
+
+def check_num_classes(dataset: Dataset, num_classes: int, given: bool) -> None:
+    """Refuse a student whose classes are not the data's.
+
+    Args:
+        dataset: The validation split.
+        num_classes: The student's.
+        given: --num-classes was given (then the two must be equal; else the model may have more).
+
+    Raises:
+        UsageError: They don't fit.
+    """
+    classes = count_classes(dataset)
+    if classes is None or classes == num_classes:
+        return
+    if given or classes > num_classes:
+        raise UsageError(
+            f'the data set has {classes} classes and the student {num_classes}: use --num-classes {classes}'
+        )
+    _logger.warning(
+        f'The student keeps the {num_classes} classes of its architecture, the data set has {classes}: '
+        f'--num-classes {classes} gives it a classifier of that size.'
+    )
+
+
+# Loaders -------------------------------------------------------------------------------------------------------------
+
+
+def create_data(
+    args: argparse.Namespace,
+    datasets: tuple[Dataset | None, Dataset],
+    student: nn.Module,
+    runtime: Runtime,
+) -> Data:
+    """Make the loaders.
+
+    Args:
+        args: Run arguments.
+        datasets: Training (or None) and validation split.
+        student: Its classes and its input are what the data must fit.
+        runtime: Device and ranks.
+
+    Raises:
+        UsageError: Other classes than the student's, flags that the loader cannot do, or fewer training images than
+            one batch.
+    """
+    check_num_classes(datasets[1], student.num_classes, given=args.num_classes is not None)
+    try:
+        config = resolve_input_data_config(student, args=vars(args))
+    except ValueError as e:
+        raise UsageError(f'--model {args.model}: {one_line(e)}') from e
+    train, mixup = None, None
+    if datasets[0] is not None:
+        train, mixup = _create_train_loader(args, datasets[0], config, student.num_classes, runtime)
+    return Data(train, _create_eval_loader(args, datasets[1], config, runtime), mixup, config)
+
+
+def mixing_active(args: argparse.Namespace) -> bool:
+    """Whether targets are soft, mixed by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _create_train_loader(
+    args: argparse.Namespace,
+    dataset: Dataset,
+    config: dict[str, Any],
+    num_classes: int,
+    runtime: Runtime,
+) -> tuple[Any, Mixup | None]:
+    collate, mixup = None, None
+    if mixing_active(args):
+        mixup_args = {
+            'mixup_alpha': args.mixup,
+            'cutmix_alpha': args.cutmix,
+            'cutmix_minmax': args.cutmix_minmax,
+            'prob': args.mixup_prob,
+            'switch_prob': args.mixup_switch_prob,
+            'mode': args.mixup_mode,
+            'label_smoothing': 0.1 if args.smoothing is None else args.smoothing,
+            'num_classes': num_classes,
+        }
+        if args.no_prefetcher:
+            mixup = Mixup(**mixup_args)
+        else:
+            collate = FastCollateMixup(**mixup_args)
+    if args.aug_repeats and not runtime.distributed:
+        raise UsageError('--aug-repeats spreads the draws of an image over ranks: it needs distributed training')
+    if args.aug_splits:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = config['interpolation']
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=config['input_size'],
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            re_split=args.resplit,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob or 0.0,
+            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
+            auto_augment=args.aa,
+            num_aug_repeats=args.aug_repeats,
+            num_aug_splits=args.aug_splits,
+            interpolation=interpolation,
+            collate_fn=collate,
+            persistent_workers=args.persistent_workers,
+            worker_seeding=args.worker_seeding,
+            **_common_loader_args(args, config, runtime),
+        )
+    except (AssertionError, ValueError) as e:
+        raise UsageError(f'training augmentation: {one_line(e)}') from e
+    if isinstance(dataset, IterableDataset):
+        _logger.info('The training data is a stream without indices: its augmentation depends on the loader workers.')
+    else:
+        loader = _seed_loader(loader, args, runtime)
+        if not len(loader):
+            raise UsageError(
+                f'{len(dataset)} training images on {runtime.world_size} rank(s) make no batch of {args.batch_size} (an '
+                f'incomplete one is dropped): lower --batch-size'
+            )
+    return loader, mixup
+
+
+def _create_eval_loader(args: argparse.Namespace, dataset: Dataset, config: dict[str, Any], runtime: Runtime) -> Any:
+    return create_loader(
+        dataset,
+        input_size=config['input_size'],
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+        persistent_workers=args.persistent_workers,
+        **_common_loader_args(args, config, runtime),
+    )
+
+
+def _common_loader_args(args: argparse.Namespace, config: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+    return {
+        'mean': config['mean'],
+        'std': config['std'],
+        'num_workers': args.workers,
+        'distributed': runtime.distributed,
+        'pin_memory': args.pin_mem,
+        'device': runtime.device,
+        'img_dtype': resolve_dtype(args.model_dtype) or torch.float32,
+        'use_prefetcher': not args.no_prefetcher,
+    }

@@ -1,0 +1,253 @@
+"""One epoch of training steps, and evaluation."""
+
+import argparse
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.utils import dispatch_clip_grad
+
+from .data import Data, seeded_mixup
+from .errors import UsageError
+from .logs import Progress
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+
+_NEVER = 2**31 - 1
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term became NaN or infinite; the message names the term and the step."""
+
+
+@dataclass
+class Trainer:
+    """What an epoch of training needs, made once.
+
+    Attributes:
+        task: The task, prepared (compile, DDP).
+        data: Its data.
+        optimizer: Optimizer over `task.get_trainable_module()`.
+        scheduler: Learning rate schedule or None.
+        runtime: Device, ranks, precision.
+        args: Run arguments.
+        saver: Checkpoint saver on the primary rank, else None.
+    """
+
+    task: TrainingTask
+    data: Data
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    runtime: Runtime
+    args: argparse.Namespace
+    saver: Any = None
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the batches left over at its end make a smaller one."""
+        return -(-len(self.data.train) // self.args.grad_accum_steps)
+
+
+class LossMeter:
+    """Running means of the loss terms, kept on the device and read only when asked.
+
+    Also remembers the first step at which each term was not finite. Reading synchronizes with the device, and with the
+    other ranks.
+    """
+
+    def __init__(self, device: torch.device, distributed: bool):
+        self.device, self.distributed = device, distributed
+        self.names: list[str] = []
+        self.steps = 0
+
+    def update(self, terms: dict[str, torch.Tensor], batch_size: int) -> None:
+        """Add one batch's terms (scalars on the device)."""
+        values = torch.stack([v.detach().float() for v in terms.values()])
+        if not self.names:
+            self.names = list(terms)
+            self.sums = torch.zeros(len(values) + 1, device=self.device, dtype=torch.float32)
+            self.first_bad = torch.full((len(values),), _NEVER, device=self.device, dtype=torch.int64)
+        self.sums[:-1] += values * batch_size
+        self.sums[-1] += batch_size
+        here = torch.where(torch.isfinite(values), _NEVER, self.steps)
+        self.first_bad = torch.minimum(self.first_bad, here)
+        self.steps += 1
+
+    def read(self) -> OrderedDict[str, float]:
+        """Means over all batches so far, of all ranks.
+
+        Raises:
+            NonFiniteLoss: A term was not finite at some step, on some rank.
+        """
+        sums, first_bad = self.sums.clone(), self.first_bad.clone()
+        if self.distributed:
+            dist.all_reduce(sums)
+            dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
+        step = int(first_bad.min())
+        if step != _NEVER:
+            # the terms before their weighted sum: 'loss' is only the culprit where no term is
+            bad = [n for n, s in zip(self.names, first_bad.tolist(), strict=True) if s == step]
+            named = [n for n in bad if n != 'loss'] or bad
+            raise NonFiniteLoss(f'{" and ".join(named)} not finite at batch {step} of the epoch')
+        count = sums[-1].item()
+        return OrderedDict((n, s / count) for n, s in zip(self.names, sums[:-1].tolist(), strict=True))
+
+
+def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> OrderedDict[str, float]:
+    """Train one epoch.
+
+    Args:
+        trainer: What to train with.
+        epoch: Number of the epoch, from 0.
+        progress: Where to show it.
+
+    Returns:
+        Mean of the loss and of each of its raw terms, and images_per_s.
+
+    Raises:
+        NonFiniteLoss: See `LossMeter.read`.
+    """
+    task, args, runtime = trainer.task, trainer.args, trainer.runtime
+    task.train()
+    meter = LossMeter(runtime.device, runtime.distributed)
+    num_batches = len(trainer.data.train)
+    accum = _Accumulation(num_batches, args.grad_accum_steps)
+    update = epoch * trainer.updates_per_epoch
+    images, start = 0, time.perf_counter()
+    trainer.optimizer.zero_grad()
+    for i, (input, target) in enumerate(trainer.data.train):
+        input, target = _to_device(trainer, epoch, i, input, target)
+        need_update = accum.ends_at(i)
+        with task.no_sync() if runtime.distributed and not need_update else _nothing():
+            with runtime.autocast():
+                result = task(input, target)
+            _backward(trainer, result['loss'] / accum.size(i), need_update)
+        meter.update({k: v for k, v in result.items() if k != 'output'}, len(input))
+        images += len(input) * runtime.world_size
+        if need_update:
+            update += 1
+            trainer.optimizer.zero_grad()
+            task.update_ema(step=update)
+            if args.synchronize_step and runtime.device.type == 'cuda':
+                torch.cuda.synchronize()
+            if trainer.scheduler is not None:
+                trainer.scheduler.step_update(num_updates=update, metric=None)
+        last = i + 1 == num_batches
+        if last or (i + 1) % args.log_interval == 0:
+            progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), _lr(trainer.optimizer))
+        else:
+            progress.update(i + 1)
+        if args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
+            meter.read()  # never save what a non-finite loss has touched
+            if trainer.saver is not None:
+                trainer.saver.save_recovery(epoch, batch_idx=i)
+    metrics = meter.read()
+    metrics['images_per_s'] = images / (time.perf_counter() - start)
+    return metrics
+
+
+class _nothing:
+    """A context that does nothing (nullcontext, without its return value's cost in a trace)."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _Accumulation:
+    """Which batches end an optimizer step, and how many share it; the batches left over at the end share their own."""
+
+    def __init__(self, num_batches: int, steps: int):
+        self.num_batches, self.steps = num_batches, steps
+
+    def ends_at(self, i: int) -> bool:
+        return i + 1 == self.num_batches or (i + 1) % self.steps == 0
+
+    def size(self, i: int) -> int:
+        first = i - i % self.steps
+        return min(self.steps, self.num_batches - first)
+
+
+def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target: torch.Tensor) -> tuple:
+    args, runtime = trainer.args, trainer.runtime
+    if args.no_prefetcher:
+        input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+        target = target.to(runtime.device)
+        mixup = trainer.data.mixup
+        if mixup is not None:
+            mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+            input, target = seeded_mixup(mixup, input, target, args.seed, epoch, i, runtime.rank)
+    if args.channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    return input, target
+
+
+def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
+    args, optimizer = trainer.args, trainer.optimizer
+    parameters = trainer.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+    if trainer.runtime.scaler is not None:
+        trainer.runtime.scaler(
+            loss,
+            optimizer,
+            clip_grad=args.clip_grad,
+            clip_mode=args.clip_mode,
+            parameters=parameters,
+            create_graph=getattr(optimizer, 'is_second_order', False),
+            need_update=need_update,
+        )
+        return
+    loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
+    if need_update:
+        if args.clip_grad is not None:
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        optimizer.step()
+
+
+def _lr(optimizer: torch.optim.Optimizer) -> float:
+    lrs = [group['lr'] for group in optimizer.param_groups]
+    return sum(lrs) / len(lrs)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    loader: Any,
+    runtime: Runtime,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> OrderedDict[str, float]:
+    """Loss, top-1 and top-5 (in percent) of `model` over a validation loader, over all ranks.
+
+    Args:
+        model: Batch `[b, ch, h, w]` -> logits `[b, c]`; a module should be in eval mode.
+        loader: Validation loader.
+        runtime: Device, ranks, precision.
+        args: Run arguments.
+        progress: Where to show it.
+
+    Raises:
+        UsageError: Labels that the model has no class for.
+    """
+    evaluator = ClassificationEvaluator(runtime.device, max_samples=evaluation_sample_limit(loader))
+    for i, (input, target) in enumerate(loader):
+        if args.no_prefetcher:
+            input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+            target = target.to(runtime.device)
+        if args.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        with runtime.autocast():
+            output = model(input)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        if i == 0 and int(target.max()) >= output.shape[-1]:
+            raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
+        evaluator.update(output, target)
+        progress.update(i + 1)
+    return evaluator.compute(distributed=runtime.distributed)

@@ -1,0 +1,177 @@
+"""What a run says: the start table, progress, summary.csv."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn as nn
+from timm.utils import setup_default_logging, update_summary, world_info_from_env
+from tqdm import tqdm
+
+from .runtime import Runtime, describe_precision
+
+_logger = logging.getLogger(__name__)
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging() -> None:
+    """Plain messages on the primary rank, errors only on the others."""
+    is_primary = world_info_from_env()[1] == 0
+    setup_default_logging(default_level=logging.INFO if is_primary else logging.ERROR)
+    # it would list all files that are kept, after every epoch
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    root = logging.getLogger()
+    handler = _TqdmHandler()
+    handler.setFormatter(root.handlers[0].formatter)
+    root.handlers = [handler]
+
+
+def _count(params: int) -> str:
+    return f'{params / 1e6:.2f} M' if params >= 1e5 else f'{params:,}'
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ' '.join(f'{v:.4g}' for v in values)
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters of `module`."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def start_table(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    student: nn.Module,
+    task: nn.Module,
+    data: Any,
+    num_classes: int,
+    teacher: Any = None,
+) -> str:
+    """Every resolved choice of a run, in one table.
+
+    Args:
+        args: Run arguments, with `lr` resolved.
+        runtime: Device, ranks, precision.
+        student: The student.
+        task: The task.
+        data: The run's `Data`.
+        num_classes: The student's classes.
+        teacher: The `Teacher`, or None.
+    """
+    size = 'x'.join(map(str, data.config['input_size']))
+    columns = [('model', args.model), ('parameters', _count(count_params(student))), ('classes', str(num_classes))]
+    columns += [('input', size), ('mean', _numbers(data.config['mean'])), ('std', _numbers(data.config['std']))]
+    columns += [('precision', describe_precision(args))]
+    head, rows = ('student', 'teacher'), [(name, value, '') for name, value in columns]
+    if teacher is not None:
+        of_teacher = {
+            'model': args.teacher,
+            'parameters': f'{_count(count_params(teacher.model))} (frozen)',
+            'classes': str(teacher.num_classes),
+            'input': size,
+            'mean': _numbers(teacher.mean),
+            'std': _numbers(teacher.std),
+            'precision': str(teacher.dtype or describe_precision(args)).replace('torch.', ''),
+        }
+        rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
+        rows.insert(2, ('feature width', str(task.projection.in_dim), str(task.projection.out_dim)))
+    width = max(len(r[1]) for r in rows) + 3
+    lines = [f'{"":<16}{head[0]:<{width}}{head[1] if teacher is not None else ""}'.rstrip()]
+    lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
+    lines += [f'{name:<16}{value}' for name, value in _run_rows(args, runtime, task, data, teacher)]
+    return '\n'.join(lines)
+
+
+def _run_rows(
+    args: argparse.Namespace, runtime: Runtime, task: nn.Module, data: Any, teacher: Any
+) -> list[tuple[str, str]]:
+    rows = []
+    criterion = type(task.criterion).__name__
+    if teacher is None:
+        rows.append(('loss', criterion))
+    else:
+        p = task.projection
+        rows.append(
+            (
+                'projectors',
+                f'{p.num_projectors} x {p.projector} {p.in_dim} -> {p.out_dim}, activation {p.act}, '
+                f'{_count(count_params(p))} parameters',
+            )
+        )
+        kd = f' + {task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}' if task.kd_loss_weight else ''
+        rows.append(
+            ('loss', f'{task.task_loss_weight:g} x {criterion} + {task.distill_loss_weight:g} x {args.pe_loss}{kd}')
+        )
+    rows.append(('learning rate', f'{args.lr:.4g} ({args.opt}, {args.sched}, weight decay {args.weight_decay:g})'))
+    accum, batch = args.grad_accum_steps, args.batch_size
+    rows.append(
+        ('global batch', f'{batch * runtime.world_size * accum} = {batch} x {runtime.world_size} ranks x {accum} steps')
+    )
+    rows.append(('epochs', f'{args.epochs} of {len(data.train)} batches'))
+    rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
+    rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
+    return rows
+
+
+class Progress:
+    """Progress of a pass over a loader: a live bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        what: 'Train 3/10', 'Test', ...
+        total: Number of batches.
+        enabled: False on all ranks but the primary.
+    """
+
+    def __init__(self, what: str, total: int, enabled: bool = True):
+        self.what, self.total, self.start = what, total, time.perf_counter()
+        live = enabled and sys.stderr.isatty()
+        self.lines = enabled and not live
+        self.bar = tqdm(total=total, desc=what, unit='batch', leave=False, dynamic_ncols=True, disable=not live)
+
+    def update(
+        self,
+        done: int,
+        terms: Mapping[str, float] | None = None,
+        images_per_s: float | None = None,
+        lr: float | None = None,
+    ) -> None:
+        """Say that `done` batches are done; now and then with loss terms, speed and learning rate."""
+        self.bar.update(done - self.bar.n)
+        if terms is None:
+            return
+        shown = '  '.join(f'{name}: {value:#.4g}' for name, value in terms.items())
+        text = f'{shown}  {images_per_s:.4g} images/s  lr: {lr:.3e}'
+        self.bar.set_postfix_str(text)
+        if self.lines:
+            left = (time.perf_counter() - self.start) / done * (self.total - done)
+            share = 100 * done / max(self.total, 1)
+            _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left: {_duration(left)}')
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    return f'{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+
+
+def write_summary(
+    path: str,
+    epoch: int,
+    train_metrics: Mapping[str, float],
+    eval_metrics: Mapping[str, float] | None,
+    lr: float,
+) -> None:
+    """Append an epoch to summary.csv; an epoch without validation leaves its columns empty."""
+    update_summary(epoch, train_metrics, eval_metrics or {'loss': '', 'top1': '', 'top5': ''}, filename=path, lr=lr)

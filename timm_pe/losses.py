@@ -1,0 +1,127 @@
+"""Losses between projected student features and teacher features, and between logits.
+
+To add one: a function or class without arguments that returns an `nn.Module` with `forward(projected, teacher)`, both
+`[b, m]`, giving a scalar, under `@register_feature_loss('name')`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .errors import UsageError
+
+_FEATURE_LOSSES: dict[str, Callable[[], nn.Module]] = {}
+
+
+def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+    """Decorator: make a feature loss known under `name` to `create_feature_loss` and `--pe-loss`.
+
+    Args:
+        name: New name. A name that exists is refused.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        if name in _FEATURE_LOSSES:
+            raise ValueError(
+                f"feature loss '{name}' is registered already ({_FEATURE_LOSSES[name]}): choose another name"
+            )
+        _FEATURE_LOSSES[name] = factory
+        return factory
+
+    return register
+
+
+def list_feature_losses() -> list[str]:
+    """Names that `create_feature_loss` takes, sorted."""
+    return sorted(_FEATURE_LOSSES)
+
+
+def create_feature_loss(name: str) -> nn.Module:
+    """Create the feature loss called `name`, a module `([b, m], [b, m]) -> []`.
+
+    Raises:
+        UsageError: Unknown name; the message lists the known ones.
+    """
+    if name not in _FEATURE_LOSSES:
+        raise UsageError(f"unknown feature loss '{name}': choose from {', '.join(list_feature_losses())}")
+    return _FEATURE_LOSSES[name]()
+
+
+def _full_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _direction(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / |x|, and zero with a zero gradient where |x| <= eps: such a row has no direction to learn from.
+
+    Dividing by max(|x|, eps) instead is finite too, but its gradient there is 1 / eps.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    has_direction = norm > eps
+    return x * (has_direction / torch.where(has_direction, norm, 1.0))
+
+
+@register_feature_loss('direction')
+class DirectionLoss(nn.Module):
+    """Direction alignment, mean over the batch of 1 - cos(p, t) (PEFD, arXiv 2210.15274, eq. 2).
+
+    Computed in float32 (float64 stays) outside autocast. A feature without a direction (norm <= eps) costs 1 and has
+    a zero gradient.
+
+    Args:
+        eps: Norm at or under which a feature counts as zero.
+
+    Shapes:
+        `([b, m], [b, m]) -> []`, a value in [0, 2].
+    """
+
+    def __init__(self, eps: float = 1e-8):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(projected.device.type, enabled=False):
+            projected, teacher = _full_precision(projected, teacher)
+            cosine = (_direction(projected, self.eps) * _direction(teacher, self.eps)).sum(dim=-1)
+            return (1.0 - cosine).mean()
+
+
+@register_feature_loss('mse')
+class MseLoss(nn.Module):
+    """Mean squared error over batch and width, in float32 outside autocast (FitNets, arXiv 1412.6550, eq. 3).
+
+    Shapes:
+        `([b, m], [b, m]) -> []`.
+    """
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(projected.device.type, enabled=False):
+            return F.mse_loss(*_full_precision(projected, teacher))
+
+
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logit distillation, T^2 KL(teacher || student), mean over the batch (Hinton et al., arXiv 1503.02531, sec. 2).
+
+    Computed in float32 outside autocast.
+
+    Args:
+        student_logits: `[b, c]`.
+        teacher_logits: `[b, c]`.
+        temperature: T > 0, divides both logits.
+
+    Returns:
+        A scalar.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        student_logits, teacher_logits = _full_precision(student_logits, teacher_logits)
+        return temperature**2 * F.kl_div(
+            F.log_softmax(student_logits / temperature, dim=-1),
+            F.log_softmax(teacher_logits / temperature, dim=-1),
+            reduction='batchmean',
+            log_target=True,
+        )

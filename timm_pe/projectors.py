@@ -1,0 +1,223 @@
+"""Projectors from the student's feature space to the teacher's, and their ensemble (PEFD, arXiv 2210.15274, sec. 3).
+
+To add one: a function or class `(in_dim, out_dim, act) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
+`@register_projector('name')`. The ensemble then builds q of them, each with its own random init.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .errors import UsageError
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {'relu': F.relu, 'none': lambda x: x}
+
+_PROJECTORS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Decorator: make a projector known under `name` to `create_projector` and `--pe-projector`.
+
+    Args:
+        name: New name. A name that exists is refused.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if name in _PROJECTORS:
+            raise ValueError(f"projector '{name}' is registered already ({_PROJECTORS[name]}): choose another name")
+        _PROJECTORS[name] = factory
+        return factory
+
+    return register
+
+
+def list_projectors() -> list[str]:
+    """Names that `create_projector` takes, sorted."""
+    return sorted(_PROJECTORS)
+
+
+def get_projector(name: str) -> Callable[..., nn.Module]:
+    """The registered factory called `name`.
+
+    Raises:
+        UsageError: Unknown name; the message lists the known ones.
+    """
+    if name not in _PROJECTORS:
+        raise UsageError(f"unknown projector '{name}': choose from {', '.join(list_projectors())}")
+    return _PROJECTORS[name]
+
+
+def create_projector(name: str, in_dim: int, out_dim: int, act: str = 'relu') -> nn.Module:
+    """Create one projector `[b, in_dim] -> [b, out_dim]`.
+
+    Args:
+        name: A registered name, see `list_projectors`.
+        in_dim: Width d of the student's feature.
+        out_dim: Width m of the teacher's feature.
+        act: Activation of the output, 'relu' (the paper's) or 'none'.
+
+    Raises:
+        UsageError: Unknown name or activation, or dims that this projector cannot map.
+    """
+    factory = get_projector(name)
+    _check_act(act)
+    return factory(in_dim, out_dim, act)
+
+
+def _check_act(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise UsageError(f"unknown projector activation '{act}': choose from {', '.join(ACTIVATIONS)}")
+
+
+class Projector(nn.Module):
+    """Base of the built-in projectors: an output activation that may be set after construction."""
+
+    def __init__(self, act: str = 'relu'):
+        super().__init__()
+        self.act = act
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        return ACTIVATIONS[self.act](x)
+
+
+@register_projector('linear')
+class LinearProjector(Projector):
+    """act(W x + b), the projector of the paper."""
+
+    def __init__(self, in_dim: int, out_dim: int, act: str = 'relu'):
+        super().__init__(act)
+        self.fc = nn.Linear(in_dim, out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activate(self.fc(x))
+
+
+@register_projector('mlp')
+class MlpProjector(Projector):
+    """act(W2 relu(W1 x + b1) + b2) with a hidden layer as wide as the teacher's feature."""
+
+    def __init__(self, in_dim: int, out_dim: int, act: str = 'relu'):
+        super().__init__(act)
+        self.fc1 = nn.Linear(in_dim, out_dim)
+        self.fc2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activate(self.fc2(F.relu(self.fc1(x))))
+
+
+@register_projector('identity')
+class IdentityProjector(Projector):
+    """The student's feature as it is: the paper's baseline without a projector. No activation is applied."""
+
+    trainable = False
+
+    def __init__(self, in_dim: int, out_dim: int, act: str = 'none'):
+        if in_dim != out_dim:
+            raise UsageError(
+                f"projector 'identity' needs equal feature widths, the student has {in_dim} and the teacher {out_dim}: "
+                f"use 'linear'"
+            )
+        super().__init__('none')
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class _StackedLinear(LinearProjector):
+    """q linear projectors as one matmul, `[b, d] -> [b, q, m]`.
+
+    PyTorch's default init of a Linear depends on its input width alone, so one Linear(d, q * m) starts as q
+    independent Linear(d, m) do, and element-wise optimizers (SGD, Adam, ...) train it as such. LAMB, LARS and Muon,
+    which look at a whole matrix, see one matrix.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, act: str, num_projectors: int):
+        super().__init__(in_dim, num_projectors * out_dim, act)
+        self.num_projectors = num_projectors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).unflatten(-1, (self.num_projectors, -1))
+
+
+class _Stacked(nn.ModuleList):
+    """Any q projectors side by side, `[b, d] -> [b, q, m]`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([projector(x) for projector in self], dim=1)
+
+
+class ProjectorEnsemble(nn.Module):
+    """Mean of q projectors: p = 1/q sum_k act(W_k s + b_k) (PEFD, arXiv 2210.15274, sec. 3.2).
+
+    Args:
+        in_dim: Width d of the student's feature.
+        out_dim: Width m of the teacher's feature.
+        num_projectors: q, the number of projectors.
+        projector: Kind of projector, see `list_projectors`.
+        act: 'relu' (the paper's), 'none' (teacher features of both signs), or 'auto' (to be set through the
+            attribute `act` before the first forward; `ProjectorEnsembleTask` does that from the teacher's features).
+
+    Shapes:
+        forward: `[b, d] -> [b, m]`; project: `[b, d] -> [b, q, m]`, each projector's own output.
+
+    Raises:
+        UsageError: q < 1, an unknown projector or activation, or 'identity' with q > 1 or unequal widths.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_projectors: int = 3,
+        projector: str = 'linear',
+        act: str = 'relu',
+    ):
+        super().__init__()
+        factory = get_projector(projector)
+        if num_projectors < 1:
+            raise UsageError(f'number of projectors must be 1 or more, got {num_projectors}')
+        if not getattr(factory, 'trainable', True):
+            if num_projectors > 1:
+                raise UsageError(
+                    f"projector '{projector}' has nothing to train, so {num_projectors} of them are one: use 1 projector"
+                )
+            act = 'none'
+        if act != 'auto':
+            _check_act(act)
+        self.in_dim, self.out_dim, self.num_projectors, self.projector = in_dim, out_dim, num_projectors, projector
+        self._act = act
+        built_act = 'relu' if act == 'auto' else act
+        if factory is LinearProjector:
+            self.projectors = _StackedLinear(in_dim, out_dim, built_act, num_projectors)
+        else:
+            self.projectors = _Stacked(factory(in_dim, out_dim, built_act) for _ in range(num_projectors))
+
+    @property
+    def act(self) -> str:
+        """Activation of the projectors' output: 'relu', 'none', or 'auto' as long as it is undecided."""
+        return self._act
+
+    @act.setter
+    def act(self, act: str) -> None:
+        _check_act(act)
+        self._act = act
+        for module in self.projectors.modules():
+            if isinstance(module, Projector) and not isinstance(module, IdentityProjector):
+                module.act = act
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Each projector's output, `[b, d] -> [b, q, m]`."""
+        if self._act == 'auto':
+            raise RuntimeError("projector activation is 'auto' and undecided: set .act to 'relu' or 'none' first")
+        return self.projectors(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project(x).mean(dim=1)
+
+    def extra_repr(self) -> str:
+        return f'{self.num_projectors} x {self.projector}({self.in_dim}, {self.out_dim}), act={self._act}'

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Train a timm model, with a teacher: timm's ImageNet training and Projector Ensemble Feature Distillation.
+
+python train_distill.py DATA --model resnet18 --teacher resnet34
+./distributed_train.sh 8 DATA --model resnet18 --teacher resnet34 --pe-projectors 3
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from timm_pe.args import exit_with_error, parse_args
+from timm_pe.data import create_data, create_datasets
+from timm_pe.engine import NonFiniteLoss
+from timm_pe.errors import UsageError
+from timm_pe.fit import (
+    announce,
+    check_teacher,
+    create_run_task,
+    create_run_teacher,
+    create_trainer,
+    evaluate_checkpoint,
+    fit,
+    open_run_folder,
+)
+from timm_pe.logs import setup_logging
+from timm_pe.models import check_names, create_student
+from timm_pe.runtime import setup_runtime
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake ends the run with one line and exit code 2, a loss that diverged with one line and code 1."""
+    try:
+        yield
+    except UsageError as e:
+        exit_with_error(str(e))
+    except NonFiniteLoss as e:
+        exit_with_error(f'{e}: the run stops, its last good checkpoint is kept', code=1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """A run, stage by stage.
+
+    Args:
+        argv: Command line; None takes that of the process.
+    """
+    args, args_text = parse_args(argv)
+    setup_logging()
+    with one_line_errors():
+        check_names(args)
+        runtime = setup_runtime(args)
+        datasets = create_datasets(args)
+        student = create_student(args)
+        data = create_data(args, datasets, student, runtime)
+        if args.evaluate:
+            evaluate_checkpoint(args, student, data, runtime)
+            return
+        teacher = create_run_teacher(args, student, data, runtime)
+        task = create_run_task(args, student, teacher, runtime)
+        trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime)
+        check_teacher(args, teacher, data, student.num_classes, runtime)
+        folder = open_run_folder(args, args_text, trainer, start_epoch)
+        announce(args, trainer, teacher, folder)
+        fit(trainer, start_epoch, num_epochs, folder)
+
+
+if __name__ == '__main__':
+    main()
