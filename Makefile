@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry
 
 test-registry: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -s tests/registry
+	$(BIN)/python -m pytest -s tests/registry
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

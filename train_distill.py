@@ -6,6 +6,7 @@ python train_distill.py DATA --model resnet18 --teacher resnet34
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -43,14 +44,15 @@ def one_line_errors() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
     """A run, stage by stage.
 
     Args:
         argv: Command line; None takes that of the process.
+        log_level: What to say at least.
     """
     args, args_text = parse_args(argv)
-    setup_logging()
+    setup_logging(log_level)
     with one_line_errors():
         check_names(args)
         runtime = setup_runtime(args)

@@ -41,11 +41,15 @@ CLASSIFIERS = {
     'mlp': _timm('test_mambaout'),
     '1x1 conv': _timm('dla46x_c'),
     'head module': _timm('sequencer2d_s', 56, layers=(1,) * 4, embed_dims=(16,) * 4, hidden_sizes=(8,) * 4),
-    'head module with a norm': _timm('samvit_base_patch16_224', img_size=64, embed_dim=32, depth=1, num_heads=2),
+    'head module that pools a map': _timm('samvit_base_patch16_224', img_size=64, embed_dim=32, depth=1, num_heads=2),
+    'head module with a hidden layer': _timm(
+        'samvit_base_patch16_224', img_size=64, embed_dim=32, depth=1, num_heads=2, head_hidden_size=24
+    ),
     'attention pool': lambda **kwargs: (_byobnet(**kwargs).eval(), _images(64)),
     'two heads with one input': _timm('levit_128s', img_size=64, depth=(1, 1, 1)),
     'two heads on two tokens': _timm('deit_tiny_distilled_patch16_224', img_size=64, depth=1),
     'two heads on two pooled tokens': _timm('pit_ti_distilled_224', img_size=64, depth=(1, 1, 1)),
+    'two heads, one left out': _timm('efficientformerv2_s0', img_size=64, distillation=False),
     'two heads on a map': _timm('swiftformer_xs'),
     'a head a branch': _timm(
         'crossvit_tiny_240', 240, depth=[[1, 1, 0]], embed_dim=(32, 16), num_heads=(2, 2), mlp_ratio=(1.0, 1.0, 1.0)
@@ -137,7 +141,7 @@ def test_width_counts_what_pooling_doubles():
         assert tap.pop().shape == (2, tap.width) == (2, 2 * 96)
 
 
-@pytest.mark.parametrize('kind', [kind for kind in CLASSIFIERS if kind.startswith('two heads')])
+@pytest.mark.parametrize('kind', [kind for kind in CLASSIFIERS if kind.startswith('two heads ')])
 @pytest.mark.parametrize('num_classes', [10, 0])
 def test_feature_in_distilled_training_is_the_one_of_eval(kind, num_classes):
     model, x = CLASSIFIERS[kind](num_classes=num_classes)
@@ -151,17 +155,22 @@ def test_feature_in_distilled_training_is_the_one_of_eval(kind, num_classes):
     torch.testing.assert_close(tap.pop(), feature)
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_efficientnet', 'test_convnext'])
-def test_logits_and_feature_share_one_dropout_mask(name):
-    model = timm.create_model(name, drop_rate=0.5).train()
+@pytest.mark.parametrize(
+    'kind', [kind for kind in CLASSIFIERS if kind.startswith(('linear', 'head module')) and 'pooled' not in kind]
+)
+def test_logits_and_feature_share_one_dropout_mask(kind):
+    model, x = CLASSIFIERS[kind](drop_rate=0.5)
+    model.train()
+    classifier = model.get_classifier()
+    classifier = getattr(classifier, 'fc', classifier)
     entered = []
-    model.get_classifier().register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    classifier.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     tap = FeatureTap(model)
-    logits = model(_images(160))
+    logits = model(x)
     feature = tap.pop()
     assert feature is entered[0]
     assert (feature == 0).float().mean() > 0.3
-    torch.testing.assert_close(model.get_classifier()(feature), logits)
+    torch.testing.assert_close(classifier(feature), logits)
 
 
 @every_classifier
@@ -321,6 +330,21 @@ def test_classifier_put_in_by_hand_is_tapped(classifier):
         assert tap.width == 96
 
 
+def test_classifier_of_an_unknown_kind_is_tapped():
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.prototypes = nn.Parameter(torch.randn(5, 96))
+
+        def forward(self, x):
+            return nn.functional.cosine_similarity(x[:, None], self.prototypes, dim=-1)
+
+    model, x = timm.create_model('test_resnet').eval(), _images(64)
+    model.fc = Cosine()
+    trainable = Trainable(model)
+    torch.testing.assert_close(trainable(x)[1], model.forward_head(model.forward_features(x), pre_logits=True))
+
+
 @pytest.mark.parametrize(
     ('name', 'path', 'width'),
     [
@@ -374,9 +398,9 @@ def test_unknown_path_is_refused_with_names_that_exist(path, told):
         FeatureTap(timm.create_model('test_resnet'), path)
 
 
-def test_path_whose_width_nothing_tells_is_refused():
-    with pytest.raises(ValueError, match="'global_pool' of ResNet.*Tap a module with weights"):
-        FeatureTap(timm.create_model('test_resnet'), 'global_pool')
+def test_path_whose_width_nothing_tells_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match='how wide the penultimate feature of ResNet is.*path='):
+        FeatureTap(torchvision.models.resnet18(), 'avgpool')
 
 
 def test_model_that_is_not_timms_is_refused_with_the_remedy():
@@ -388,12 +412,21 @@ def test_model_that_is_not_timms_is_refused_with_the_remedy():
         FeatureTap(timm.create_model('test_resnet', features_only=True))
 
 
+def test_model_that_does_not_find_its_own_classifier_is_refused_with_the_remedy():
+    model = timm.create_model('shvit_s1').eval().fuse()
+    with pytest.raises(ValueError, match='SHViT does not find its own classifier.*path='):
+        FeatureTap(model)
+    tap = FeatureTap(model, 'head')
+    model(_images(64))
+    assert tap.pop().shape == (2, tap.width)
+
+
 def test_encoder_that_does_not_tell_its_width_is_refused_with_the_remedy():
     class Encoder(nn.Module):
         def forward_features(self, x):
             return x
 
-    with pytest.raises(ValueError, match='Encoder has no classifier.*path='):
+    with pytest.raises(ValueError, match='how wide the penultimate feature of Encoder is.*path='):
         FeatureTap(Encoder())
 
 

@@ -97,6 +97,7 @@ def create_parser() -> Parser:
     """The parser of the whole command line."""
     parser = Parser(
         prog='train_distill',
+        usage='train_distill [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME] [--flag VALUE ...]',
         description="timm's ImageNet training with a teacher: projector ensemble feature distillation",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 from timm.data.model_config import resolve_input_data_config
@@ -263,22 +264,25 @@ class DigitsReader(Reader):
         digits = load_digits()
         halves = train_test_split(np.arange(len(digits.target)), test_size=0.5, stratify=digits.target, random_state=0)
         self.indices = halves[0 if 'train' in split else 1]
-        self.images = (digits.images[self.indices] * (255 / 16)).round().astype(np.uint8)
+        images = (digits.images[self.indices] * (255 / 16)).round().astype(np.uint8)
+        self.files = [_png(image) for image in images]
         self.targets = digits.target[self.indices]
         self.class_to_idx = {str(c): c for c in range(10)}
 
     def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        from PIL import Image
-
-        file = io.BytesIO()
-        Image.fromarray(self.images[index]).save(file, 'png')
-        return file, int(self.targets[index])
+        return io.BytesIO(self.files[index]), int(self.targets[index])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return f'digits/{self.indices[index]}'
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, 'png')
+    return file.getvalue()
 
 
 _BUILT_IN_READERS = {'sklearn/digits': DigitsReader}

@@ -23,10 +23,10 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup_logging() -> None:
-    """Plain messages on the primary rank, errors only on the others."""
+def setup_logging(level: int = logging.INFO) -> None:
+    """Plain messages from `level` up on the primary rank, errors only on the others."""
     is_primary = world_info_from_env()[1] == 0
-    setup_default_logging(default_level=logging.INFO if is_primary else logging.ERROR)
+    setup_default_logging(default_level=level if is_primary else logging.ERROR)
     # it would list all files that are kept, after every epoch
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     root = logging.getLogger()

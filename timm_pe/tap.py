@@ -124,15 +124,9 @@ def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
 def _tap_classifier(model: nn.Module) -> list[list[_Site]]:
     """Hook what classifies in a timm model: alternative heads in the outer list, branches of a head in the inner."""
     heads = _classifiers(model)
-    if any(_in_width(layer) for branches in heads for layer in branches):
+    if any(_in_width(layer) or any(True for _ in layer.parameters()) for branches in heads for layer in branches):
         return [[_tap_layer(model, layer) for layer in branches] for branches in heads]
-    width = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
-    if not width:
-        raise UsageError(
-            f'{type(model).__name__} has no classifier, and no head_hidden_size or num_features that tells the width of '
-            'its output. Name the module that its feature enters (path=).'
-        )
-    return [[_Site(model, width, output=True)]]
+    return [[_Site(model, _declared_width(model), output=True)]]
 
 
 def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
@@ -148,11 +142,14 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
         )
     try:
         classifier = model.get_classifier()
-    except AttributeError:
+    except AttributeError as e:
         # where the classifier is a part of the head, num_classes=0 may leave nothing to get it from
-        if getattr(model, 'num_classes', None) != 0:
-            raise
-        return []
+        if getattr(model, 'num_classes', None) == 0:
+            return []
+        raise UsageError(
+            f'{type(model).__name__} does not find its own classifier ({e}). '
+            'Name the module that the penultimate feature enters (path=).'
+        ) from e
     heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
     return [[_final_layer(x) for x in (head if isinstance(head, nn.ModuleList) else [head])] for head in heads]
 
@@ -165,11 +162,11 @@ def _final_layer(head: nn.Module) -> nn.Module:
 def _tap_layer(model: nn.Module, layer: nn.Module) -> _Site:
     parent = next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
     others = [x for x in parent.children() if x is not layer and not isinstance(x, nn.Dropout)]
-    if others and all(isinstance(x, nn.BatchNorm1d) for x in others):
-        # a norm and a linear layer in one module classify together
-        return _Site(parent, _in_width(parent))
+    # a norm of pooled vectors and a linear layer that share a module classify together
+    hooked = parent if others and all(isinstance(x, nn.BatchNorm1d) for x in others) else layer
     # attention pooling may classify every token and pool after that
-    return _Site(layer, _in_width(layer), pools_token=getattr(parent, 'pool_type', None) == 'token')
+    pools_token = getattr(parent, 'pool_type', None) == 'token'
+    return _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
 
 
 def _tap_path(model: nn.Module, path: str) -> _Site:
@@ -177,13 +174,7 @@ def _tap_path(model: nn.Module, path: str) -> _Site:
     if path not in modules:
         names = difflib.get_close_matches(path, modules, n=5) or [name for name, _ in model.named_children()]
         raise UsageError(f'{type(model).__name__} has no module {path!r} to tap, but has {", ".join(names)}.')
-    width = _in_width(modules[path])
-    if width is None:
-        raise UsageError(
-            f'Nothing in {path!r} of {type(model).__name__} ({type(modules[path]).__name__}) tells how wide its input '
-            'is. Tap a module with weights, or what contains one.'
-        )
-    return _Site(modules[path], width)
+    return _Site(modules[path], _in_width(modules[path]) or _declared_width(model))
 
 
 def _in_width(module: nn.Module) -> int | None:
@@ -194,3 +185,14 @@ def _in_width(module: nn.Module) -> int | None:
             if width:
                 return width if isinstance(width, int) else width[-1]
     return None
+
+
+def _declared_width(model: nn.Module) -> int:
+    """Number of channels of the penultimate feature as a timm model declares it, for layers that don't tell."""
+    width = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
+    if not width:
+        raise UsageError(
+            f'Nothing tells how wide the penultimate feature of {type(model).__name__} is. '
+            'Name a module with weights, or one that contains some, that the feature enters (path=).'
+        )
+    return width

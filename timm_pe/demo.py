@@ -1,0 +1,192 @@
+"""The project in four minutes: a teacher, a student alone, and the same student with the teacher, on real digits.
+
+    python -m timm_pe.demo [--output DIR] [--seeds N]
+
+Drives train_distill itself and leaves the runs, results.json, curves.png and the distilled student in DIR.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import train_distill
+
+from .args import exit_with_error
+from .version import __version__
+
+DATA = ['--dataset', 'sklearn/digits', '--num-classes', '10', '--img-size', '64', '-j', '0']
+AUGMENTATION = [
+    '--scale',
+    '0.6',
+    '1',
+    '--ratio',
+    '0.9',
+    '1.1',
+    '--hflip',
+    '0',
+    '--color-jitter',
+    '0',
+    '--smoothing',
+    '0',
+]
+TEACHER = ['--model', 'test_resnet', '--epochs', '10', '-b', '32', '--opt', 'momentum', '--lr', '0.05', '--weight-decay', '5e-4', '--warmup-epochs', '1']  # fmt: skip
+STUDENT = ['--model', 'test_vit', '--epochs', '15', '-b', '64', '--opt', 'adamw', '--lr', '1e-3', '--weight-decay', '0.05', '--warmup-epochs', '1']  # fmt: skip
+
+
+def run(name: str, argv: list[str], output: Path) -> dict:
+    """One run of train_distill.
+
+    Returns:
+        `top1` in percent after the last epoch, `curve` after each epoch, `params`, `seconds`, and the `command`.
+    """
+    folder = output / 'runs' / name
+    device = ['--device', 'cuda' if torch.cuda.is_available() else 'cpu']
+    argv = [*DATA, *AUGMENTATION, *argv, *device, '--output', str(output / 'runs'), '--experiment', name]
+    start = time.perf_counter()
+    train_distill.main(argv, log_level=logging.WARNING)
+    seconds = time.perf_counter() - start
+    with open(folder / 'summary.csv', newline='') as f:
+        curve = [float(row['eval_top1']) for row in csv.DictReader(f)]
+    model = timm.create_model(argv[argv.index('--model') + 1], num_classes=10)
+    return {
+        'top1': curve[-1],
+        'curve': curve,
+        'params': sum(p.numel() for p in model.parameters()),
+        'seconds': seconds,
+        'command': ' '.join(['train-distill', *argv]),
+    }
+
+
+def run_all(output: Path, seeds: int) -> dict[str, list[dict]]:
+    """The teacher once, the student alone and with the teacher for each seed, with a line said after each."""
+    total = 1 + 2 * seeds
+    runs = {'teacher': [], 'student': [], 'student_pe': []}
+
+    def add(kind: str, name: str, argv: list[str]) -> None:
+        result = run(name, argv, output)
+        runs[kind].append(result)
+        done = sum(map(len, runs.values()))
+        print(f'[{done}/{total}] {name:<18} top-1 {result["top1"]:6.2f} %   {result["seconds"]:5.1f} s', flush=True)
+
+    add('teacher', 'teacher', TEACHER)
+    with_teacher = ['--teacher', TEACHER[1], '--teacher-checkpoint', str(output / 'runs' / 'teacher')]
+    for seed in range(1, seeds + 1):
+        add('student', f'student-{seed}', [*STUDENT, '--seed', str(seed)])
+        add('student_pe', f'student_pe-{seed}', [*STUDENT, '--seed', str(seed), *with_teacher])
+    return runs
+
+
+def summarize(runs: dict[str, list[dict]]) -> dict:
+    """Means over the seeds, as they go into results.json."""
+    results = {}
+    for kind, of_kind in runs.items():
+        top1 = [r['top1'] for r in of_kind]
+        results[kind] = {
+            'top1': statistics.mean(top1),
+            'top1_std': statistics.stdev(top1) if len(top1) > 1 else None,
+            'top1_of_seeds': top1,
+            'params': of_kind[0]['params'],
+            'seconds': statistics.mean(r['seconds'] for r in of_kind),
+            'command': of_kind[0]['command'],
+        }
+    differences = [b['top1'] - a['top1'] for a, b in zip(runs['student'], runs['student_pe'], strict=True)]
+    results['difference'] = {'top1': statistics.mean(differences), 'top1_of_seeds': differences}
+    results['versions'] = {
+        'timm_pe': __version__,
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'python': platform.python_version(),
+    }
+    results['hardware'] = {'device': 'cuda' if torch.cuda.is_available() else 'cpu', 'threads': torch.get_num_threads()}
+    return results
+
+
+def format_table(results: dict) -> str:
+    """The table that the demo ends with."""
+    seeds = len(results['student']['top1_of_seeds'])
+    rows = [('', 'parameters', 'top-1 %', 'seconds')]
+    for kind, label in (('teacher', 'teacher'), ('student', 'student alone'), ('student_pe', 'student + teacher')):
+        r = results[kind]
+        spread = f' +- {r["top1_std"]:.2f}' if r['top1_std'] is not None else ''
+        rows.append((label, f'{r["params"]:,}', f'{r["top1"]:.2f}{spread}', f'{r["seconds"]:.1f}'))
+    lines = [f'{a:<19}{b:>12}{c:>18}{d:>10}' for a, b, c, d in rows]
+    d = results['difference']
+    better = sum(x > 0 for x in d['top1_of_seeds'])
+    lines.append(f'The teacher adds {d["top1"]:+.2f} points (mean of {seeds} seeds, better in {better} of {seeds}).')
+    return '\n'.join(lines)
+
+
+def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """Validation top-1 by epoch: mean and range over the seeds, and where the teacher ended."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    for kind, label, color in (
+        ('student', 'student alone', '#c25b2a'),
+        ('student_pe', 'student + teacher', '#1f6fb2'),
+    ):
+        curves = [r['curve'] for r in runs[kind]]
+        epochs = range(1, len(curves[0]) + 1)
+        by_epoch = list(zip(*curves, strict=True))
+        axes.plot(
+            epochs, [statistics.mean(v) for v in by_epoch], color=color, label=f'{label} (mean of {len(curves)} seeds)'
+        )
+        axes.fill_between(epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=color, alpha=0.2, lw=0)
+    axes.axhline(runs['teacher'][0]['top1'], color='0.4', ls='--', lw=1, label='teacher')
+    axes.set(
+        xlabel='epoch',
+        ylabel='validation top-1 (%)',
+        title='Handwritten digits: one student, without and with a teacher',
+    )
+    axes.legend(loc='lower right')
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo.
+
+    Args:
+        argv: Command line; None takes that of the process.
+    """
+    parser = argparse.ArgumentParser(prog='python -m timm_pe.demo', description=__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, default=Path('demo_output'), help='folder to write into')
+    parser.add_argument('--seeds', type=int, default=3, help='seeds to average over')
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f'--seeds must be 1 or more, got {args.seeds}')
+    try:
+        os.makedirs(args.output / 'runs', exist_ok=True)
+    except OSError as e:
+        exit_with_error(f"--output: cannot write into '{args.output}' ({e.strerror})")
+    print(f'{TEACHER[1]} teaches {STUDENT[1]} the 1,797 digits of scikit-learn, {1 + 2 * args.seeds} runs:', flush=True)
+    start = time.perf_counter()
+    runs = run_all(args.output, args.seeds)
+    results = summarize(runs)
+    results['total_seconds'] = time.perf_counter() - start
+    (args.output / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+    shutil.copyfile(args.output / 'runs' / 'student_pe-1' / 'student.safetensors', args.output / 'student.safetensors')
+    try:
+        plot_curves(runs, args.output / 'curves.png')
+    except ImportError:
+        print("no curves.png: pip install 'timm_pe[demo]' brings matplotlib", file=sys.stderr)
+    print(f'\n{format_table(results)}\n\n{args.output}: results.json, curves.png, student.safetensors, runs/')
+
+
+if __name__ == '__main__':
+    main()
