@@ -165,6 +165,95 @@ def test_a_teacher_that_cannot_be_had_is_one_line_with_a_remedy(name, message):
     assert '\n' not in str(e.value)
 
 
-def test_another_number_of_channels_is_refused(model):
-    with pytest.raises(UsageError, match='student sees 1 channels and the teacher 3'):
-        create_teacher(model, input_mean=(0.5,), input_std=(0.5,))
+def test_numbers_of_channels_other_than_1_and_3_are_refused(model):
+    with pytest.raises(UsageError, match='student sees 2 channels and the teacher 3'):
+        create_teacher(model, input_mean=(0.5,) * 2, input_std=(0.5,) * 2)
+
+
+def test_a_colour_teacher_sees_a_grey_batch_in_three_equal_channels():
+    model = timm.create_model('resnet10t', num_classes=3).eval()
+    pixels = torch.rand(2, 1, 64, 64)
+    teacher = create_teacher(model, input_mean=(0.1,), input_std=(0.3,))
+    cfg = model.pretrained_cfg
+    own = (pixels.expand(-1, 3, -1, -1) - torch.tensor(cfg['mean']).view(3, 1, 1)) / torch.tensor(cfg['std']).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(teacher.adapt_input((pixels - 0.1) / 0.3), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grey_teacher_sees_a_colour_batch_as_pil_would_convert_it():
+    import numpy as np
+    from PIL import Image
+
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    grey = torch.from_numpy(np.array(Image.fromarray(array).convert('L'))) / 255
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    x = ((torch.from_numpy(array).permute(2, 0, 1) / 255 - mean) / std)[None]
+    model = timm.create_model('cifar_resnet8', num_classes=3, in_chans=1)
+    teacher = create_teacher(model, input_mean=mean.flatten().tolist(), input_std=std.flatten().tolist(), mean=(0.4,), std=(0.2,))  # fmt: skip
+    own = (grey - 0.4) / 0.2
+    assert teacher.adapt_input(x).shape == (1, 1, 16, 16)
+    # PIL rounds to whole grey levels
+    torch.testing.assert_close(teacher.adapt_input(x)[0, 0], own, rtol=0, atol=0.6 / 255 / 0.2)
+
+
+def test_a_teacher_that_cannot_take_the_students_size_sees_its_own():
+    fixed = create_teacher('vit_tiny_patch16_224', pretrained=False, model_kwargs={'img_size': 64})
+    flexible = create_teacher('resnet10t', pretrained=False)
+    asked = create_teacher('resnet10t', pretrained=False, input_size=48)
+    x = torch.randn(2, 3, 32, 32)
+    assert fixed.adapt_input(x).shape == (2, 3, 64, 64)
+    assert flexible.adapt_input(x).shape == (2, 3, 32, 32)
+    assert asked.adapt_input(x).shape == (2, 3, 48, 48)
+    # decided for each size on its own, as a schedule of training sizes needs
+    assert fixed.adapt_input(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+    assert fixed(x).feature.shape == (2, 192)
+
+
+def test_the_resize_is_bicubic_with_antialiasing():
+    import torch.nn.functional as F
+
+    teacher = create_teacher('resnet10t', pretrained=False, input_size=24)
+    x = torch.randn(2, 3, 64, 64)
+    expected = F.interpolate(x, (24, 24), mode='bicubic', antialias=True, align_corners=False)
+    torch.testing.assert_close(teacher.adapt_input(x), expected)
+
+
+def test_a_module_that_takes_no_size_it_is_given_is_refused():
+    module = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)
+    )
+    teacher = create_teacher(module, tap='3')
+    assert teacher(torch.randn(2, 3, 8, 8)).feature.shape == (2, 16)
+    with pytest.raises(UsageError, match='Sequential cannot take 9x9 images .* give its own input size'):
+        teacher(torch.randn(2, 3, 9, 9))
+
+
+def test_a_torchvision_model_teaches_through_a_named_tap():
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    teacher = create_teacher(model, tap='fc')
+    out = teacher(torch.randn(2, 3, 64, 64))
+    assert out.feature.shape == (2, 512)
+    torch.testing.assert_close(model.fc(out.feature), out.logits)
+
+
+def test_another_number_of_classes_than_the_checkpoints_is_fine_where_logits_are_not_used(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(UsageError, match=r'other shapes \(head.weight \[7, 64\] for \[3, 64\]'):
+        create_teacher('test_vit', checkpoint=tmp_path / 'w.pth', num_classes=3)
+    teacher = create_teacher('test_vit', checkpoint=tmp_path / 'w.pth', num_classes=3, needs_logits=False)
+    x = torch.randn(2, 3, 160, 160)
+    assert teacher(x).logits.shape == (2, 3)
+    assert torch.equal(teacher(x).feature, create_teacher('test_vit', checkpoint=tmp_path / 'w.pth')(x).feature)
+
+
+def test_a_checkpoint_without_a_classifier_is_a_teacher_of_features(tmp_path):
+    model = timm.create_model('test_vit', num_classes=0)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    teacher = create_teacher('test_vit', checkpoint=tmp_path / 'w.pth')
+    assert (teacher.num_classes, teacher.width) == (0, 64)
+    x = torch.randn(2, 3, 160, 160)
+    torch.testing.assert_close(teacher(x).feature, model.eval()(x))

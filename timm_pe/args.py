@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from timm.optim import list_optimizers
-from timm.utils import world_info_from_env
+from timm.utils import ParseKwargs, world_info_from_env
 
 from .args_timm import add_timm_args
 from .losses import list_feature_losses
@@ -20,6 +20,13 @@ _TEACHER_FLAGS = (
     'teacher_pretrained',
     'teacher_checkpoint',
     'teacher_eval',
+    'teacher_ema',
+    'teacher_num_classes',
+    'teacher_input_size',
+    'teacher_dtype',
+    'teacher_kwargs',
+    'teacher_tap',
+    'student_tap',
     'pe_projectors',
     'pe_projector',
     'pe_act',
@@ -32,6 +39,7 @@ _TEACHER_FLAGS = (
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': (None, 'float32', 'bfloat16', 'float16'),
+    'teacher_dtype': (None, 'float32', 'bfloat16', 'float16'),
     'clip_mode': ('norm', 'value', 'agc'),
     'dist_bn': ('', 'broadcast', 'reduce'),
     'lr_base_scale': ('', 'linear', 'sqrt'),
@@ -54,6 +62,8 @@ _AT_LEAST = {
     'val_interval': 1,
     'log_interval': 1,
     'pe_projectors': 1,
+    'teacher_num_classes': 0,
+    'teacher_input_size': 1,
     'recovery_interval': 0,
     'workers': 0,
     'seed': 0,
@@ -137,6 +147,47 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help='validate the teacher before the first epoch',
+    )
+    add(
+        '--teacher-ema',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='prefer the EMA weights of --teacher-checkpoint where it has some',
+    )
+    add(
+        '--teacher-num-classes',
+        metavar='N',
+        type=int,
+        default=None,
+        help="classes of the teacher; None: the checkpoint's, or what belongs to its name",
+    )
+    add(
+        '--teacher-input-size',
+        metavar='N',
+        type=int,
+        default=None,
+        help="side in pixels that the teacher sees (bicubic); None: the student's if its architecture can, else its own",
+    )
+    add(
+        '--teacher-dtype',
+        type=str,
+        default=None,
+        help="precision of the teacher: float32, bfloat16 or float16; None: float32, under the student's AMP",
+    )
+    add('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs, help='more arguments for the teacher, k=v ...')
+    add(
+        '--teacher-tap',
+        metavar='PATH',
+        type=str,
+        default=None,
+        help="module whose input is the teacher's feature; None: the classifier",
+    )
+    add(
+        '--student-tap',
+        metavar='PATH',
+        type=str,
+        default=None,
+        help="module whose input is the student's feature; None: the classifier",
     )
     add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
     add(

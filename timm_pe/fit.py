@@ -20,7 +20,7 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
 
 from . import checkpoints
-from .args import resolve_lr
+from .args import resolve_dtype, resolve_lr
 from .checkpoints import Saver
 from .data import Data, mixing_active, set_epoch
 from .engine import Trainer, evaluate, train_one_epoch
@@ -43,11 +43,18 @@ def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data,
         args.teacher,
         checkpoint=args.teacher_checkpoint,
         pretrained=args.teacher_pretrained,
-        in_chans=data.config['input_size'][0],
+        num_classes=args.teacher_num_classes,
+        use_ema=args.teacher_ema,
+        needs_logits=args.kd_loss_weight > 0,
+        model_kwargs=args.teacher_kwargs,
         what='--teacher',
         input_mean=data.config['mean'],
         input_std=data.config['std'],
+        input_size=args.teacher_input_size,
+        tap=args.teacher_tap,
         device=runtime.device,
+        dtype=resolve_dtype(args.teacher_dtype),
+        channels_last=args.channels_last,
     )
     if runtime.distributed:
         # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
@@ -85,6 +92,7 @@ def create_run_task(
         task_loss_weight=args.task_loss_weight,
         kd_loss_weight=args.kd_loss_weight,
         kd_temperature=args.kd_temperature,
+        student_tap=args.student_tap,
         **common,
     )
 

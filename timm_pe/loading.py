@@ -171,6 +171,15 @@ def _some(names: Iterable[str], limit: int = 4) -> str:
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '')
 
 
+def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` with the classifier that `model` has in the place of its own."""
+    classifiers = model.pretrained_cfg.get('classifier') or ()
+    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(f'{n}.' for n in names))}
+    _logger.info(f'The classifier of the checkpoint has another size, {", ".join(names)} stays random: it is not used.')
+    return {**{k: v for k, v in state_dict.items() if not k.startswith(tuple(f'{n}.' for n in names))}, **own}
+
+
 def classes_in_checkpoint(name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
     """Number of classes of a checkpoint of the architecture `name`, read off its classifier; None where unknown."""
     source, model_id = parse_model_name(name)

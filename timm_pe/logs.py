@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from timm.utils import setup_default_logging, update_summary, world_info_from_env
 from tqdm import tqdm
@@ -78,7 +79,7 @@ def start_table(
             'model': args.teacher,
             'parameters': f'{_count(count_params(teacher.model))} (frozen)',
             'classes': str(teacher.num_classes),
-            'input': size,
+            'input': _teacher_input(teacher, data.config['input_size']),
             'mean': _numbers(teacher.mean),
             'std': _numbers(teacher.std),
             'precision': str(teacher.dtype or describe_precision(args)).replace('torch.', ''),
@@ -90,6 +91,12 @@ def start_table(
     lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
     lines += [f'{name:<16}{value}' for name, value in _run_rows(args, runtime, task, data, teacher)]
     return '\n'.join(lines)
+
+
+def _teacher_input(teacher: Any, student_size: Sequence[int]) -> str:
+    height, width = teacher.size_for(torch.empty(1, *student_size, device=teacher.scale.device))
+    resized = '' if (height, width) == tuple(student_size[1:]) else ' (bicubic)'
+    return f'{len(teacher.mean)}x{height}x{width}{resized}'
 
 
 def _run_rows(

@@ -243,6 +243,11 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, teacher.feature)}
         loss = self.task_loss_weight * terms['task_loss'] + self.distill_loss_weight * terms['pe_loss']
         if self.kd_loss_weight:
+            if logits.shape != teacher.logits.shape:
+                raise UsageError(
+                    f'logits of the student {list(logits.shape)} and of the teacher {list(teacher.logits.shape)} cannot '
+                    f'be compared'
+                )
             terms['logit_loss'] = kd_loss(logits, teacher.logits, self.kd_temperature)
             loss = loss + self.kd_loss_weight * terms['logit_loss']
         return {'loss': loss, 'output': logits, **terms}
@@ -282,7 +287,7 @@ def _check_dim(name: str, given: int | None, measured: int) -> None:
 
 def _check_classes(student: nn.Module, teacher: Teacher) -> None:
     classes = getattr(student, 'num_classes', None)
-    if classes != teacher.num_classes:
+    if teacher.num_classes is not None and classes != teacher.num_classes:
         raise UsageError(
             f'logit distillation compares logits of equal classes, the student has {classes} and the teacher '
             f'{teacher.num_classes}: set the KD weight to 0 (features need no equal classes) or take another teacher'

@@ -1,18 +1,31 @@
 """The teacher: any model, found, loaded, frozen and fed as it was trained."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.model_config import resolve_input_data_config
 from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
-from .errors import UsageError
-from .loading import check_model_name, classes_in_checkpoint, create_timm_model, load_weights, read_state_dict
+from .errors import UsageError, one_line
+from .loading import (
+    check_model_name,
+    classes_in_checkpoint,
+    create_timm_model,
+    load_weights,
+    read_state_dict,
+    without_classifier,
+)
 from .tap import FeatureTap
+
+# weights of red, green and blue in a grey image (ITU-R BT.601), those of PIL's 'L'
+LUMA = (0.299, 0.587, 0.114)
 
 
 class TeacherOutput(NamedTuple):
@@ -31,19 +44,25 @@ class Teacher(nn.Module):
         model: The teacher's network.
         input_mean: Mean of the normalization that the *student's* batch went through, one value a channel.
         input_std: Its standard deviation.
+        input_size: Side in pixels that batches are resized to (bicubic). None leaves them as they are where the network
+            can take them, and else resizes to the network's own size.
         mean: The teacher's own mean; None reads its `pretrained_cfg` (ImageNet's where it has none).
         std: Its own standard deviation, likewise.
         tap: Path of the module whose input is the feature, for models that are not timm's.
         device: Where it runs.
         dtype: Its own precision; None leaves the model's and follows autocast.
+        channels_last: Run in memory format channels_last.
 
     Attributes:
         model: The network.
         width: Width m of its penultimate feature.
         num_classes: Number of its classes, None where the model doesn't tell.
+        mean: What its images are normalized with.
+        std: Likewise.
 
     Shapes:
-        forward: the student's batch `[b, ch, h, w]` -> `TeacherOutput`, without a graph.
+        forward: the student's batch `[b, ch, h, w]` -> `TeacherOutput`, without a graph. One channel becomes three, and
+        three become one (luma), where the teacher has another number than the student.
     """
 
     def __init__(
@@ -51,22 +70,29 @@ class Teacher(nn.Module):
         model: nn.Module,
         input_mean: Sequence[float] | None = None,
         input_std: Sequence[float] | None = None,
+        input_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         tap: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        channels_last: bool = False,
     ):
         super().__init__()
-        self.tap = FeatureTap(unwrap_model(model), tap)
-        self.model = model.requires_grad_(False).to(device=device, dtype=dtype)
+        network = unwrap_model(model)
+        self.tap = FeatureTap(network, tap)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)
         self.dtype = dtype
         self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.width = self.tap.width
-        self.num_classes: int | None = getattr(unwrap_model(model), 'num_classes', None)
-        cfg = getattr(unwrap_model(model), 'pretrained_cfg', None) or {}
-        self.mean = tuple(mean or cfg.get('mean') or IMAGENET_DEFAULT_MEAN)
-        self.std = tuple(std or cfg.get('std') or IMAGENET_DEFAULT_STD)
+        self.num_classes: int | None = getattr(network, 'num_classes', None)
+        own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
+        self.mean = tuple(mean or own.get('mean', IMAGENET_DEFAULT_MEAN))
+        self.std = tuple(std or own.get('std', IMAGENET_DEFAULT_STD))
+        self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
+        self.input_size = input_size
+        self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
         self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
         self.eval()
 
@@ -84,18 +110,27 @@ class Teacher(nn.Module):
             device: Where the batches are; None keeps the model's.
 
         Raises:
-            UsageError: Another number of channels than the teacher has.
+            UsageError: Numbers of channels that can't be made one another (1 and 3 can).
         """
-        if len(mean) != len(self.mean) or len(std) != len(self.std):
+        channels = len(mean), len(self.mean)
+        if channels[0] != channels[1] and set(channels) != {1, 3}:
             raise UsageError(
-                f'the student sees {len(mean)} channels and the teacher {len(self.mean)}: give both the same number'
+                f'the student sees {channels[0]} channels and the teacher {channels[1]}: only 1 and 3 can be converted'
             )
         self.input_mean, self.input_std = tuple(mean), tuple(std)
         device = device or next((p.device for p in self.model.parameters()), None)
-        values = torch.tensor([self.input_mean, self.input_std, self.mean, self.std], dtype=torch.float64)
-        input_mean, input_std, own_mean, own_std = values.view(4, 1, -1, 1, 1)
-        scale, shift = input_std / own_std, (input_mean - own_mean) / own_std
-        self.renormalizes = not (torch.equal(input_mean, own_mean) and torch.equal(input_std, own_std))
+
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+        scale = column(self.input_std) / column(self.std)
+        shift = (column(self.input_mean) - column(self.mean)) / column(self.std)
+        self.to_grey = channels == (3, 1)
+        if self.to_grey:
+            luma = column(LUMA)
+            scale = luma * column(self.input_std) / column(self.std)
+            shift = ((luma * column(self.input_mean)).sum(1, keepdim=True) - column(self.mean)) / column(self.std)
+        self.renormalizes = channels[0] != channels[1] or bool((scale != 1).any() or (shift != 0).any())
         self.register_buffer('scale', scale.float().to(device), persistent=False)
         self.register_buffer('shift', shift.float().to(device), persistent=False)
 
@@ -104,10 +139,44 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The student's batch in the teacher's normalization and precision, `[b, ch, h, w]` both."""
+        """The student's batch `[b, ch, h, w]` in the teacher's normalization, channels, size and precision."""
+        size = self.size_for(x)
         if self.renormalizes:
-            x = x.float() * self.scale + self.shift
-        return x.to(self.input_dtype)
+            x = x.float() * self.scale
+            x = (x.sum(1, keepdim=True) if self.to_grey else x) + self.shift
+        if size != x.shape[-2:]:
+            x = F.interpolate(x.float(), size, mode='bicubic', antialias=True)
+        return x.to(self.input_dtype, memory_format=self.memory_format)
+
+    def size_for(self, x: torch.Tensor) -> tuple[int, int]:
+        """Height and width in which the teacher sees a batch of the size of `x`; decided once for each size.
+
+        Raises:
+            UsageError: The network takes neither this size nor one of its own.
+        """
+        given = x.shape[-2], x.shape[-1]
+        if self.input_size is not None:
+            return self.input_size, self.input_size
+        if given not in self._size_of:
+            failure = self._try_size(given, x.device)
+            if failure and (self.own_size is None or self._try_size(self.own_size, x.device)):
+                raise UsageError(
+                    f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
+                    f'({one_line(failure, 120)}): give its own input size'
+                )
+            self._size_of[given] = self.own_size if failure else given
+        return self._size_of[given]
+
+    def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
+        """Why the network can't take images of `size`, None where it can."""
+        x = torch.zeros(1, len(self.mean), *size, device=device, dtype=self.input_dtype)
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                unwrap_model(self.model)(x)
+                self.tap.pop()
+        except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
+            return e
+        return None
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> TeacherOutput:
@@ -132,6 +201,7 @@ def create_teacher(
     num_classes: int | None = None,
     in_chans: int | None = None,
     use_ema: bool = True,
+    needs_logits: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     what: str = 'teacher',
     **teacher_kwargs: Any,
@@ -146,6 +216,8 @@ def create_teacher(
         num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
         in_chans: Its own number of input channels; None is the architecture's default.
         use_ema: Prefer a checkpoint's EMA weights.
+        needs_logits: Where False, a checkpoint whose classifier has another size than `num_classes` is fine: it is left
+            out and the teacher keeps a random one.
         model_kwargs: More arguments for `timm.create_model`.
         what: How to call it in messages.
         **teacher_kwargs: For `Teacher`.
@@ -165,27 +237,15 @@ def create_teacher(
                 unwrap_model(name_or_module), read_state_dict(checkpoint, what, use_ema), what, str(checkpoint)
             )
         return Teacher(name_or_module, **teacher_kwargs)
-    model = _create_named(name_or_module, checkpoint, pretrained, num_classes, in_chans, use_ema, model_kwargs, what)
+    check_model_name(name_or_module, what)
+    create = partial(create_timm_model, name_or_module, what, in_chans=in_chans, **(model_kwargs or {}))
+    if checkpoint:
+        state_dict = read_state_dict(checkpoint, what, use_ema)
+        classes = classes_in_checkpoint(name_or_module, state_dict)
+        model = create(num_classes=classes if num_classes is None else num_classes)
+        if not needs_logits and classes is not None and model.num_classes != classes:
+            state_dict = without_classifier(model, state_dict)
+        load_weights(model, state_dict, what, str(checkpoint))
+    else:
+        model = create(pretrained=pretrained, num_classes=num_classes)
     return Teacher(model, **teacher_kwargs)
-
-
-def _create_named(
-    name: str,
-    checkpoint: str | Path | None,
-    pretrained: bool,
-    num_classes: int | None,
-    in_chans: int | None,
-    use_ema: bool,
-    model_kwargs: dict[str, Any] | None,
-    what: str,
-) -> nn.Module:
-    check_model_name(name, what)
-    kwargs = dict(model_kwargs or {}, in_chans=in_chans)
-    if not checkpoint:
-        return create_timm_model(name, what, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    state_dict = read_state_dict(checkpoint, what, use_ema)
-    if num_classes is None:
-        num_classes = classes_in_checkpoint(name, state_dict)
-    model = create_timm_model(name, what, num_classes=num_classes, **kwargs)
-    load_weights(model, state_dict, what, str(checkpoint))
-    return model
