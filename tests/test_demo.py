@@ -1,0 +1,27 @@
+import json
+
+import safetensors.torch
+import timm
+
+from timm_pe import demo
+
+
+def test_the_demo_leaves_its_table_numbers_curves_and_student(tmp_path, monkeypatch, capsys):
+    for name in ('TEACHER', 'STUDENT'):  # the real thing, but two epochs long
+        argv = list(getattr(demo, name))
+        argv[argv.index('--epochs') + 1] = '2'
+        monkeypatch.setattr(demo, name, [*argv, '--warmup-epochs', '0'])
+    demo.main(['--output', str(tmp_path / 'out'), '--seeds', '2'])
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    for kind in ('teacher', 'student', 'student_pe'):
+        assert set(results[kind]) >= {'top1', 'params', 'seconds'}
+        assert f'{results[kind]["top1"]:.2f}' in said
+    assert len(results['student_pe']['top1_of_seeds']) == 2
+    assert results['student']['params'] == results['student_pe']['params'] == 255434
+    weights = safetensors.torch.load_file(tmp_path / 'out' / 'student.safetensors')
+    student = timm.create_model('test_vit', num_classes=10, patch_size=4, img_size=16)
+    student.load_state_dict(weights)
+    assert (tmp_path / 'out' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    assert said.count('top-1') == 6  # a line a run, and the table's head
+    assert '--teacher cifar_resnet20' in results['student_pe']['command']
