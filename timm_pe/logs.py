@@ -30,6 +30,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     setup_default_logging(default_level=level if is_primary else logging.ERROR)
     # it would list all files that are kept, after every epoch
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    logging.getLogger('huggingface_hub').propagate = False  # it prints by itself
     root = logging.getLogger()
     handler = _TqdmHandler()
     handler.setFormatter(root.handlers[0].formatter)
