@@ -253,6 +253,45 @@ def test_training_options_work_with_a_teacher(name, small_run, tmp_path):
     assert bool(list((tmp_path / 'run').glob('recovery-*'))) == (name == 'recovery checkpoints')
 
 
+TEACHER_FLAGS = {
+    'own input size': (['--teacher-input-size', '48'], r'input +3x32x32 +3x48x48 \(bicubic\)'),
+    'bfloat16': (['--teacher-dtype', 'bfloat16', '--channels-last'], r'precision +float32 +bfloat16'),
+    'classes': (['--teacher-num-classes', '9'], r'classes +3 +9'),
+    'no classifier': (['--teacher-num-classes', '0'], r'classes +3 +0'),
+    'arguments': (['--teacher-kwargs', 'depth=2'], r'parameters +0.37 M +0.17 M'),
+    'grey': (['--teacher-kwargs', 'in_chans=1'], r'input +3x32x32 +1x32x32'),
+    'taps': (['--student-tap', 'layer4', '--teacher-tap', 'norm'], r'feature width +64 +64'),
+    'normalization of the loader': (['--mean', '0.3', '--std', '0.4'], r'mean +0\.3 0\.3 0\.3 +0\.5 0\.5 0\.5'),
+}
+
+
+@pytest.mark.parametrize('name', TEACHER_FLAGS)
+def test_flags_of_the_teacher_have_their_effect(name, small_run, tmp_path, capsys):
+    flags, expected = TEACHER_FLAGS[name]
+    said = run([*small_run, *PAIR, *flags, '--epochs', '1'], capsys)
+    assert re.search(expected, said)
+    assert len(summary(tmp_path / 'run')) == 1
+
+
+def test_plain_or_average_weights_of_a_teacher_checkpoint_are_chosen_by_flag(small_run, tmp_path, capsys):
+    state = timm.create_model('test_resnet', num_classes=3).state_dict()
+    zero = {k: torch.zeros_like(v) for k, v in state.items()}
+    run([*small_run, '--model', 'test_resnet', '--epochs', '8', '--lr', '0.05', '--experiment', 'teacher'])
+    good = load(tmp_path / 'teacher' / 'model_best.pth.tar')['state_dict']
+    torch.save({'state_dict': zero, 'state_dict_ema': good}, tmp_path / 'w.pth')
+    argv = [
+        *small_run,
+        '--model',
+        'test_vit',
+        '--teacher',
+        'test_resnet',
+        '--teacher-checkpoint',
+        str(tmp_path / 'w.pth'),
+    ]
+    assert 'CHANCE LEVEL' not in run([*argv, '--epochs', '1'], capsys)
+    assert 'CHANCE LEVEL' in run([*argv, '--epochs', '1', '--no-teacher-ema'], capsys)
+
+
 def test_two_runs_of_a_command_are_equal_bit_for_bit_with_any_number_of_workers(small_run, tmp_path):
     for name, workers in (('a', '0'), ('b', '2')):
         more = ['--mixup', '0.5', '--reprob', '0.5', '--drop', '0.1', '-j', workers, '--experiment', name]
