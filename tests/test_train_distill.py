@@ -258,9 +258,9 @@ TEACHER_FLAGS = {
     'bfloat16': (['--teacher-dtype', 'bfloat16', '--channels-last'], r'precision +float32 +bfloat16'),
     'classes': (['--teacher-num-classes', '9'], r'classes +3 +9'),
     'no classifier': (['--teacher-num-classes', '0'], r'classes +3 +0'),
-    'arguments': (['--teacher-kwargs', 'depth=2'], r'parameters +0.37 M +0.17 M'),
+    'arguments': (['--teacher-kwargs', 'depth=2'], r'parameters +0\.37 M +0\.20 M'),
     'grey': (['--teacher-kwargs', 'in_chans=1'], r'input +3x32x32 +1x32x32'),
-    'taps': (['--student-tap', 'layer4', '--teacher-tap', 'norm'], r'feature width +64 +64'),
+    'taps': (['--student-tap', 'layer4', '--teacher-tap', 'norm'], r'feature width +192 +64'),
     'normalization of the loader': (['--mean', '0.3', '--std', '0.4'], r'mean +0\.3 0\.3 0\.3 +0\.5 0\.5 0\.5'),
 }
 

@@ -238,7 +238,9 @@ def create_teacher(
             )
         return Teacher(name_or_module, **teacher_kwargs)
     check_model_name(name_or_module, what)
-    create = partial(create_timm_model, name_or_module, what, in_chans=in_chans, **(model_kwargs or {}))
+    model_kwargs = dict(model_kwargs or {})
+    num_classes = model_kwargs.pop('num_classes', num_classes)
+    create = partial(create_timm_model, name_or_module, what, **{'in_chans': in_chans, **model_kwargs})
     if checkpoint:
         state_dict = read_state_dict(checkpoint, what, use_ema)
         classes = classes_in_checkpoint(name_or_module, state_dict)
