@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from timm_pe.args import exit_with_error, parse_args
-from timm_pe.data import create_data, create_datasets
+from timm_pe.data import check_data, create_data, create_datasets
 from timm_pe.engine import NonFiniteLoss
 from timm_pe.errors import UsageError
 from timm_pe.fit import (
@@ -38,7 +38,9 @@ def one_line_errors() -> Iterator[None]:
     except UsageError as e:
         exit_with_error(str(e))
     except NonFiniteLoss as e:
-        exit_with_error(f'{e}: the run stops, its last good checkpoint is kept', code=1)
+        exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1)
+    except KeyboardInterrupt:
+        exit_with_error('interrupted: --resume with the folder of the run continues after its last epoch', code=130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -55,9 +57,10 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
     setup_logging(log_level)
     with one_line_errors():
         check_names(args)
+        check_data(args)
         runtime = setup_runtime(args)
-        datasets = create_datasets(args)
         student = create_student(args)
+        datasets = create_datasets(args, student.in_chans)
         data = create_data(args, datasets, student, runtime)
         if args.evaluate:
             evaluate_checkpoint(args, student, data, runtime)
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
         trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime)
         check_teacher(args, teacher, data, student.num_classes, runtime)
         folder = open_run_folder(args, args_text, trainer, start_epoch)
-        announce(args, trainer, teacher, folder)
+        announce(args, trainer, teacher, (start_epoch, num_epochs), folder)
         fit(trainer, start_epoch, num_epochs, folder)
 
 

@@ -111,6 +111,10 @@ def test_yaml_is_checked_like_the_command_line(tmp_path, capsys, text, message):
     assert not Path('/tmp/timm_pe_owned').exists()
 
 
+def test_a_flag_of_the_teacher_from_yaml_needs_a_teacher_too(tmp_path, capsys):
+    assert '--pe-projectors needs --teacher' in refused([*DATA, *config(tmp_path, 'pe_projectors: 5')], capsys)
+
+
 def test_args_yaml_holds_yaml_and_flags_merged_and_reads_back_to_the_same_run(tmp_path):
     args, text = parse_args([*DATA, *config(tmp_path, 'lr: 0.3\nmodel_kwargs: {depth: 3}'), '--epochs', '4'])
     merged = yaml.safe_load(text)

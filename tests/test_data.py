@@ -9,6 +9,7 @@ import torch
 from timm_pe import UsageError
 from timm_pe.args import parse_args
 from timm_pe.data import (
+    check_data,
     check_num_classes,
     count_classes,
     create_data,
@@ -132,7 +133,7 @@ def test_digits_are_real_fixed_and_stratified():
         assert counts.min() >= 86
         assert counts.max() <= 92
     assert not set(train.reader.indices) & set(val.reader.indices)
-    grey, _ = create_datasets(parse_args(['--dataset', 'sklearn/digits', '--in-chans', '1'])[0])
+    grey, _ = create_datasets(parse_args(['--dataset', 'sklearn/digits'])[0], in_chans=1)
     assert grey[0][0].mode == 'L'
 
 
@@ -140,7 +141,21 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
     for path, message in ((tmp_path / 'none', 'no data folder'), (tmp_path, 'cannot open data set .*Found 0 images')):
         args, _ = parse_args([str(path), '--num-classes', '3'])
         with pytest.raises(UsageError, match=message):
+            check_data(args)
             create_datasets(args)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('sklearn/digit', 'unknown data set .*did you mean sklearn/digits'),
+        ('nonsense', 'no data folder'),
+        ('torh/cifar10', 'Known: sklearn/digits, torch/NAME'),
+    ],
+)
+def test_a_mistyped_data_set_is_refused_with_the_known_ones(name, message):
+    with pytest.raises(UsageError, match=message):
+        check_data(parse_args(['--dataset', name])[0])
 
 
 def test_a_missing_split_is_refused_instead_of_validating_on_everything(image_folder, tmp_path):

@@ -81,7 +81,7 @@ def test_bad_arguments_are_refused_with_what_is_allowed(kwargs, message):
 def test_a_registered_projector_is_built_q_times_and_its_name_is_taken():
     @register_projector('test_scale')
     class Scale(nn.Module):
-        def __init__(self, in_dim, out_dim, act):
+        def __init__(self, in_dim, out_dim):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(out_dim))
 
@@ -95,6 +95,9 @@ def test_a_registered_projector_is_built_q_times_and_its_name_is_taken():
         x = torch.randn(2, 4)
         expected = sum(x * p for p in ensemble.parameters()) / 3
         torch.testing.assert_close(ensemble(x), expected)
+        auto = ProjectorEnsemble(4, 4, 3, 'test_scale', 'auto')
+        auto.act = 'relu'
+        assert auto(torch.randn(64, 4)).min() >= 0
         with pytest.raises(ValueError, match='registered already'):
             register_projector('test_scale')(Scale)
     finally:

@@ -163,7 +163,7 @@ def test_a_settled_activation_is_stored_and_not_probed_again(tmp_path):
     assert fresh.projection.act == 'none'
     # a teacher that would now be judged otherwise
     fresh.teacher.forward = None
-    assert fresh.projection.projectors.act == 'none'
+    assert fresh.projection.act == 'none'
 
 
 def test_projectors_of_another_kind_are_refused_on_load():

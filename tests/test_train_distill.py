@@ -180,15 +180,80 @@ def test_resume_into_the_same_folder_keeps_history_and_summary(small_run, tmp_pa
 def test_resume_says_that_it_keeps_the_learning_rate_of_the_checkpoint(finished, small_run, capsys):
     resumed = ['--epochs', '3', '--resume', str(finished[0] / 'checkpoint-1.pth.tar')]
     said = run([*small_run, *PAIR, *resumed, '--lr', '0.5'], capsys)
-    assert '--resume continues with the learning rate 0.02 of the checkpoint, not with 0.5' in said
+    assert '--resume continues with lr 0.02 of the checkpoint, not with 0.5' in said
     assert re.search(r'learning rate +0\.02 ', said)
+
+
+def test_a_worse_student_never_replaces_the_best_one(small_run, tmp_path, capsys):
+    run([*small_run, '--model', 'test_resnet', '--epochs', '4', '--lr', '0.05'])
+    best = (tmp_path / 'run' / 'student.safetensors').read_bytes()
+    again = ['--no-resume-opt', '--start-epoch', '1', '--resume', str(tmp_path / 'run'), '--lr', '3']
+    run([*small_run, '--model', 'test_resnet', '--epochs', '4', *again])
+    ranked = load(tmp_path / 'run' / 'last.pth.tar')['saver']
+    assert float(summary(tmp_path / 'run')[-1]['eval_top1']) < ranked['best_metric']
+    assert (tmp_path / 'run' / 'student.safetensors').read_bytes() == best
+
+
+def test_no_resume_opt_goes_on_at_the_next_epoch_with_a_fresh_optimizer(finished, small_run, tmp_path, capsys):
+    argv = ['--epochs', '4', '--resume', str(finished[0]), '--no-resume-opt', '--opt', 'adamw', '--lr', '1e-4']
+    run([*small_run, *PAIR, *argv])
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['3']
+
+
+def test_resume_with_another_optimizer_is_refused(finished, small_run, capsys):
+    error = refused([*small_run, *PAIR, '--epochs', '4', '--resume', str(finished[0]), '--opt', 'adamw'], capsys)
+    assert 'was trained with --opt sgd, this run has --opt adamw' in error
+
+
+def test_other_loss_terms_after_a_resume_start_a_new_summary(small_run, tmp_path, capsys):
+    kd = ['--teacher-num-classes', '3', '--kd-loss-weight', '1']
+    run([*small_run, *PAIR])
+    said = run([*small_run, *PAIR, '--epochs', '3', '--resume', str(tmp_path / 'run'), *kd], capsys)
+    assert 'have changed: its rows so far are in' in said
+    assert [(r['epoch'], 'train_logit_loss' in r) for r in summary(tmp_path / 'run')] == [('2', True)]
+    assert len(list((tmp_path / 'run').glob('summary.csv.until-*'))) == 1
+
+
+def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_path, capsys):
+    how = ['--mean', '0.3', '--std', '0.7', '--model-kwargs', 'drop_rate=0.1']
+    run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '1', *how])
+    teacher = ['--model', 'test_vit', '--teacher', 'test_resnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
+    said = run([*small_run, *teacher, '--epochs', '1'], capsys)
+    assert re.search(r'mean +0\.5 0\.5 0\.5 +0\.3 0\.3 0\.3', said)
+    said = run([*small_run, *teacher, '--epochs', '1', '--teacher-mean', '0.4'], capsys)
+    assert re.search(r'std +0\.5 0\.5 0\.5 +0\.7 0\.7 0\.7', said)
+    assert re.search(r'mean +0\.5 0\.5 0\.5 +0\.4 0\.4 0\.4', said)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_distill, 'fit', interrupt)
+    assert 'interrupted: --resume with the folder' in refused([*small_run, *PAIR], capsys, code=130)
+
+
+def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
+    said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
+    assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said
+    assert re.search(r'epochs +2 of 4 batches, warmup 5', said)
+
+
+def test_lookahead_is_synchronized_before_validation(small_run, tmp_path):
+    run([*small_run, *PAIR, '--opt', 'lookahead_momentum', '--epochs', '1'])
+    checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
+    slow = [s['lookahead_slow_buff'] for s in checkpoint['optimizer']['state'].values() if 'lookahead_slow_buff' in s]
+    weights = list(checkpoint['state_dict'].values())
+    assert slow
+    assert all(any(s.shape == w.shape and torch.equal(s, w) for w in weights) for s in slow[:5])
 
 
 def test_resume_of_a_run_without_projectors_needs_no_resume_opt(small_run, tmp_path, capsys):
     plain = [*small_run, '--model', 'test_resnet']
     run([*plain, '--experiment', 'plain'])
     assert 'add --no-resume-opt' in refused([*small_run, *PAIR, '--resume', str(tmp_path / 'plain')], capsys)
-    said = run([*small_run, *PAIR, '--resume', str(tmp_path / 'plain'), '--no-resume-opt'], capsys)
+    anew = ['--no-resume-opt', '--start-epoch', '0']
+    said = run([*small_run, *PAIR, '--resume', str(tmp_path / 'plain'), *anew], capsys)
     assert 'holds no projectors: they start new' in said
     assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['0', '1']
 
@@ -333,6 +398,17 @@ def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, caps
         (['--model-kwargs', 'depht=3'], 'depht'),
         (['--opt-kwargs', 'nosuch=3'], "cannot make optimizer 'sgd'"),
         (['--gp', 'nosuch'], 'nosuch'),
+        (['--gp', ''], '--gp must name a pooling'),
+        (['--scale', '0.5'], '--scale takes 2 values'),
+        (['--lr', 'nan'], '--lr must be a finite number'),
+        (['--crop-pct', '-1'], '--crop-pct must be above 0'),
+        (['--interpolation', 'nonsense'], "--interpolation must be one of 'nearest'"),
+        (['--torchcompile', 'nonsense'], "--torchcompile: unknown backend 'nonsense'"),
+        (['--model-kwargs', 'in_chans=4'], 'the student has 4 input channels'),
+        (['--seed', '4294967296'], '--seed must be under'),
+        (['--teacher', 'vit_tiny_patch16_224', '--teacher-input-size', '48'], 'cannot take its input size 48'),
+        (['--dataset', 'sklearn/digit'], 'did you mean sklearn/digits'),
+        (['--dataset', 'torh/cifar10'], "unknown data set 'torh/cifar10'"),
         (['--start-epoch', '5'], 'nothing to train'),
         (['--device', 'nosuch'], "cannot use 'nosuch'"),
         (['--sched', 'wsd', '--decay-epochs', '9'], 'wsd schedule requires'),

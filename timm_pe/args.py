@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 import time
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ _TEACHER_FLAGS = (
     'teacher_ema',
     'teacher_num_classes',
     'teacher_input_size',
+    'teacher_mean',
+    'teacher_std',
     'teacher_dtype',
     'teacher_kwargs',
     'teacher_tap',
@@ -48,6 +51,8 @@ _CHOICES = {
     'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
     'worker_seeding': ('all', 'part'),
     'eval_metric': (None, 'top1', 'top5', 'loss'),
+    'interpolation': ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
+    'train_interpolation': ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
 }
 _AT_LEAST = {
@@ -72,8 +77,16 @@ _AT_LEAST = {
     'cooldown_epochs': 0,
     'mixup_off_epoch': 0,
     'recount': 1,
+    'start_epoch': 0,
+    'lr': 0,
+    'weight_decay': 0,
+    'clip_grad': 0,
+    'mixup': 0,
+    'cutmix': 0,
+    'distill_loss_weight': 0,
+    'task_loss_weight': 0,
 }
-_PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing')  # fmt: skip
+_PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing', 'model_ema_decay', 'bce_target_thresh')  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,6 +182,15 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
         help="side in pixels that the teacher sees (bicubic); None: the student's if its architecture can, else its own",
     )
     add(
+        '--teacher-mean',
+        metavar='R',
+        type=float,
+        nargs='+',
+        default=None,
+        help='mean the teacher was trained with; None: that of its run folder, or what belongs to its name',
+    )
+    add('--teacher-std', metavar='R', type=float, nargs='+', default=None, help='its standard deviation, likewise')
+    add(
         '--teacher-dtype',
         type=str,
         default=None,
@@ -225,7 +247,7 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
         metavar='PATH',
         type=str,
         default='',
-        help='validate the student in this checkpoint or run folder, and stop',
+        help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)',
     )
 
 
@@ -313,6 +335,28 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f'{_flag(name)} must be {least} or more, got {value}')
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+            parser.error(f'{_flag(name)} must be a finite number, got {value}')
+    for name in ('scale', 'ratio', 'opt_betas', 'cutmix_minmax'):
+        value = getattr(args, name)
+        if value is not None and len(value) != 2:
+            parser.error(f'{_flag(name)} takes 2 values, got {len(value)}')
+    for name in ('scale', 'cutmix_minmax'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value[0] <= value[1] <= 1:
+            parser.error(f'{_flag(name)} must be two rising shares from 0 to 1, got {value[0]} {value[1]}')
+    for name in ('std', 'teacher_std'):
+        if any(v <= 0 for v in getattr(args, name) or ()):
+            parser.error(f'{_flag(name)} must be above 0, got {getattr(args, name)}')
+    if args.gp == '':
+        parser.error('--gp must name a pooling (avg, max, ...): the classifier needs a pooled feature')
+    if args.seed >= 2**32:
+        parser.error(f'--seed must be under 2**32, got {args.seed}')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct must be above 0 and at most 1, got {args.crop_pct}')
+    _check_compile(parser, args)
     for name in _PROBABILITIES:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
@@ -332,6 +376,18 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--recovery-interval does not go with --evaluate')
 
 
+def _check_compile(parser: Parser, args: argparse.Namespace) -> None:
+    if args.torchcompile:
+        import torch._dynamo
+
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if args.torchcompile not in backends:
+            parser.error(f'--torchcompile: unknown backend {args.torchcompile!r}, known are {", ".join(backends)}')
+    modes = (None, 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+    if args.torchcompile_mode not in modes:
+        parser.error(f'--torchcompile-mode must be one of {", ".join(modes[1:])}, got {args.torchcompile_mode!r}')
+
+
 def _check_optimizer(parser: Parser, args: argparse.Namespace) -> None:
     name = args.opt.lower().removeprefix('lookahead_')
     if name not in list_optimizers():
@@ -344,7 +400,8 @@ def _check_optimizer(parser: Parser, args: argparse.Namespace) -> None:
 
 def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
     if not args.teacher:
-        given = [n for n in _TEACHER_FLAGS if getattr(args, n) != parser.get_default(n)]
+        unset = create_parser()  # `parser` has what YAML said as its defaults
+        given = [n for n in _TEACHER_FLAGS if getattr(args, n) != unset.get_default(n)]
         if given:
             parser.error(f'{_flag(given[0])} needs --teacher')
         return
@@ -362,8 +419,6 @@ def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixing and args.batch_size % 2:
         parser.error(f'--mixup and --cutmix mix pairs, --batch-size must be even, got {args.batch_size}')
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        parser.error(f'--cutmix-minmax takes 2 values, got {len(args.cutmix_minmax)}')
     if mixing and args.aug_splits:
         parser.error('--mixup and --cutmix do not go with --aug-splits')
     if args.aug_splits == 1 or args.aug_splits < 0:

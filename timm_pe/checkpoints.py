@@ -54,6 +54,7 @@ class Saver(CheckpointSaver):
             max_history=args.checkpoint_hist,
         )
         self.evaluated_model = evaluated_model
+        self.has_student = False
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)
@@ -70,11 +71,17 @@ class Saver(CheckpointSaver):
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
+        best_before = self.best_metric
         best_metric, best_epoch = super().save_checkpoint(epoch, metric)
-        student_path = os.path.join(self.checkpoint_dir, 'student.safetensors')
-        if best_epoch == epoch or not os.path.exists(student_path):
-            save_student(self.evaluated_model(), student_path)
+        if self.best_metric != best_before or not self.has_student:
+            save_student(self.evaluated_model(), os.path.join(self.checkpoint_dir, 'student.safetensors'))
+            self.has_student = True
         return best_metric, best_epoch
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue a folder's history; its best student is there already."""
+        super().load_state_dict(state_dict)
+        self.has_student = os.path.exists(os.path.join(self.checkpoint_dir, 'student.safetensors'))
 
 
 def save_student(model: nn.Module, path: str) -> None:
@@ -92,7 +99,7 @@ def find_resume(args: argparse.Namespace) -> str:
 def resume(
     args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, runtime: Runtime
 ) -> int | None:
-    """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt weights alone.
+    """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
 
     Returns:
         The epoch to start with, None where the checkpoint names none.
@@ -102,6 +109,8 @@ def resume(
     """
     path = find_resume(args)
     checkpoint = _read(path)
+    if not args.no_resume_opt:
+        _check_optimizer(args, checkpoint, path)
     has_projectors = bool(checkpoint.get('task_state'))
     if hasattr(task, 'projection') and not has_projectors:
         if not args.no_resume_opt:
@@ -121,7 +130,16 @@ def resume(
         raise UsageError(f"--resume '{path}': {e}") from e
     except (RuntimeError, ValueError, KeyError) as e:
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
-    return None if args.no_resume_opt else epoch
+    return epoch
+
+
+def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:
+    trained_with = getattr(checkpoint.get('args'), 'opt', args.opt)
+    if trained_with != args.opt:
+        raise UsageError(
+            f"--resume: '{path}' was trained with --opt {trained_with}, this run has --opt {args.opt}: use the same, or "
+            f'--no-resume-opt for a fresh optimizer'
+        )
 
 
 def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:

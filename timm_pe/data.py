@@ -6,6 +6,7 @@ pixels. Streams have no index and go without.
 """
 
 import argparse
+import difflib
 import hashlib
 import io
 import logging
@@ -130,9 +131,9 @@ class DrawBatchSampler(Sampler):
         times = Counter()
         draws, number = [], 0
         for index in self.sampler:
-            repeat = times[index]
-            times[index] += 1
-            draws.append(Draw(epoch, index, repeat * self.world_size + self.rank if self.repeated else repeat))
+            draws.append(Draw(epoch, index, times[index] * self.world_size + self.rank if self.repeated else 0))
+            if self.repeated:
+                times[index] += 1
             if len(draws) == self.batch_size:
                 yield Batch(draws, epoch, number)
                 draws, number = [], number + 1
@@ -286,18 +287,20 @@ def _png(image: np.ndarray) -> bytes:
 
 
 _BUILT_IN_READERS = {'sklearn/digits': DigitsReader}
+# kinds of data sets that timm reads, '<kind>/<name>'
+_KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
 
 
 def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
+    if in_chans not in (1, 3) and not args.input_img_mode:
+        raise UsageError(f'the student has {in_chans} input channels: say with --input-img-mode how images become that')
     mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
     if args.dataset.lower() in _BUILT_IN_READERS:
         return ImageDataset(
             args.data_dir or args.data or '', reader=_BUILT_IN_READERS[args.dataset.lower()](split), input_img_mode=mode
         )
     root = args.data_dir or args.data
-    is_folder = args.dataset.lower() in ('', 'folder', 'image_folder')
-    if is_folder and (not root or not os.path.exists(root)):
-        raise UsageError(f"no data folder '{root}': give the folder that holds the splits, e.g. DIR/train and DIR/val")
+    is_folder = '/' not in args.dataset
     extra = {} if is_folder else {'trust_remote_code': args.dataset_trust_remote_code}
     try:
         return create_dataset(
@@ -320,13 +323,42 @@ def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_
         raise UsageError(f"cannot open data set '{args.dataset or root}', split '{split}': {one_line(e)}") from e
 
 
-def create_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse data that can't be there, before anything is built or fetched.
+
+    Raises:
+        UsageError: No such folder, or an unknown kind of data set.
+    """
+    name, root = args.dataset.lower(), args.data_dir or args.data
+    if name in _BUILT_IN_READERS:
+        return
+    if '/' not in name:
+        if not root or not os.path.exists(root):
+            near = (
+                difflib.get_close_matches(name, [*_BUILT_IN_READERS, *(f'{k}/' for k in _KINDS)], n=1) if name else []
+            )
+            hint = f' (or did you mean --dataset {near[0]}?)' if near else ''
+            raise UsageError(
+                f"no data folder '{root or ''}': give the folder that holds the splits, e.g. DIR/train and DIR/val{hint}"
+            )
+        return
+    if name.split('/')[0] not in _KINDS:
+        near = difflib.get_close_matches(name, _BUILT_IN_READERS, n=1)
+        hint = f', did you mean {near[0]}?' if near else ''
+        known = ', '.join([*_BUILT_IN_READERS, *(f'{k}/NAME' for k in _KINDS)])
+        raise UsageError(f"unknown data set '{args.dataset}'{hint} Known: {known}, or a folder of images")
+
+
+def create_datasets(args: argparse.Namespace, in_chans: int = 3) -> tuple[Dataset | None, Dataset]:
     """Open the training split (None where the run only evaluates) and the validation split.
+
+    Args:
+        args: Run arguments.
+        in_chans: Channels that the student sees: 3 reads images as RGB, 1 as grey.
 
     Raises:
         UsageError: No such data, no images, or splits whose classes differ.
     """
-    in_chans = args.in_chans or (args.input_size or [3])[0]
     train = None if args.evaluate else _create_dataset(args, args.train_split, True, in_chans)
     evaluation = _create_dataset(args, args.val_split, False, in_chans)
     _check_splits(train, evaluation, args)
@@ -484,7 +516,7 @@ def _create_train_loader(
             worker_seeding=args.worker_seeding,
             **_common_loader_args(args, config, runtime),
         )
-    except (AssertionError, ValueError) as e:
+    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as e:
         raise UsageError(f'training augmentation: {one_line(e)}') from e
     if isinstance(dataset, IterableDataset):
         _logger.info('The training data is a stream without indices: its augmentation depends on the loader workers.')

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,23 +126,25 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
     for i, (input, target) in enumerate(trainer.data.train):
         input, target = _to_device(trainer, epoch, i, input, target)
         need_update = accum.ends_at(i)
-        with task.no_sync() if runtime.distributed and not need_update else _nothing():
+        with task.no_sync() if runtime.distributed and not need_update else nullcontext():
             with runtime.autocast():
                 result = task(input, target)
             _backward(trainer, result['loss'] / accum.size(i), need_update)
         meter.update({k: v for k, v in result.items() if k != 'output'}, len(input))
         images += len(input) * runtime.world_size
+        last = i + 1 == num_batches
         if need_update:
             update += 1
+            if last and hasattr(trainer.optimizer, 'sync_lookahead'):
+                trainer.optimizer.sync_lookahead()  # passes over parameters without a gradient: before zero_grad
             trainer.optimizer.zero_grad()
             task.update_ema(step=update)
             if args.synchronize_step and runtime.device.type == 'cuda':
                 torch.cuda.synchronize()
             if trainer.scheduler is not None:
                 trainer.scheduler.step_update(num_updates=update, metric=None)
-        last = i + 1 == num_batches
         if last or (i + 1) % args.log_interval == 0:
-            progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), _lr(trainer.optimizer))
+            progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), mean_lr(trainer.optimizer))
         else:
             progress.update(i + 1)
         if args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
@@ -153,14 +156,6 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
     return metrics
 
 
-class _nothing:
-    """A context that does nothing (nullcontext, without its return value's cost in a trace)."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
 class _Accumulation:
     """Which batches end an optimizer step, and how many share it; the batches left over at the end share their own."""
 
@@ -168,9 +163,11 @@ class _Accumulation:
         self.num_batches, self.steps = num_batches, steps
 
     def ends_at(self, i: int) -> bool:
-        return i + 1 == self.num_batches or (i + 1) % self.steps == 0
+        return i + 1 >= self.num_batches or (i + 1) % self.steps == 0
 
     def size(self, i: int) -> int:
+        if i >= self.num_batches:  # a stream that is longer than it said: a step of its own for each batch
+            return 1
         first = i - i % self.steps
         return min(self.steps, self.num_batches - first)
 
@@ -210,7 +207,8 @@ def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
         optimizer.step()
 
 
-def _lr(optimizer: torch.optim.Optimizer) -> float:
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate of the parameter groups."""
     lrs = [group['lr'] for group in optimizer.param_groups]
     return sum(lrs) / len(lrs)
 

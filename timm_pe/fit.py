@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import yaml
 from timm.loss import create_classification_loss
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -23,7 +24,7 @@ from . import checkpoints
 from .args import resolve_dtype, resolve_lr
 from .checkpoints import Saver
 from .data import Data, mixing_active, set_epoch
-from .engine import Trainer, evaluate, train_one_epoch
+from .engine import Trainer, evaluate, mean_lr, train_one_epoch
 from .errors import UsageError, one_line
 from .loading import load_weights, read_state_dict
 from .logs import Progress, start_table, write_summary
@@ -39,6 +40,7 @@ def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data,
     """The teacher that the flags name; None without --teacher."""
     if not args.teacher:
         return None
+    _take_run_folder_settings(args)
     teacher = create_teacher(
         args.teacher,
         checkpoint=args.teacher_checkpoint,
@@ -51,6 +53,8 @@ def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data,
         input_mean=data.config['mean'],
         input_std=data.config['std'],
         input_size=args.teacher_input_size,
+        mean=args.teacher_mean,
+        std=args.teacher_std,
         tap=args.teacher_tap,
         device=runtime.device,
         dtype=resolve_dtype(args.teacher_dtype),
@@ -61,6 +65,19 @@ def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data,
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
+
+
+def _take_run_folder_settings(args: argparse.Namespace) -> None:
+    """A teacher from a run folder of train_distill is built and fed as it was in that run, where no flag says else."""
+    path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
+    if not args.teacher_checkpoint or not os.path.isfile(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        run = yaml.safe_load(f)
+    args.teacher_mean = args.teacher_mean or run.get('mean')
+    args.teacher_std = args.teacher_std or run.get('std')
+    model_kwargs = {**(run.get('model_kwargs') or {}), 'in_chans': run.get('in_chans'), 'global_pool': run.get('gp')}
+    args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
 
 
 def create_run_task(
@@ -126,6 +143,8 @@ def create_trainer(
     args.lr = resolve_lr(args, runtime.world_size)
     optimizer = _create_optimizer(args, task)
     start_epoch = checkpoints.resume(args, task, optimizer, runtime) if args.resume else None
+    if args.resume and not args.no_resume_opt:
+        _announce_resumed_settings(args, optimizer)
     if args.model_ema:
         device = torch.device('cpu') if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
@@ -143,10 +162,17 @@ def create_trainer(
         )
     except (ValueError, AssertionError) as e:
         raise UsageError(f'schedule: {one_line(e)}') from e
-    _keep_resumed_lr(args, optimizer)
     start_epoch = args.start_epoch if args.start_epoch is not None else (start_epoch or 0)
     if start_epoch >= num_epochs:
-        raise UsageError(f'nothing to train: the run starts at epoch {start_epoch} and --epochs gives {num_epochs}')
+        raise UsageError(
+            f'nothing to train: the run starts at epoch {start_epoch} and --epochs gives {num_epochs} (--start-epoch 0 '
+            f'starts the schedule anew)'
+        )
+    if not args.warmup_prefix and args.warmup_epochs >= num_epochs:
+        _logger.warning(
+            f'All {num_epochs} epochs are warmup (--warmup-epochs {args.warmup_epochs}): the learning rate never reaches '
+            f'{args.lr:.4g}.'
+        )
     if trainer.scheduler is not None and start_epoch > 0:
         if args.sched_on_updates:
             trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
@@ -155,15 +181,17 @@ def create_trainer(
     return trainer, start_epoch, num_epochs
 
 
-def _keep_resumed_lr(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
-    """A resumed optimizer brings its own base learning rate: say so where the flags would give another."""
-    resumed = optimizer.param_groups[0].get('initial_lr', args.lr)
-    if resumed != args.lr:
-        _logger.warning(
-            f'--resume continues with the learning rate {resumed:.4g} of the checkpoint, not with {args.lr:.4g}: '
-            f'--no-resume-opt starts a fresh optimizer.'
-        )
-        args.lr = resumed
+def _announce_resumed_settings(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
+    """A resumed optimizer brings its own settings: say so where the flags would give others, and show what holds."""
+    resumed_lr = optimizer.param_groups[0].get('initial_lr', optimizer.param_groups[0]['lr'])
+    resumed_decay = max(group.get('weight_decay', args.weight_decay) for group in optimizer.param_groups)
+    for name, resumed in (('lr', resumed_lr), ('weight_decay', resumed_decay)):
+        if resumed != getattr(args, name):
+            _logger.warning(
+                f'--resume continues with {name.replace("_", " ")} {resumed:.4g} of the checkpoint, not with '
+                f'{getattr(args, name):.4g}: --no-resume-opt starts a fresh optimizer.'
+            )
+            setattr(args, name, resumed)
 
 
 def _create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
@@ -218,7 +246,8 @@ def check_teacher(
         return
     metrics = validate(lambda x: teacher(x).logits, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
-    if metrics['top1'] < 150 / num_classes:
+    chance, images = 1 / num_classes, len(data.eval.dataset)
+    if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
         _logger.warning(
             f'THE TEACHER IS AT CHANCE LEVEL (top-1 {metrics["top1"]:.2f} % of {num_classes} classes): were its weights '
             f'loaded, are the classes in its order?'
@@ -247,16 +276,26 @@ def evaluate_checkpoint(args: argparse.Namespace, student: nn.Module, data: Data
 
 def open_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, start_epoch: int) -> str:
     """Make the run's folder with args.yaml, and the saver in it, on the primary rank. Nothing is written before."""
-    if not trainer.runtime.is_primary:
-        return ''
+    failure = [None]
+    folder = ''
+    if trainer.runtime.is_primary:
+        try:
+            folder = _make_run_folder(args, args_text, trainer, start_epoch)
+        except OSError as e:
+            failure = [f"--output: cannot write into '{args.output or 'output/train'}' ({e.strerror})"]
+    if trainer.runtime.distributed:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise UsageError(failure[0])
+    return folder
+
+
+def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, start_epoch: int) -> str:
     size = trainer.data.config['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
-    try:
-        folder = get_outdir(args.output or os.path.join('output', 'train'), name)
-        with open(os.path.join(folder, 'args.yaml'), 'w', encoding='utf-8') as f:
-            f.write(args_text)
-    except OSError as e:
-        raise UsageError(f"--output: cannot write into '{args.output}' ({e.strerror})") from e
+    folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    with open(os.path.join(folder, 'args.yaml'), 'w', encoding='utf-8') as f:
+        f.write(args_text)
     task = trainer.task
     with_ema = task.has_ema() and not args.model_ema_force_cpu
     trainer.saver = Saver(
@@ -269,17 +308,21 @@ def open_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, 
         evaluated_model=lambda: task.get_eval_model(ema=with_ema),
     )
     resumed = checkpoints.find_resume(args) if args.resume else None
-    same_folder = resumed and os.path.realpath(os.path.dirname(resumed)) == os.path.realpath(folder)
+    same_folder = resumed and start_epoch > 0 and os.path.realpath(os.path.dirname(resumed)) == os.path.realpath(folder)
     if same_folder:
         trainer.saver.load_state_dict_from_checkpoint(resumed)
     trim_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
     return folder
 
 
-def announce(args: argparse.Namespace, trainer: Trainer, teacher: Teacher | None, folder: str) -> None:
+def announce(
+    args: argparse.Namespace, trainer: Trainer, teacher: Teacher | None, epochs: tuple[int, int], folder: str
+) -> None:
     """Print every resolved choice, once."""
     student = unwrap_model(trainer.task.get_eval_model())
-    table = start_table(args, trainer.runtime, student, trainer.task, trainer.data, student.num_classes, teacher)
+    table = start_table(
+        args, trainer.runtime, student, trainer.task, trainer.data, student.num_classes, epochs, teacher
+    )
     _logger.info(f'\n{table}\n{"folder":<16}{folder}\n')
 
 
@@ -303,7 +346,7 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
             train_metrics = train_one_epoch(trainer, epoch, progress)
         finally:
             progress.close()
-        lr = sum(g['lr'] for g in trainer.optimizer.param_groups) / len(trainer.optimizer.param_groups)
+        lr = mean_lr(trainer.optimizer)
         _share_bn(trainer)
         due = (epoch + 1) % args.val_interval == 0 or epoch == num_epochs - 1
         eval_metrics = _validate_task(trainer, epoch, num_epochs) if due else None

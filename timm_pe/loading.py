@@ -126,7 +126,8 @@ def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) ->
     Raises:
         UsageError: No such file, unreadable, holding code, or holding no tensors.
     """
-    file = find_checkpoint(path, what)
+    # the student of a run folder is its moving average where that was on
+    file = find_checkpoint(path, what, RUN_FOLDER_FILES if use_ema else RUN_FOLDER_FILES[1:])
     try:
         state_dict = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
     except Exception as e:

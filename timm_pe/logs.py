@@ -1,7 +1,9 @@
 """What a run says: the start table, progress, summary.csv."""
 
 import argparse
+import csv
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +59,7 @@ def start_table(
     task: nn.Module,
     data: Any,
     num_classes: int,
+    epochs: tuple[int, int],
     teacher: Any = None,
 ) -> str:
     """Every resolved choice of a run, in one table.
@@ -68,6 +71,7 @@ def start_table(
         task: The task.
         data: The run's `Data`.
         num_classes: The student's classes.
+        epochs: The first epoch, and one past the last.
         teacher: The `Teacher`, or None.
     """
     size = 'x'.join(map(str, data.config['input_size']))
@@ -90,7 +94,7 @@ def start_table(
     width = max(len(r[1]) for r in rows) + 3
     lines = [f'{"":<16}{head[0]:<{width}}{head[1] if teacher is not None else ""}'.rstrip()]
     lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
-    lines += [f'{name:<16}{value}' for name, value in _run_rows(args, runtime, task, data, teacher)]
+    lines += [f'{name:<16}{value}' for name, value in _run_rows(args, runtime, task, data, teacher, epochs)]
     return '\n'.join(lines)
 
 
@@ -101,9 +105,10 @@ def _teacher_input(teacher: Any, student_size: Sequence[int]) -> str:
 
 
 def _run_rows(
-    args: argparse.Namespace, runtime: Runtime, task: nn.Module, data: Any, teacher: Any
+    args: argparse.Namespace, runtime: Runtime, task: nn.Module, data: Any, teacher: Any, epochs: tuple[int, int]
 ) -> list[tuple[str, str]]:
     rows = []
+    start_epoch, num_epochs = epochs
     criterion = type(task.criterion).__name__
     if teacher is None:
         rows.append(('loss', criterion))
@@ -125,7 +130,15 @@ def _run_rows(
     rows.append(
         ('global batch', f'{batch * runtime.world_size * accum} = {batch} x {runtime.world_size} ranks x {accum} steps')
     )
-    rows.append(('epochs', f'{args.epochs} of {len(data.train)} batches'))
+    warmup = f', warmup {args.warmup_epochs}' if args.warmup_epochs else ''
+    first = f', starting at {start_epoch}' if start_epoch else ''
+    rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
+    mixing = [f'{n} {getattr(args, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(args, n)]
+    smoothing = 0.1 if args.smoothing is None else args.smoothing
+    rows.append(('regularization', ', '.join([*mixing, f'smoothing {smoothing:g}'])))
+    average = f'decay {args.model_ema_decay:g}' if args.model_ema else 'none'
+    rows.append(('weight average', average))
+    rows.append(('seed', str(args.seed)))
     rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
     return rows
@@ -182,4 +195,19 @@ def write_summary(
     lr: float,
 ) -> None:
     """Append an epoch to summary.csv; an epoch without validation leaves its columns empty."""
-    update_summary(epoch, train_metrics, eval_metrics or {'loss': '', 'top1': '', 'top5': ''}, filename=path, lr=lr)
+    eval_metrics = eval_metrics or {'loss': '', 'top1': '', 'top5': ''}
+    columns = ['epoch', *(f'train_{k}' for k in train_metrics), *(f'eval_{k}' for k in eval_metrics), 'lr']
+    _move_aside_other_columns(path, columns)
+    update_summary(epoch, train_metrics, eval_metrics, filename=path, lr=lr)
+
+
+def _move_aside_other_columns(path: str, columns: list[str]) -> None:
+    """A run that goes on with other loss terms starts a new file: a CSV has one header."""
+    if not os.path.exists(path):
+        return
+    with open(path, newline='', encoding='utf-8') as f:
+        header = next(csv.reader(f), None)
+    if header not in (None, columns):
+        aside = f'{path}.until-{time.strftime("%Y%m%d-%H%M%S")}'
+        os.replace(path, aside)
+        _logger.warning(f"The columns of '{path}' have changed: its rows so far are in '{aside}'.")

@@ -46,7 +46,8 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         # num_classes -1: the file's head is taken only where it fits
-        overlay.update(file=args.pretrained_path, num_classes=-1)
+        file = str(find_checkpoint(args.pretrained_path, '--pretrained-path'))
+        overlay = {'file': file, 'num_classes': -1, **overlay}
     try:
         model_args = resolve_model_input_args(
             args.model,
@@ -58,20 +59,19 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     # given again below, by the name as the user wrote it
     model_args.pop('model_name')
     pretrained_cfg = model_args.pop('pretrained_cfg')
-    model = create_timm_model(
-        args.model,
-        '--model',
-        pretrained=args.pretrained or bool(args.pretrained_path),
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
+    kwargs = {
+        'num_classes': args.num_classes,
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
+        'drop_block_rate': args.drop_block,
+        'global_pool': args.gp,
+        'bn_momentum': args.bn_momentum,
+        'bn_eps': args.bn_eps,
         **({} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
         **model_args,
-    )
+    }
+    pretrained = args.pretrained or bool(args.pretrained_path)
+    model = create_timm_model(args.model, '--model', pretrained=pretrained, **kwargs)
     if args.initial_checkpoint:
         state_dict = read_state_dict(args.initial_checkpoint, '--initial-checkpoint')
         load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
@@ -82,13 +82,19 @@ def create_student(args: argparse.Namespace) -> nn.Module:
 
 
 def _init_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    head = model.get_classifier() if scale is not None or bias is not None else None
-    with torch.no_grad():
-        if scale is not None:
-            head.weight.mul_(scale)
-            head.bias.mul_(scale)
-        if bias is not None:
-            nn.init.constant_(head.bias, bias)
+    if scale is None and bias is None:
+        return
+    classifier = model.get_classifier()
+    for head in classifier if isinstance(classifier, tuple) else (classifier,):
+        if getattr(head, 'weight', None) is None or (bias is not None and head.bias is None):
+            raise UsageError('--head-init-scale and --head-init-bias need a classifier with a weight and a bias')
+        with torch.no_grad():
+            if scale is not None:
+                head.weight.mul_(scale)
+                if head.bias is not None:
+                    head.bias.mul_(scale)
+            if bias is not None:
+                nn.init.constant_(head.bias, bias)
 
 
 def _set_grad_checkpointing(model: nn.Module, name: str) -> None:

@@ -1,7 +1,8 @@
 """Projectors from the student's feature space to the teacher's, and their ensemble (PEFD, arXiv 2210.15274, sec. 3).
 
-To add one: a function or class `(in_dim, out_dim, act) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
-`@register_projector('name')`. The ensemble then builds q of them, each with its own random init.
+To add one: a function or class `(in_dim, out_dim) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
+`@register_projector('name')`. The ensemble then builds q of them, each with its own random init, and puts the activation
+after them.
 """
 
 from collections.abc import Callable
@@ -52,83 +53,52 @@ def get_projector(name: str) -> Callable[..., nn.Module]:
     return _PROJECTORS[name]
 
 
-def create_projector(name: str, in_dim: int, out_dim: int, act: str = 'relu') -> nn.Module:
-    """Create one projector `[b, in_dim] -> [b, out_dim]`.
+def create_projector(name: str, in_dim: int, out_dim: int) -> nn.Module:
+    """Create one projector `[b, in_dim] -> [b, out_dim]`, without the activation that the ensemble puts after it.
 
     Args:
         name: A registered name, see `list_projectors`.
         in_dim: Width d of the student's feature.
         out_dim: Width m of the teacher's feature.
-        act: Activation of the output, 'relu' (the paper's) or 'none'.
 
     Raises:
-        UsageError: Unknown name or activation, or dims that this projector cannot map.
+        UsageError: Unknown name, or widths that this projector cannot map.
     """
-    factory = get_projector(name)
-    _check_act(act)
-    return factory(in_dim, out_dim, act)
-
-
-def _check_act(act: str) -> None:
-    if act not in ACTIVATIONS:
-        raise UsageError(f"unknown projector activation '{act}': choose from {', '.join(ACTIVATIONS)}")
-
-
-class Projector(nn.Module):
-    """Base of the built-in projectors: an output activation that may be set after construction."""
-
-    def __init__(self, act: str = 'relu'):
-        super().__init__()
-        self.act = act
-
-    def activate(self, x: torch.Tensor) -> torch.Tensor:
-        return ACTIVATIONS[self.act](x)
+    return get_projector(name)(in_dim, out_dim)
 
 
 @register_projector('linear')
-class LinearProjector(Projector):
-    """act(W x + b), the projector of the paper."""
-
-    def __init__(self, in_dim: int, out_dim: int, act: str = 'relu'):
-        super().__init__(act)
-        self.fc = nn.Linear(in_dim, out_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activate(self.fc(x))
+class LinearProjector(nn.Linear):
+    """W x + b, the projector of the paper (before its activation)."""
 
 
 @register_projector('mlp')
-class MlpProjector(Projector):
-    """act(W2 relu(W1 x + b1) + b2) with a hidden layer as wide as the teacher's feature."""
+class MlpProjector(nn.Module):
+    """W2 relu(W1 x + b1) + b2 with a hidden layer as wide as the teacher's feature."""
 
-    def __init__(self, in_dim: int, out_dim: int, act: str = 'relu'):
-        super().__init__(act)
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
         self.fc1 = nn.Linear(in_dim, out_dim)
         self.fc2 = nn.Linear(out_dim, out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activate(self.fc2(F.relu(self.fc1(x))))
+        return self.fc2(F.relu(self.fc1(x)))
 
 
 @register_projector('identity')
-class IdentityProjector(Projector):
-    """The student's feature as it is: the paper's baseline without a projector. No activation is applied."""
+class IdentityProjector(nn.Identity):
+    """The student's feature as it is: the paper's baseline without a projector. It gets no activation either."""
 
-    trainable = False
-
-    def __init__(self, in_dim: int, out_dim: int, act: str = 'none'):
+    def __init__(self, in_dim: int, out_dim: int):
         if in_dim != out_dim:
             raise UsageError(
                 f"projector 'identity' needs equal feature widths, the student has {in_dim} and the teacher {out_dim}: "
                 f"use 'linear'"
             )
-        super().__init__('none')
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+        super().__init__()
 
 
-class _StackedLinear(LinearProjector):
+class _StackedLinear(nn.Module):
     """q linear projectors as one matmul, `[b, d] -> [b, q, m]`.
 
     PyTorch's default init of a Linear depends on its input width alone, so one Linear(d, q * m) starts as q
@@ -136,12 +106,13 @@ class _StackedLinear(LinearProjector):
     which look at a whole matrix, see one matrix.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, act: str, num_projectors: int):
-        super().__init__(in_dim, num_projectors * out_dim, act)
+    def __init__(self, in_dim: int, out_dim: int, num_projectors: int):
+        super().__init__()
         self.num_projectors = num_projectors
+        self.fc = nn.Linear(in_dim, num_projectors * out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).unflatten(-1, (self.num_projectors, -1))
+        return self.fc(x).unflatten(-1, (self.num_projectors, -1))
 
 
 class _Stacked(nn.ModuleList):
@@ -181,21 +152,20 @@ class ProjectorEnsemble(nn.Module):
         factory = get_projector(projector)
         if num_projectors < 1:
             raise UsageError(f'number of projectors must be 1 or more, got {num_projectors}')
-        if not getattr(factory, 'trainable', True):
+        if factory is IdentityProjector:
             if num_projectors > 1:
                 raise UsageError(
                     f"projector '{projector}' has nothing to train, so {num_projectors} of them are one: use 1 projector"
                 )
             act = 'none'
-        if act != 'auto':
-            _check_act(act)
         self.in_dim, self.out_dim, self.num_projectors, self.projector = in_dim, out_dim, num_projectors, projector
-        self._act = act
-        built_act = 'relu' if act == 'auto' else act
+        self._act = 'auto'
+        if act != 'auto':
+            self.act = act
         if factory is LinearProjector:
-            self.projectors = _StackedLinear(in_dim, out_dim, built_act, num_projectors)
+            self.projectors = _StackedLinear(in_dim, out_dim, num_projectors)
         else:
-            self.projectors = _Stacked(factory(in_dim, out_dim, built_act) for _ in range(num_projectors))
+            self.projectors = _Stacked(factory(in_dim, out_dim) for _ in range(num_projectors))
 
     @property
     def act(self) -> str:
@@ -204,17 +174,15 @@ class ProjectorEnsemble(nn.Module):
 
     @act.setter
     def act(self, act: str) -> None:
-        _check_act(act)
-        self._act = act
-        for module in self.projectors.modules():
-            if isinstance(module, Projector) and not isinstance(module, IdentityProjector):
-                module.act = act
+        if act not in ACTIVATIONS:
+            raise UsageError(f"unknown projector activation '{act}': choose from {', '.join(ACTIVATIONS)}")
+        self._act = 'none' if self.projector == 'identity' else act
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Each projector's output, `[b, d] -> [b, q, m]`."""
         if self._act == 'auto':
             raise RuntimeError("projector activation is 'auto' and undecided: set .act to 'relu' or 'none' first")
-        return self.projectors(x)
+        return ACTIVATIONS[self._act](self.projectors(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.project(x).mean(dim=1)

@@ -88,8 +88,14 @@ class Teacher(nn.Module):
         self.width = self.tap.width
         self.num_classes: int | None = getattr(network, 'num_classes', None)
         own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
-        self.mean = tuple(mean or own.get('mean', IMAGENET_DEFAULT_MEAN))
-        self.std = tuple(std or own.get('std', IMAGENET_DEFAULT_STD))
+        channels = own['input_size'][0] if own else 1
+        self.mean, self.std = (
+            tuple(values) * (channels if len(values) == 1 else 1)
+            for values in (
+                mean or own.get('mean', IMAGENET_DEFAULT_MEAN),
+                std or own.get('std', IMAGENET_DEFAULT_STD),
+            )
+        )
         self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
         self.input_size = input_size
         self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
@@ -155,16 +161,17 @@ class Teacher(nn.Module):
             UsageError: The network takes neither this size nor one of its own.
         """
         given = x.shape[-2], x.shape[-1]
-        if self.input_size is not None:
-            return self.input_size, self.input_size
         if given not in self._size_of:
-            failure = self._try_size(given, x.device)
+            wanted = given if self.input_size is None else (self.input_size, self.input_size)
+            failure = self._try_size(wanted, x.device)
+            if failure and self.input_size is not None:
+                raise UsageError(f'the teacher cannot take its input size {self.input_size} ({one_line(failure, 120)})')
             if failure and (self.own_size is None or self._try_size(self.own_size, x.device)):
                 raise UsageError(
                     f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
                     f'({one_line(failure, 120)}): give its own input size'
                 )
-            self._size_of[given] = self.own_size if failure else given
+            self._size_of[given] = self.own_size if failure else wanted
         return self._size_of[given]
 
     def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
