@@ -18,16 +18,16 @@ from timm_pe.errors import UsageError
 from timm_pe.fit import (
     announce,
     check_teacher,
-    create_run_task,
-    create_run_teacher,
     create_trainer,
     evaluate_checkpoint,
     fit,
+    is_finished,
     open_run_folder,
 )
 from timm_pe.logs import setup_logging
 from timm_pe.models import check_names, create_student
 from timm_pe.runtime import setup_runtime
+from timm_pe.task_from_args import create_run_task, create_run_teacher
 
 
 @contextlib.contextmanager
@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
         teacher = create_run_teacher(args, student, data, runtime)
         task = create_run_task(args, student, teacher, runtime)
         trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime)
+        if is_finished(args, start_epoch, num_epochs):
+            return
         check_teacher(args, teacher, data, student.num_classes, runtime)
         folder = open_run_folder(args, args_text, trainer, start_epoch)
         announce(args, trainer, teacher, (start_epoch, num_epochs), folder)

@@ -111,12 +111,16 @@ def test_near_keys_give_unrelated_seeds():
 
 
 def test_each_rank_of_a_repeated_image_gets_another_draw():
+    from torch.utils.data import BatchSampler
+
     from timm_pe.data import DrawBatchSampler
 
     draws = [
         draw
         for rank in range(2)
-        for batch in DrawBatchSampler([5, 5, 5, 5], 2, seed=0, rank=rank, world_size=2, repeated=True)
+        for batch in DrawBatchSampler(
+            BatchSampler([5, 5, 5, 5], 2, drop_last=True), seed=0, rank=rank, world_size=2, repeated=True
+        )
         for draw in batch
     ]
     assert len(set(draws)) == 8

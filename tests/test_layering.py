@@ -9,7 +9,7 @@ ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
     0: {'tap', 'projectors', 'losses', 'errors', 'version'},
     1: {'task', 'teacher', 'loading', 'zoo'},
-    2: {'args_timm', 'args', 'runtime', 'data', 'models', 'engine', 'fit', 'checkpoints', 'logs'},
+    2: {'args_timm', 'args', 'runtime', 'data', 'models', 'engine', 'fit', 'task_from_args', 'checkpoints', 'logs'},
     3: {'demo'},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import math
 import sys
 import time
@@ -34,11 +35,15 @@ _TEACHER_FLAGS = (
     'pe_projector',
     'pe_act',
     'pe_loss',
-    'distill_loss_weight',
-    'task_loss_weight',
     'kd_loss_weight',
-    'kd_temperature',
 )
+# these mean something next to --teacher or --kd-model-name
+_DISTILLATION_FLAGS = ('distill_loss_weight', 'task_loss_weight', 'kd_temperature')
+# and these next to --kd-model-name alone
+_KD_FLAGS = ('kd_distill_type', 'kd_loss_type', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'kd_token_distill_type')  # fmt: skip
+_METRICS = {'classification': ('top1', 'top5', 'loss'), 'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss')}  # fmt: skip
+# prefix of flags -> the --loss they belong to
+_LOSS_OF = {'asl_': 'asl', 'poly_': 'poly', 'twoway_': 'twoway', 'db_': 'db'}
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': (None, 'float32', 'bfloat16', 'float16'),
@@ -50,7 +55,7 @@ _CHOICES = {
     'remode': ('const', 'rand', 'pixel'),
     'train_crop_mode': (None, 'rrc', 'rkrc', 'rkrr'),
     'worker_seeding': ('all', 'part'),
-    'eval_metric': (None, 'top1', 'top5', 'loss'),
+    'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
     'interpolation': ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'train_interpolation': ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
@@ -290,6 +295,8 @@ def _read_config(parser: Parser, path: str) -> dict[str, Any]:
         dest = str(key).replace('-', '_')
         if dest == 'config':  # an args.yaml names the YAML it came from
             continue
+        if dest == 'device_modules' and value is not None:
+            parser.error('--config: device_modules imports code and is taken from the command line alone')
         if dest not in actions:
             near = difflib.get_close_matches(dest, actions, n=1)
             hint = f', did you mean {near[0]}?' if near else ''
@@ -367,9 +374,14 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f'{_flag(name)} must be one of {known}, got {getattr(args, name)!r}')
     _check_optimizer(parser, args)
     _check_teacher(parser, args)
+    _check_task(parser, args)
+    _check_sizes(parser, args)
     _check_mixing(parser, args)
     if not args.data and not args.data_dir and not args.dataset:
         parser.error('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
+    args.resume_auto = args.resume == 'auto'
+    if args.resume_auto and not args.experiment:
+        parser.error('--resume auto needs --experiment: it continues in the folder of that name')
     if args.no_resume_opt and not args.resume:
         parser.error('--no-resume-opt needs --resume')
     if args.recovery_interval and args.evaluate:
@@ -399,11 +411,22 @@ def _check_optimizer(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
+    unset = create_parser()  # `parser` has what YAML said as its defaults
+
+    def given(names: tuple[str, ...]) -> list[str]:
+        return [_flag(n) for n in names if getattr(args, n) != unset.get_default(n)]
+
+    if args.teacher and args.kd_model_name:
+        parser.error("--teacher and --kd-model-name (timm's own distillation) are two of the same: give one")
+    if not args.kd_model_name and given(_KD_FLAGS):
+        parser.error(f'{given(_KD_FLAGS)[0]} needs --kd-model-name')
     if not args.teacher:
-        unset = create_parser()  # `parser` has what YAML said as its defaults
-        given = [n for n in _TEACHER_FLAGS if getattr(args, n) != unset.get_default(n)]
-        if given:
-            parser.error(f'{_flag(given[0])} needs --teacher')
+        if given(_TEACHER_FLAGS):
+            parser.error(f'{given(_TEACHER_FLAGS)[0]} needs --teacher')
+        if not args.kd_model_name and given(_DISTILLATION_FLAGS):
+            parser.error(f'{given(_DISTILLATION_FLAGS)[0]} needs --teacher or --kd-model-name')
+        if args.kd_model_name and args.kd_loss_type != 'kl':
+            parser.error(f"--kd-loss-type: timm knows 'kl' alone, got {args.kd_loss_type!r}")
         return
     if args.kd_temperature <= 0:
         parser.error(f'--kd-temperature must be above 0, got {args.kd_temperature}')
@@ -413,6 +436,66 @@ def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.aug_splits:
         parser.error('--aug-splits does not go with --teacher')
+    if args.torchscript:
+        parser.error('--torchscript does not go with --teacher: a scripted model cannot be tapped; use --torchcompile')
+    if args.naflex_loader:
+        parser.error('--naflex-loader does not go with --teacher: a teacher sees images, NaFlex batches are patches')
+    if args.task == 'multilabel' and args.kd_loss_weight:
+        parser.error('--kd-loss-weight compares softmax logits, --task multilabel has none: leave it 0')
+
+
+def _check_task(parser: Parser, args: argparse.Namespace) -> None:
+    if args.eval_metric not in (None, *_METRICS[args.task]):
+        known = ', '.join(_METRICS[args.task])
+        parser.error(f'--eval-metric of --task {args.task} must be one of {known}, got {args.eval_metric!r}')
+    if args.target_format and args.task != 'multilabel':
+        parser.error('--target-format needs --task multilabel')
+    if args.task == 'multilabel' and (args.kd_model_name or args.aug_splits):
+        parser.error('--task multilabel does not go with --kd-model-name or --aug-splits')
+    unset = create_parser()
+    loss = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
+    for name in vars(args):
+        needed = next((loss_of for prefix, loss_of in _LOSS_OF.items() if name.startswith(prefix)), None)
+        if needed and loss != needed and getattr(args, name) != unset.get_default(name):
+            parser.error(f'{_flag(name)} needs --loss {needed}')
+    methods = ('neg_pos', 'inv_freq', 'effective_num')
+    by_frequency = args.loss_pos_weight in methods or args.loss_class_weight in methods or loss == 'db'
+    if bool(args.class_stats) != by_frequency:
+        parser.error('--class-stats goes with --loss db, or with --loss-pos-weight / --loss-class-weight by a method')
+    if args.loss and (args.jsd_loss or args.bce_loss):
+        parser.error('--loss replaces --jsd-loss and --bce-loss: give --loss alone')
+    if args.tta < 0 or (args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta):
+        parser.error(f'--tta must divide the validation batch, got {args.tta}')
+    if args.log_wandb and importlib.util.find_spec('wandb') is None:
+        parser.error('--log-wandb needs Weights & Biases: pip install wandb')
+    given = [n for n in ('wandb_project', 'wandb_tags', 'wandb_resume_id') if getattr(args, n)]
+    if given and not args.log_wandb:
+        parser.error(f'{_flag(given[0])} needs --log-wandb')
+    if args.torchscript and args.torchcompile:
+        parser.error('--torchscript does not go with --torchcompile')
+
+
+def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
+    sizes = args.train_img_sizes
+    for name in ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'):
+        value = getattr(args, name)
+        if value is not None and not sizes:
+            parser.error(f'{_flag(name)} needs --train-img-sizes')
+        if isinstance(value, list) and len(value) != len(sizes):
+            parser.error(f'{_flag(name)} takes one value for each of the {len(sizes)} sizes, got {len(value)}')
+    if args.train_size_schedule != 'constant' and (not sizes or len(sizes) < 2):
+        parser.error('--train-size-schedule progressive needs two --train-img-sizes or more')
+    if args.variable_batch_loss_scale != 'none' and not args.train_batch_sizes:
+        parser.error('--variable-batch-loss-scale needs --train-batch-sizes')
+    if sizes and (args.naflex_loader or args.aug_splits or args.use_multi_epochs_loader):
+        parser.error('--train-img-sizes does not go with --naflex-loader, --aug-splits or --use-multi-epochs-loader')
+    if args.naflex_loader and (args.aug_repeats or args.aug_splits or args.torchscript or args.save_images):
+        parser.error('--naflex-loader does not go with --aug-repeats, --aug-splits, --torchscript or --save-images')
+    if not args.naflex_loader:
+        unset = create_parser()
+        given = [n for n in vars(args) if n.startswith('naflex_') and getattr(args, n) != unset.get_default(n)]
+        if given:
+            parser.error(f'{_flag(given[0])} needs --naflex-loader')
 
 
 def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
@@ -423,15 +506,15 @@ def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--mixup and --cutmix do not go with --aug-splits')
     if args.aug_splits == 1 or args.aug_splits < 0:
         parser.error(f'--aug-splits must be 0, or 2 and more, got {args.aug_splits}')
-    if args.jsd_loss and not args.aug_splits:
-        parser.error('--jsd-loss needs --aug-splits')
+    if (args.jsd_loss or args.loss == 'jsd') and not args.aug_splits:
+        parser.error('the jsd loss needs --aug-splits')
     if args.split_bn and not (args.aug_splits or args.resplit):
         parser.error('--split-bn needs --aug-splits or --resplit')
     if args.jsd_loss and args.bce_loss:
         parser.error('--jsd-loss does not go with --bce-loss')
     for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
-        if getattr(args, name) not in (None, False) and not args.bce_loss:
-            parser.error(f'{_flag(name)} needs --bce-loss')
+        if getattr(args, name) not in (None, False) and not (args.bce_loss or args.loss == 'bce'):
+            parser.error(f'{_flag(name)} needs --loss bce')
 
 
 def _flag(dest: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
 # a flag is a line
@@ -19,6 +20,8 @@ def add_timm_args(parser: argparse.ArgumentParser) -> None:
     _add_regularization(parser)
     _add_ema(parser)
     _add_misc(parser)
+    _add_sizes(parser)
+    _add_losses(parser)
     _add_distillation(parser)
 
 
@@ -36,6 +39,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add('--input-img-mode', type=str, default=None, help="PIL mode that images are converted to; None: 'RGB' for 3 channels, else 'L'")
     add('--input-key', type=str, default=None, help='name of the image column of the data set')
     add('--target-key', type=str, default=None, help='name of the label column of the data set')
+    add('--target-format', choices=['indices', 'multihot'], default=None, type=str, help='multi-label targets of the data set: lists of class indices or 0/1 vectors')
     add('--dataset-trust-remote-code', action='store_true', default=False, help='let a Hugging Face data set run its own code on import')
 
 
@@ -60,12 +64,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add('-b', '--batch-size', metavar='N', type=int, default=128, help='training batch on each rank')
     add('-vb', '--validation-batch-size', metavar='N', type=int, default=None, help='validation batch on each rank; None: as --batch-size')
     add('--channels-last', action='store_true', default=False, help='memory format channels_last')
+    add('--fuser', type=str, default='', help="TorchScript fuser: '', 'te', 'old', 'nvfuser'")
     add('--grad-accum-steps', metavar='N', type=int, default=1, help='batches to add up before each optimizer step')
     add('--grad-checkpointing', action='store_true', default=False, help='recompute activations in the backward pass to save memory')
     add('--fast-norm', action='store_true', default=False, help="timm's fast norm layers under AMP")
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='more arguments for the model, k=v ...')
     add('--head-init-scale', type=float, default=None, help='scale the initial weights of the classifier')
     add('--head-init-bias', type=float, default=None, help='initial value of the bias of the classifier')
+    add('--torchscript', action='store_true', default=False, help='script the model with TorchScript (not with a teacher)')
     add('--torchcompile-mode', type=str, default=None, help='mode of torch.compile')
     add('--torchcompile', nargs='?', type=str, default=None, const='inductor', help='compile with this torch.compile backend (inductor if none is named)')
 
@@ -78,6 +84,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     add('--model-dtype', type=str, default=None, help='dtype of the parameters: float32, bfloat16 or float16')
     add('--no-ddp-bb', action='store_true', default=False, help='DDP: do not broadcast buffers in every forward')
     add('--synchronize-step', action='store_true', default=False, help='wait for the device after each step')
+    add('--device-modules', type=str, nargs='+', default=None, help='Python modules to import for the device; command line only')
     add('--local_rank', type=int, default=0, help='set by launchers')
 
 
@@ -122,6 +129,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add('--decay-epochs', metavar='R', type=float, default=90, help='epochs between decays (step), length of the decay (wsd, rsqrt)')
     add('--warmup-epochs', metavar='N', type=int, default=5, help='epochs of warmup')
     add('--warmup-prefix', action='store_true', default=False, help='do not count warmup in --epochs')
+    add('--stop-epoch', metavar='N', type=int, default=None, help='stop after this many epochs of the schedule, which stays as it is')
     add('--cooldown-epochs', metavar='N', type=int, default=0, help='epochs at --min-lr after the schedule')
     add('--patience-epochs', metavar='N', type=int, default=10, help='epochs without progress before a decay (plateau)')
     add('--decay-rate', '--dr', metavar='R', type=float, default=0.1, help='decay factor (step, multistep, plateau), power (poly)')
@@ -190,19 +198,77 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     add('--log-interval', metavar='N', type=int, default=50, help='batches between log lines')
     add('--val-interval', metavar='N', type=int, default=1, help='epochs between validations')
     add('--recovery-interval', metavar='N', type=int, default=0, help='batches between recovery checkpoints; 0: none')
+    add('--save-epochs', metavar='N', type=int, nargs='+', default=None, help='keep milestone-N.pth.tar after these numbers of epochs, and validate there')
     add('--checkpoint-hist', metavar='N', type=int, default=10, help='number of checkpoints kept')
     add('-j', '--workers', metavar='N', type=int, default=4, help='loader processes on each rank')
+    add('--save-images', action='store_true', default=False, help='save a training batch as a picture at each log interval')
     add('--pin-mem', action='store_true', default=False, help='pin host memory for faster copies')
     add('--no-prefetcher', action='store_true', default=False, help='plain DataLoader, no prefetching to the device')
+    add('--use-multi-epochs-loader', action='store_true', default=False, help='keep the iterator of the training loader between epochs')
     add('--persistent-workers', action='store_true', default=True, help='keep loader processes between epochs')
     add('--no-persistent-workers', dest='persistent_workers', action='store_false', default=True, help='start new ones in every epoch')
     add('--output', metavar='DIR', type=str, default='', help="parent of the run's folder; empty: ./output/train")
     add('--experiment', metavar='NAME', type=str, default='', help="name of the run's folder; empty: date, model, size")
-    add('--eval-metric', metavar='NAME', type=str, default=None, help='metric that names the best epoch; None: top1')
+    add('--eval-metric', metavar='NAME', type=str, default=None, help='metric that names the best epoch; None: top1, map for multi-label')
+    add('--tta', type=int, default=0, help='validation: average the outputs of this many images in a row')
+    add('--log-wandb', action='store_true', default=False, help='log to Weights & Biases')
+    add('--wandb-project', type=str, default=None, help='its project')
+    add('--wandb-tags', type=str, nargs='+', default=[], help='its tags')
+    add('--wandb-resume-id', type=str, default='', help='its run to continue')
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('training sizes and NaFlex').add_argument
+    add('--train-img-sizes', metavar='N', type=int, nargs='+', default=None, help='input sizes to train at, one a batch')
+    add('--train-batch-sizes', metavar='N', type=int, nargs='+', default=None, help='batch size of each of them; None: as --batch-size')
+    add('--train-size-probs', metavar='P', type=float, nargs='+', default=None, help='share of each of them; None: equal')
+    add('--train-size-schedule', type=str, choices=['constant', 'progressive'], default='constant', help='mix them, or move from first to last')
+    add('--train-size-schedule-spread', type=float, default=0.65, help='progressive: width of the window of sizes')
+    add('--train-size-random-mix', type=float, default=0.1, help='progressive: share of random sizes')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', metavar='N', type=int, default=None, help='batches in an epoch; None: as the data give')
+    add('--variable-batch-loss-scale', type=str, choices=['none', 'sqrt', 'linear'], default='none', help='scale the loss by the size of a batch')
+    add('--naflex-loader', action='store_true', default=False, help='NaFlex batches: patches at native aspect ratio (not with a teacher)')
+    add('--naflex-train-seq-lens', metavar='N', type=int, nargs='+', default=[128, 256, 576, 784, 1024], help='sequence lengths to train at')
+    add('--naflex-max-seq-len', metavar='N', type=int, default=576, help='sequence length of the validation')
+    add('--naflex-patch-sizes', metavar='N', type=int, nargs='+', default=None, help='patch sizes to train at')
+    add('--naflex-patch-size-probs', metavar='P', type=float, nargs='+', default=None, help='share of each of them')
+    add('--naflex-loss-scale', type=str, choices=['none', 'sqrt', 'linear'], default='linear', help='scale the loss by the size of a batch')
+    add('--naflex-patchify-channels-first', action='store_true', default=False, help='channels first within a patch')
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('task and task loss').add_argument
+    add('--task', type=str, choices=['classification', 'multilabel'], default='classification', help='one label an image, or any number')
+    add('--multilabel-threshold', type=float, default=0.5, help='probability that counts as a prediction in F1')
+    add('--loss', type=str, choices=LOSS_TYPES, default=None, help='task loss; None: ce, bce for multi-label')
+    add('--class-stats', metavar='FILE', type=str, default=None, help='JSON with pos_counts and num_samples, for weights by frequency')
+    add('--loss-pos-weight', type=str, default=None, help='weight of positives: numbers, a file, or neg_pos')
+    add('--loss-class-weight', type=str, default=None, help='weight of classes: numbers, a file, inv_freq or effective_num')
+    add('--loss-weight-power', type=float, default=1.0, help='exponent of weights by frequency')
+    add('--loss-weight-beta', type=float, default=0.999, help='beta of effective_num')
+    add('--loss-weight-max', type=float, default=None, help='largest weight')
+    add('--asl-gamma-pos', type=float, default=1.0, help='asl: focus on positives')
+    add('--asl-gamma-neg', type=float, default=4.0, help='asl: focus on negatives')
+    add('--asl-clip', type=float, default=0.05, help='asl: probability margin of negatives')
+    add('--asl-reduction', type=str, choices=['batchmean', 'sum', 'mean'], default='batchmean', help='asl: reduction')
+    add('--poly-epsilon', type=float, default=2.0, help='poly: coefficient')
+    add('--poly-gamma', type=float, default=0.0, help='poly, multi-label: focus')
+    add('--poly-alpha', type=float, default=None, help='poly, multi-label: balance')
+    add('--twoway-tp', type=float, default=4.0, help='twoway: temperature of positives')
+    add('--twoway-tn', type=float, default=1.0, help='twoway: temperature of negatives')
+    add('--db-neg-scale', type=float, default=2.0, help='db: scale of negatives')
+    add('--db-init-bias', type=float, default=0.05, help='db: shift by class prior')
+    add('--db-focal-gamma', type=float, default=2.0, help='db: focus')
 
 
 def _add_distillation(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('distillation').add_argument
-    add('--distill-loss-weight', type=float, default=None, help='weight of the feature loss; None with --teacher: 25')
+    add = parser.add_argument_group("distillation, and timm's own tasks of it").add_argument
+    add('--kd-model-name', metavar='NAME', type=str, default=None, help="teacher of timm's own distillation tasks (instead of --teacher)")
+    add('--kd-distill-type', type=str, choices=['logit', 'feature', 'token'], default='logit', help='which of them')
+    add('--kd-loss-type', type=str, default='kl', help='loss of logit distillation')
+    add('--kd-student-feature-dim', metavar='N', type=int, default=None, help="width of the student's feature; None: found")
+    add('--kd-teacher-feature-dim', metavar='N', type=int, default=None, help="width of the teacher's feature; None: found")
+    add('--kd-token-distill-type', type=str, choices=['soft', 'hard'], default='soft', help='token distillation: from logits or from the predicted class')
+    add('--distill-loss-weight', type=float, default=None, help='weight of the distillation loss; None with --teacher: 25')
     add('--task-loss-weight', type=float, default=None, help='weight of the task loss; None with --teacher: 1')
     add('--kd-temperature', metavar='T', type=float, default=4.0, help='temperature of logit distillation')

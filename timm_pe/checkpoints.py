@@ -1,6 +1,7 @@
 """Checkpoints in timm's format, and the student as safetensors. Every file is written beside and moved into place."""
 
 import argparse
+import glob
 import logging
 import os
 import shutil
@@ -91,6 +92,30 @@ def save_student(model: nn.Module, path: str) -> None:
     os.replace(path + '.tmp', path)
 
 
+def resolve_resume(args: argparse.Namespace) -> str:
+    """The training checkpoint that --resume means.
+
+    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, `last`
+    or `recovery`, and '' where there is none yet.
+
+    Raises:
+        UsageError: No such checkpoint.
+    """
+    if args.resume != 'auto':
+        return find_resume(args) if args.resume else ''
+    folder = os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
+    files = [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(glob.escape(folder), 'recovery-*.pth.tar'))]
+    for path in sorted(filter(os.path.isfile, files), key=os.path.getmtime, reverse=True):
+        try:
+            _read(path)
+        except UsageError as e:
+            _logger.warning(f'{e}: trying the one before.')
+            continue
+        return path
+    _logger.info(f"--resume auto: no checkpoint in '{folder}' yet, a fresh run.")
+    return ''
+
+
 def find_resume(args: argparse.Namespace) -> str:
     """The training checkpoint that --resume names: a file, or the `last` one of a run folder."""
     return str(find_checkpoint(args.resume, '--resume', ('last.pth.tar',)))
@@ -107,7 +132,7 @@ def resume(
     Raises:
         UsageError: No such checkpoint, unreadable, or of another model, optimizer or projectors.
     """
-    path = find_resume(args)
+    path = args.resume
     checkpoint = _read(path)
     if not args.no_resume_opt:
         _check_optimizer(args, checkpoint, path)
@@ -130,6 +155,8 @@ def resume(
         raise UsageError(f"--resume '{path}': {e}") from e
     except (RuntimeError, ValueError, KeyError) as e:
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
+    if epoch is not None and os.path.basename(path).startswith('recovery-'):
+        epoch -= 1  # saved in the middle of that epoch: it is trained again
     return epoch
 
 
@@ -144,7 +171,7 @@ def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> N
 
 def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:
     """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
-    load_task_ema_checkpoint(task, find_resume(args))
+    load_task_ema_checkpoint(task, args.resume)
 
 
 def _read(path: str) -> dict:

@@ -24,9 +24,13 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
-from timm.data.loader import PrefetchLoader
+from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from timm.data.model_config import resolve_input_data_config
+from timm.data.naflex_loader import create_naflex_loader
+from timm.data.naflex_mixup import NaFlexMixup
 from timm.data.readers.reader import Reader
+from timm.data.target_transforms import MultiLabelTarget
+from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from .args import resolve_dtype
@@ -100,46 +104,45 @@ class Batch(list):
 
 
 class DrawBatchSampler(Sampler):
-    """Batches of `Draw`s in the order of an index sampler; the order of a RandomSampler is a function of the epoch too.
+    """timm's batches of indices as batches of `Draw`s; the order of a RandomSampler is a function of the epoch too.
 
     Args:
-        sampler: Index sampler (timm's or torch's).
-        batch_size: Draws in a batch; an incomplete last batch is dropped, as timm does in training.
+        batch_sampler: Batch sampler (torch's, or timm's ScheduledBatchSampler) over an index sampler.
         seed: Run seed.
         rank: This rank.
         world_size: Number of ranks.
         repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, seed: int, rank: int, world_size: int, repeated: bool):
-        self.sampler, self.batch_size, self.seed = sampler, batch_size, seed
+    def __init__(self, batch_sampler: Sampler, seed: int, rank: int, world_size: int, repeated: bool):
+        self.batch_sampler, self.sampler, self.seed = batch_sampler, batch_sampler.sampler, seed
         self.rank, self.world_size, self.repeated = rank, world_size, repeated
         self.epoch = 0
-        if isinstance(sampler, RandomSampler):
-            sampler.generator = torch.Generator()
+        if isinstance(self.sampler, RandomSampler):
+            self.sampler.generator = torch.Generator()
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
+        """Say which epoch the next iteration is; without a word it is the one after the last."""
         self.epoch = epoch
-        if hasattr(self.sampler, 'set_epoch'):
-            self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        for part in (self.batch_sampler, self.sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
         times = Counter()
-        draws, number = [], 0
-        for index in self.sampler:
-            draws.append(Draw(epoch, index, times[index] * self.world_size + self.rank if self.repeated else 0))
-            if self.repeated:
-                times[index] += 1
-            if len(draws) == self.batch_size:
-                yield Batch(draws, epoch, number)
-                draws, number = [], number + 1
+        for number, indices in enumerate(self.batch_sampler):
+            draws = []
+            for index in indices:
+                draws.append(Draw(epoch, index, times[index] * self.world_size + self.rank if self.repeated else 0))
+                if self.repeated:
+                    times[index] += 1
+            yield Batch(draws, epoch, number)
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch_size
+        return len(self.batch_sampler)
 
 
 class SeededDataset(Dataset):
@@ -157,7 +160,9 @@ class SeededDataset(Dataset):
             return self._load(draw)
 
     def _load(self, draw: Draw) -> tuple:
-        _seed_all(derive_seed(self.seed, *draw))
+        # with scheduled sizes an index is (index, choice of the batch)
+        index = draw.index if isinstance(draw.index, int) else draw.index[0]
+        _seed_all(derive_seed(self.seed, draw.epoch, index, draw.repeat))
         return self.dataset[draw.index]
 
     def __len__(self) -> int:
@@ -213,10 +218,11 @@ def seeded_mixup(mixup: Mixup, input: torch.Tensor, target: torch.Tensor, *key: 
 def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any:
     """Put a DataLoader over seeded draws in the place of timm's, under its prefetcher where there is one."""
     plain = loader.loader if isinstance(loader, PrefetchLoader) else loader
-    seeded = DataLoader(
+    loader_class = MultiEpochsDataLoader if args.use_multi_epochs_loader else DataLoader
+    seeded = loader_class(
         SeededDataset(plain.dataset, args.seed),
         batch_sampler=DrawBatchSampler(
-            plain.sampler, args.batch_size, args.seed, runtime.rank, runtime.world_size, bool(args.aug_repeats)
+            plain.batch_sampler, args.seed, runtime.rank, runtime.world_size, bool(args.aug_repeats)
         ),
         collate_fn=SeededCollate(plain.collate_fn, args.seed, runtime.rank, args.mixup_off_epoch),
         num_workers=plain.num_workers,
@@ -235,7 +241,7 @@ def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell all parts of a training loader which epoch comes next."""
-    for part in (loader.batch_sampler, loader.dataset, getattr(loader, 'random_erasing', None)):
+    for part in (getattr(loader, 'batch_sampler', None), loader.dataset, getattr(loader, 'random_erasing', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
 
@@ -302,6 +308,8 @@ def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_
     root = args.data_dir or args.data
     is_folder = '/' not in args.dataset
     extra = {} if is_folder else {'trust_remote_code': args.dataset_trust_remote_code}
+    if args.target_format:
+        extra['target_format'] = args.target_format
     try:
         return create_dataset(
             args.dataset,
@@ -441,11 +449,17 @@ def create_data(
         UsageError: Other classes than the student's, flags that the loader cannot do, or fewer training images than
             one batch.
     """
-    check_num_classes(datasets[1], student.num_classes, given=args.num_classes is not None)
+    if args.task == 'multilabel':
+        for dataset in filter(None, datasets):
+            dataset.target_transform = MultiLabelTarget(student.num_classes, dense=args.target_format == 'multihot')
+    else:
+        check_num_classes(datasets[1], student.num_classes, given=args.num_classes is not None)
     try:
         config = resolve_input_data_config(student, args=vars(args))
     except ValueError as e:
         raise UsageError(f'--model {args.model}: {one_line(e)}') from e
+    if args.naflex_loader:
+        return _create_naflex_data(args, datasets, config, student, runtime)
     train, mixup = None, None
     if datasets[0] is not None:
         train, mixup = _create_train_loader(args, datasets[0], config, student.num_classes, runtime)
@@ -455,6 +469,13 @@ def create_data(
 def mixing_active(args: argparse.Namespace) -> bool:
     """Whether targets are soft, mixed by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def resolve_smoothing(args: argparse.Namespace) -> float:
+    """--smoothing, or timm's default of the task: 0.1 for one label, 0 for many."""
+    if args.smoothing is not None:
+        return args.smoothing
+    return 0.0 if args.task == 'multilabel' else 0.1
 
 
 def _create_train_loader(
@@ -473,8 +494,9 @@ def _create_train_loader(
             'prob': args.mixup_prob,
             'switch_prob': args.mixup_switch_prob,
             'mode': args.mixup_mode,
-            'label_smoothing': 0.1 if args.smoothing is None else args.smoothing,
+            'label_smoothing': resolve_smoothing(args),
             'num_classes': num_classes,
+            'multi_label': args.task == 'multilabel',
         }
         if args.no_prefetcher:
             mixup = Mixup(**mixup_args)
@@ -514,6 +536,15 @@ def _create_train_loader(
             collate_fn=collate,
             persistent_workers=args.persistent_workers,
             worker_seeding=args.worker_seeding,
+            input_size_choices=args.train_img_sizes,
+            batch_size_choices=args.train_batch_sizes,
+            batch_choice_weights=args.train_size_probs,
+            batch_choice_seed=args.seed,
+            batch_choice_schedule=args.train_size_schedule,
+            batch_schedule_epochs=args.epochs,
+            batch_schedule_spread=args.train_size_schedule_spread,
+            batch_schedule_random_mix=args.train_size_random_mix,
+            num_batches=args.train_batches_per_epoch,
             **_common_loader_args(args, config, runtime),
         )
     except (AssertionError, ValueError, TypeError, KeyError, IndexError) as e:
@@ -528,6 +559,93 @@ def _create_train_loader(
                 f'incomplete one is dropped): lower --batch-size'
             )
     return loader, mixup
+
+
+def _create_naflex_data(
+    args: argparse.Namespace,
+    datasets: tuple[Dataset | None, Dataset],
+    config: dict[str, Any],
+    student: nn.Module,
+    runtime: Runtime,
+) -> Data:
+    """timm's NaFlex loaders: patches at native aspect ratio. Their draws are timm's own, seeded by epoch."""
+    if not isinstance(student, NaFlexVit):
+        raise UsageError(
+            f'--naflex-loader needs a NaFlexVit (naflexvit_*, or --model-kwargs use_naflex=True), not {args.model}'
+        )
+    common = {
+        'mean': config['mean'],
+        'std': config['std'],
+        'channels': config['input_size'][0],
+        'num_workers': args.workers,
+        'distributed': runtime.distributed,
+        'rank': runtime.rank,
+        'world_size': runtime.world_size,
+        'seed': args.seed,
+        'pin_memory': args.pin_mem,
+        'img_dtype': resolve_dtype(args.model_dtype) or torch.float32,
+        'device': runtime.device,
+        'use_prefetcher': not args.no_prefetcher,
+        'persistent_workers': args.persistent_workers,
+        'patchify_channels_last': not args.naflex_patchify_channels_first,
+    }
+    patch_size = student.embeds.patch_size
+    train = None
+    try:
+        if datasets[0] is not None:
+            train = create_naflex_loader(
+                datasets[0],
+                patch_size=patch_size,
+                patch_size_choices=args.naflex_patch_sizes,
+                patch_size_choice_probs=args.naflex_patch_size_probs,
+                train_seq_lens=args.naflex_train_seq_lens,
+                batch_size=args.batch_size,
+                is_training=True,
+                mixup_fn=_create_naflex_mixup(args, student.num_classes) if mixing_active(args) else None,
+                no_aug=args.no_aug,
+                re_prob=args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+                train_crop_mode=args.train_crop_mode,
+                scale=args.scale,
+                ratio=args.ratio,
+                hflip=args.hflip,
+                vflip=args.vflip,
+                color_jitter=args.color_jitter,
+                color_jitter_prob=args.color_jitter_prob,
+                grayscale_prob=args.grayscale_prob or 0.0,
+                gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
+                auto_augment=args.aa,
+                interpolation=config['interpolation'] if args.no_aug else args.train_interpolation,
+                worker_seeding=args.worker_seeding,
+                **common,
+            )
+        evaluation = create_naflex_loader(
+            datasets[1],
+            patch_size=patch_size,
+            max_seq_len=args.naflex_max_seq_len,
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=config['interpolation'],
+            crop_pct=config['crop_pct'],
+            **common,
+        )
+    except (AssertionError, ValueError, TypeError) as e:
+        raise UsageError(f'NaFlex loader: {one_line(e)}') from e
+    return Data(train, evaluation, None, config)
+
+
+def _create_naflex_mixup(args: argparse.Namespace, num_classes: int) -> NaFlexMixup:
+    return NaFlexMixup(
+        num_classes=num_classes,
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        switch_prob=args.mixup_switch_prob,
+        prob=args.mixup_prob,
+        label_smoothing=resolve_smoothing(args),
+        mixup_off_epoch=args.mixup_off_epoch,
+        multi_label=args.task == 'multilabel',
+    )
 
 
 def _create_eval_loader(args: argparse.Namespace, dataset: Dataset, config: dict[str, Any], runtime: Runtime) -> Any:

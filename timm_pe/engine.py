@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,7 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+import torchvision
+from timm.task import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    evaluation_sample_limit,
+)
 from timm.utils import dispatch_clip_grad
 
 from .data import Data, seeded_mixup
@@ -40,6 +47,7 @@ class Trainer:
         runtime: Device, ranks, precision.
         args: Run arguments.
         saver: Checkpoint saver on the primary rank, else None.
+        wandb: Weights & Biases run on the primary rank with --log-wandb, else None.
     """
 
     task: TrainingTask
@@ -49,6 +57,7 @@ class Trainer:
     runtime: Runtime
     args: argparse.Namespace
     saver: Any = None
+    wandb: Any = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -125,13 +134,14 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
     trainer.optimizer.zero_grad()
     for i, (input, target) in enumerate(trainer.data.train):
         input, target = _to_device(trainer, epoch, i, input, target)
+        size = batch_size(input)
         need_update = accum.ends_at(i)
         with task.no_sync() if runtime.distributed and not need_update else nullcontext():
             with runtime.autocast():
                 result = task(input, target)
-            _backward(trainer, result['loss'] / accum.size(i), need_update)
-        meter.update({k: v for k, v in result.items() if k != 'output'}, len(input))
-        images += len(input) * runtime.world_size
+            _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update)
+        meter.update({k: v for k, v in result.items() if k != 'output'}, size)
+        images += size * runtime.world_size
         last = i + 1 == num_batches
         if need_update:
             update += 1
@@ -145,6 +155,7 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
                 trainer.scheduler.step_update(num_updates=update, metric=None)
         if last or (i + 1) % args.log_interval == 0:
             progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), mean_lr(trainer.optimizer))
+            _save_images(trainer, input, i)
         else:
             progress.update(i + 1)
         if args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
@@ -172,16 +183,54 @@ class _Accumulation:
         return min(self.steps, self.num_batches - first)
 
 
+def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
+    """Images in a batch `[b, ch, h, w]`, or in a NaFlex batch of patches `[b, n, ...]`."""
+    return len(input['patches'] if isinstance(input, dict) else input)
+
+
+def _batch_scale(trainer: Trainer, size: int) -> float:
+    """Weight of a batch of another size than --batch-size; ranks whose batches differ share by their images."""
+    args, runtime = trainer.args, trainer.runtime
+    how = args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale
+    scale = {'none': 1.0, 'sqrt': (size / args.batch_size) ** 0.5, 'linear': size / args.batch_size}[how]
+    if args.naflex_loader and runtime.distributed:
+        sizes = torch.tensor(float(size), device=runtime.device)
+        dist.all_reduce(sizes)
+        scale *= runtime.world_size * size / sizes.item()
+    return scale
+
+
+def _save_images(trainer: Trainer, input: torch.Tensor, i: int) -> None:
+    if trainer.args.save_images and trainer.saver is not None:
+        path = os.path.join(trainer.saver.checkpoint_dir, f'train-batch-{i}.jpg')
+        torchvision.utils.save_image(input.float(), path, padding=0, normalize=True)
+
+
+def _on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    if isinstance(value, dict):
+        return {k: _on_device(v, device, dtype if k == 'patches' else None) for k, v in value.items()}
+    return value.to(device=device, dtype=dtype) if isinstance(value, torch.Tensor) else value
+
+
+def create_evaluator(args: argparse.Namespace, runtime: Runtime, loader: Any) -> ClassificationEvaluator:
+    """timm's evaluator of the task: loss, top-1 and top-5, or mAP and F1 for multi-label data."""
+    limit = evaluation_sample_limit(loader)
+    if args.task == 'multilabel':
+        threshold = args.multilabel_threshold
+        return MultiLabelClassificationEvaluator(runtime.device, max_samples=limit, threshold=threshold)
+    return ClassificationEvaluator(runtime.device, max_samples=limit)
+
+
 def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target: torch.Tensor) -> tuple:
     args, runtime = trainer.args, trainer.runtime
     if args.no_prefetcher:
-        input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+        input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
         target = target.to(runtime.device)
         mixup = trainer.data.mixup
         if mixup is not None:
             mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
             input, target = seeded_mixup(mixup, input, target, args.seed, epoch, i, runtime.rank)
-    if args.channels_last:
+    if args.channels_last and not isinstance(input, dict):
         input = input.contiguous(memory_format=torch.channels_last)
     return input, target
 
@@ -221,7 +270,7 @@ def evaluate(
     args: argparse.Namespace,
     progress: Progress,
 ) -> OrderedDict[str, float]:
-    """Loss, top-1 and top-5 (in percent) of `model` over a validation loader, over all ranks.
+    """Metrics (in percent) and loss of `model` over a validation loader, over all ranks.
 
     Args:
         model: Batch `[b, ch, h, w]` -> logits `[b, c]`; a module should be in eval mode.
@@ -233,18 +282,21 @@ def evaluate(
     Raises:
         UsageError: Labels that the model has no class for.
     """
-    evaluator = ClassificationEvaluator(runtime.device, max_samples=evaluation_sample_limit(loader))
+    evaluator = create_evaluator(args, runtime, loader)
     for i, (input, target) in enumerate(loader):
         if args.no_prefetcher:
-            input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+            input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
             target = target.to(runtime.device)
-        if args.channels_last:
+        if args.channels_last and not isinstance(input, dict):
             input = input.contiguous(memory_format=torch.channels_last)
         with runtime.autocast():
             output = model(input)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        if i == 0 and int(target.max()) >= output.shape[-1]:
+        if args.tta > 1:
+            output = output.unfold(0, args.tta, args.tta).mean(dim=2)
+            target = target[:: args.tta][: len(output)]
+        if i == 0 and target.ndim == 1 and int(target.max()) >= output.shape[-1]:
             raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
         evaluator.update(output, target)
         progress.update(i + 1)

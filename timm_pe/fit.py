@@ -5,128 +5,34 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import yaml
-from timm.loss import create_classification_loss
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
 
 from . import checkpoints
-from .args import resolve_dtype, resolve_lr
+from .args import resolve_lr
 from .checkpoints import Saver
-from .data import Data, mixing_active, set_epoch
-from .engine import Trainer, evaluate, mean_lr, train_one_epoch
+from .data import Data, set_epoch
+from .engine import Trainer, create_evaluator, evaluate, mean_lr, train_one_epoch
 from .errors import UsageError, one_line
 from .loading import load_weights, read_state_dict
-from .logs import Progress, start_table, write_summary
+from .logs import Progress, start_table, start_wandb, write_summary
 from .models import place_student
 from .runtime import Runtime, prepare_task
 from .task import ProjectorEnsembleTask
-from .teacher import Teacher, create_teacher
+from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)
-
-
-def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data, runtime: Runtime) -> Teacher | None:
-    """The teacher that the flags name; None without --teacher."""
-    if not args.teacher:
-        return None
-    _take_run_folder_settings(args)
-    teacher = create_teacher(
-        args.teacher,
-        checkpoint=args.teacher_checkpoint,
-        pretrained=args.teacher_pretrained,
-        num_classes=args.teacher_num_classes,
-        use_ema=args.teacher_ema,
-        needs_logits=args.kd_loss_weight > 0,
-        model_kwargs=args.teacher_kwargs,
-        what='--teacher',
-        input_mean=data.config['mean'],
-        input_std=data.config['std'],
-        input_size=args.teacher_input_size,
-        mean=args.teacher_mean,
-        std=args.teacher_std,
-        tap=args.teacher_tap,
-        device=runtime.device,
-        dtype=resolve_dtype(args.teacher_dtype),
-        channels_last=args.channels_last,
-    )
-    if runtime.distributed:
-        # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
-        for tensor in teacher.state_dict().values():
-            dist.broadcast(tensor, src=0)
-    return teacher
-
-
-def _take_run_folder_settings(args: argparse.Namespace) -> None:
-    """A teacher from a run folder of train_distill is built and fed as it was in that run, where no flag says else."""
-    path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
-    if not args.teacher_checkpoint or not os.path.isfile(path):
-        return
-    with open(path, encoding='utf-8') as f:
-        run = yaml.safe_load(f)
-    args.teacher_mean = args.teacher_mean or run.get('mean')
-    args.teacher_std = args.teacher_std or run.get('std')
-    model_kwargs = {**(run.get('model_kwargs') or {}), 'in_chans': run.get('in_chans'), 'global_pool': run.get('gp')}
-    args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
-
-
-def create_run_task(
-    args: argparse.Namespace,
-    student: nn.Module,
-    teacher: Teacher | None,
-    runtime: Runtime,
-) -> TrainingTask:
-    """The task that the flags ask for: timm's ClassificationTask, or ours where there is a teacher."""
-    student = place_student(student, args, runtime)
-    criterion = _create_criterion(args).to(runtime.device)
-    common = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
-    if teacher is None:
-        return ClassificationTask(student, criterion, **common)
-    if args.pe_loss != 'direction' and args.distill_loss_weight is None:
-        _logger.warning(
-            f'The default weight 25 was chosen for the direction loss, it now weighs {args.pe_loss!r}: '
-            f'consider --distill-loss-weight.'
-        )
-    return ProjectorEnsembleTask(
-        student_model=student,
-        teacher_model=teacher,
-        criterion=criterion,
-        num_projectors=args.pe_projectors,
-        projector=args.pe_projector,
-        act=args.pe_act,
-        feature_loss=args.pe_loss,
-        distill_loss_weight=args.distill_loss_weight,
-        task_loss_weight=args.task_loss_weight,
-        kd_loss_weight=args.kd_loss_weight,
-        kd_temperature=args.kd_temperature,
-        student_tap=args.student_tap,
-        **common,
-    )
-
-
-def _create_criterion(args: argparse.Namespace) -> nn.Module:
-    try:
-        return create_classification_loss(
-            'jsd' if args.jsd_loss else 'bce' if args.bce_loss else None,
-            smoothing=0.1 if args.smoothing is None else args.smoothing,
-            soft_targets=mixing_active(args),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-            jsd_splits=args.aug_splits,
-        )
-    except ValueError as e:
-        raise UsageError(f'task loss: {one_line(e)}') from e
 
 
 def create_trainer(
@@ -163,7 +69,8 @@ def create_trainer(
     except (ValueError, AssertionError) as e:
         raise UsageError(f'schedule: {one_line(e)}') from e
     start_epoch = args.start_epoch if args.start_epoch is not None else (start_epoch or 0)
-    if start_epoch >= num_epochs:
+    _check_epochs(args, num_epochs)
+    if start_epoch >= num_epochs and not args.resume_auto:
         raise UsageError(
             f'nothing to train: the run starts at epoch {start_epoch} and --epochs gives {num_epochs} (--start-epoch 0 '
             f'starts the schedule anew)'
@@ -179,6 +86,21 @@ def create_trainer(
         else:
             trainer.scheduler.step(start_epoch)
     return trainer, start_epoch, num_epochs
+
+
+def _check_epochs(args: argparse.Namespace, num_epochs: int) -> None:
+    for name, epochs in (('stop-epoch', [args.stop_epoch]), ('save-epochs', args.save_epochs or [])):
+        wrong = [e for e in epochs if e is not None and not 1 <= e <= num_epochs]
+        if wrong:
+            raise UsageError(f'--{name} must be from 1 to the {num_epochs} epochs of the schedule, got {wrong[0]}')
+
+
+def is_finished(args: argparse.Namespace, start_epoch: int, num_epochs: int) -> bool:
+    """Whether --resume auto found nothing left to train."""
+    finished = args.resume_auto and start_epoch >= (args.stop_epoch or num_epochs)
+    if finished:
+        _logger.info(f'--resume auto: the run is finished after {start_epoch} epochs.')
+    return finished
 
 
 def _announce_resumed_settings(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
@@ -244,6 +166,10 @@ def check_teacher(
             f'checked.'
         )
         return
+    if args.task == 'multilabel':
+        metrics = validate(lambda x: teacher(x).logits, data, runtime, args, 'Teacher')
+        _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
+        return
     metrics = validate(lambda x: teacher(x).logits, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
     chance, images = 1 / num_classes, len(data.eval.dataset)
@@ -263,15 +189,32 @@ def validate(model: Any, data: Data, runtime: Runtime, args: argparse.Namespace,
         progress.close()
 
 
+def default_metric(args: argparse.Namespace) -> str:
+    """What names the best epoch: top-1, or for multi-label data mAP."""
+    return 'map' if args.task == 'multilabel' else 'top1'
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Metrics on one line, percentages to three places."""
+    names = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
+    percent = [f'{names.get(k, k)} {v:.3f} %' for k, v in metrics.items() if k != 'loss']
+    return '  '.join([*percent, f'loss {metrics["loss"]:.4f}'])
+
+
+def flat_metrics(
+    epoch: int, train_metrics: Mapping[str, float], eval_metrics: Mapping[str, float], lr: float
+) -> dict[str, float]:
+    """One epoch's numbers under the names of summary.csv."""
+    train = {f'train_{k}': v for k, v in train_metrics.items()}
+    return {'epoch': epoch, **train, **{f'eval_{k}': v for k, v in eval_metrics.items()}, 'lr': lr}
+
+
 def evaluate_checkpoint(args: argparse.Namespace, student: nn.Module, data: Data, runtime: Runtime) -> None:
     """Validate the weights of --evaluate, say what came out, and stop."""
     load_weights(student, read_state_dict(args.evaluate, '--evaluate'), '--evaluate', args.evaluate)
     student = place_student(student, args, runtime).eval()
     metrics = validate(student, data, runtime, args, 'Evaluate')
-    _logger.info(
-        f"'{args.evaluate}': top-1 {metrics['top1']:.3f} %, top-5 {metrics['top5']:.3f} %, loss {metrics['loss']:.4f} on "
-        f'{len(data.eval.dataset)} images.'
-    )
+    _logger.info(f"'{args.evaluate}': {format_metrics(metrics)} on {len(data.eval.dataset)} images.")
 
 
 def open_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, start_epoch: int) -> str:
@@ -307,11 +250,14 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
         decreasing=args.eval_metric == 'loss',
         evaluated_model=lambda: task.get_eval_model(ema=with_ema),
     )
-    resumed = checkpoints.find_resume(args) if args.resume else None
-    same_folder = resumed and start_epoch > 0 and os.path.realpath(os.path.dirname(resumed)) == os.path.realpath(folder)
+    same_folder = (
+        args.resume and start_epoch > 0 and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+    )
     if same_folder:
-        trainer.saver.load_state_dict_from_checkpoint(resumed)
+        trainer.saver.load_state_dict_from_checkpoint(args.resume)
     trim_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
+    if args.log_wandb:
+        trainer.wandb = start_wandb(args, folder)
     return folder
 
 
@@ -336,10 +282,13 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
         folder: The run's folder, used on the primary rank.
     """
     args, runtime = trainer.args, trainer.runtime
-    metric_name = args.eval_metric or 'top1'
+    metric_names = create_evaluator(args, runtime, trainer.data.eval).metric_names
+    metric_name = args.eval_metric or default_metric(args)
+    stop = args.stop_epoch or num_epochs
+    milestones = args.save_epochs or []
     best = (None, None)
     began = time.perf_counter()
-    for epoch in range(start_epoch, num_epochs):
+    for epoch in range(start_epoch, stop):
         set_epoch(trainer.data.train, epoch)
         progress = Progress(f'Train {epoch}/{num_epochs - 1}', len(trainer.data.train), runtime.is_primary)
         try:
@@ -348,12 +297,17 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
             progress.close()
         lr = mean_lr(trainer.optimizer)
         _share_bn(trainer)
-        due = (epoch + 1) % args.val_interval == 0 or epoch == num_epochs - 1
+        due = (epoch + 1) % args.val_interval == 0 or epoch == stop - 1 or epoch + 1 in milestones
         eval_metrics = _validate_task(trainer, epoch, num_epochs) if due else None
         metric = eval_metrics[metric_name] if eval_metrics else None
         if runtime.is_primary:
-            write_summary(os.path.join(folder, 'summary.csv'), epoch, train_metrics, eval_metrics, lr)
+            shown = eval_metrics or dict.fromkeys(metric_names, '')
+            write_summary(os.path.join(folder, 'summary.csv'), epoch, train_metrics, shown, lr)
+            if trainer.wandb is not None:
+                trainer.wandb.log(flat_metrics(epoch, train_metrics, eval_metrics or {}, lr))
             best = trainer.saver.save_checkpoint(epoch, metric=metric)
+            if epoch + 1 in milestones:
+                trainer.saver.save_milestone(epoch + 1)
         if trainer.scheduler is not None:
             trainer.scheduler.step(epoch + 1, metric)
     if runtime.is_primary and best[0] is not None:
@@ -378,8 +332,5 @@ def _validate_task(trainer: Trainer, epoch: int, num_epochs: int) -> OrderedDict
     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
         model = task.get_eval_model(ema=ema).eval()
         metrics = validate(model, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test')
-        _logger.info(
-            f'Test{" (EMA)" if ema else ""} {epoch}/{num_epochs - 1}: top-1 {metrics["top1"]:.3f}  top-5 '
-            f'{metrics["top5"]:.3f}  loss {metrics["loss"]:.4f}'
-        )
+        _logger.info(f'Test{" (EMA)" if ema else ""} {epoch}/{num_epochs - 1}: {format_metrics(metrics)}')
     return metrics

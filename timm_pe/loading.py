@@ -65,7 +65,7 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     """
     check_model_name(name, what)
     if pretrained:
-        _announce_download(name, what)
+        announce_download(name, what)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:
@@ -85,7 +85,8 @@ def _given(kwargs: dict[str, Any]) -> str:
     return ', '.join(f'{k}={v}' for k, v in given.items()) or 'no arguments'
 
 
-def _announce_download(name: str, what: str) -> None:
+def announce_download(name: str, what: str) -> None:
+    """Say what is about to be fetched, before a hub that cannot be reached keeps one waiting."""
     source, model_id = parse_model_name(name)
     if source == 'local-dir':
         return

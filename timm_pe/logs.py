@@ -187,15 +187,29 @@ def _duration(seconds: float) -> str:
     return f'{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 
+def start_wandb(args: argparse.Namespace, folder: str) -> Any:
+    """Start (or go on with) the Weights & Biases run of a folder."""
+    import wandb
+
+    return wandb.init(
+        project=args.wandb_project,
+        name=os.path.basename(folder),
+        config={k: v for k, v in vars(args).items() if not k.startswith('wandb')},
+        tags=args.wandb_tags or None,
+        id=args.wandb_resume_id or None,
+        resume='must' if args.wandb_resume_id else None,
+        dir=folder,
+    )
+
+
 def write_summary(
     path: str,
     epoch: int,
     train_metrics: Mapping[str, float],
-    eval_metrics: Mapping[str, float] | None,
+    eval_metrics: Mapping[str, float | str],
     lr: float,
 ) -> None:
-    """Append an epoch to summary.csv; an epoch without validation leaves its columns empty."""
-    eval_metrics = eval_metrics or {'loss': '', 'top1': '', 'top5': ''}
+    """Append an epoch to summary.csv; an epoch without validation has empty metrics."""
     columns = ['epoch', *(f'train_{k}' for k in train_metrics), *(f'eval_{k}' for k in eval_metrics), 'lr']
     _move_aside_other_columns(path, columns)
     update_summary(epoch, train_metrics, eval_metrics, filename=path, lr=lr)

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 
-from .checkpoints import find_resume
+from .checkpoints import resolve_resume
 from .errors import UsageError, one_line
 from .loading import check_model_name, create_timm_model, find_checkpoint, load_weights, read_state_dict
 from .runtime import Runtime
@@ -25,11 +25,12 @@ def check_names(args: argparse.Namespace) -> None:
     check_model_name(args.model, '--model')
     if args.teacher:
         check_model_name(args.teacher, '--teacher')
+    if args.kd_model_name:
+        check_model_name(args.kd_model_name, '--kd-model-name')
     for flag in ('teacher_checkpoint', 'pretrained_path', 'initial_checkpoint', 'evaluate'):
         if getattr(args, flag):
             find_checkpoint(getattr(args, flag), '--' + flag.replace('_', '-'))
-    if args.resume:
-        find_resume(args)
+    args.resume = resolve_resume(args)
 
 
 def create_student(args: argparse.Namespace) -> nn.Module:
@@ -67,6 +68,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         'global_pool': args.gp,
         'bn_momentum': args.bn_momentum,
         'bn_eps': args.bn_eps,
+        'scriptable': args.torchscript or None,
         **({} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
         **model_args,
     }
@@ -115,4 +117,9 @@ def place_student(model: nn.Module, args: argparse.Namespace, runtime: Runtime) 
         args.dist_bn = ''  # batch statistics are shared in every step, there is nothing left to spread
         model = convert_sync_batchnorm(model)
         _logger.info('Converted batch norm to synchronized batch norm.')
+    if args.torchscript:
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:
+            raise UsageError(f"--torchscript: '{args.model}' cannot be scripted: {one_line(e, 160)}") from e
     return model

@@ -1,6 +1,7 @@
 """Where and how a run computes: device, ranks, seeds, precision, and the order of compile and DDP."""
 
 import argparse
+import importlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from functools import partial
 
 import torch
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, init_distributed_device, random_seed
+from timm.utils import NativeScaler, init_distributed_device, random_seed, set_jit_fuser
 
 from .args import resolve_dtype
 from .errors import UsageError, one_line
@@ -53,6 +54,13 @@ def setup_runtime(args: argparse.Namespace) -> Runtime:
     Raises:
         UsageError: A device that does not exist, or a precision that does not work.
     """
+    for name in args.device_modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise UsageError(f"--device-modules: cannot import '{name}': {one_line(e)}") from e
+    if args.fuser:
+        set_jit_fuser(args.fuser)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         _logger.warning(f"No CUDA device here: '--device {args.device}' falls back to the CPU.")
         args.device = 'cpu'

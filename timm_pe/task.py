@@ -7,7 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.task import FeatureDistillationTask, TrainingTask
+from timm.task import (
+    ClassificationEvaluator,
+    FeatureDistillationTask,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+)
 from timm.task.classification import resolve_classification_loss
 from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
@@ -79,6 +84,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         kd_temperature: Its temperature T.
         input_mean: Mean the batch is normalized with; None reads the student's pretrained_cfg, as timm does.
         input_std: Its standard deviation, likewise.
+        multi_label: Targets are dense `[b, c]`; a criterion made here and `create_evaluator()` are for such.
+        threshold: Probability that counts as a prediction there.
         student_tap: Path of the module whose input is the student's feature, for models that are not timm's.
         teacher_tap: The same of the teacher.
         device: Device for teacher and projectors.
@@ -109,6 +116,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         kd_temperature: float = 4.0,
         input_mean: Sequence[float] | None = None,
         input_std: Sequence[float] | None = None,
+        multi_label: bool = False,
+        threshold: float = 0.5,
         student_tap: str | None = None,
         teacher_tap: str | None = None,
         device: torch.device | None = None,
@@ -117,6 +126,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     ):
         # not FeatureDistillationTask's: it would build its own Linear and its own idea of the widths
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
+        if multi_label and kd_loss_weight:
+            raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
         tap = FeatureTap(unwrap_model(student_model), student_tap)
@@ -138,7 +149,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.trainable_module = ProjectorEnsembleModule(
             student_model, projection.to(device=self.device, dtype=self.dtype), tap
         )
-        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self.criterion = resolve_classification_loss(
+            criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
+        )
+        self.multi_label, self.threshold = multi_label, threshold
         self.feature_loss = create_feature_loss(feature_loss).to(self.device)
         self.distill_loss_weight = DISTILL_LOSS_WEIGHT if distill_loss_weight is None else distill_loss_weight
         self.task_loss_weight = TASK_LOSS_WEIGHT if task_loss_weight is None else task_loss_weight
@@ -150,6 +164,12 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
                 f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
                 f'kd_weight={self.kd_loss_weight}'
             )
+
+    def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
+        """timm's evaluator for the kind of targets."""
+        if self.multi_label:
+            return MultiLabelClassificationEvaluator(device=self.device, threshold=self.threshold, **kwargs)
+        return super().create_evaluator(**kwargs)
 
     @property
     def projection(self) -> ProjectorEnsemble:

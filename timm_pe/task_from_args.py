@@ -1,0 +1,201 @@
+"""Teacher, task loss and task that the flags ask for."""
+
+import argparse
+import logging
+import os
+
+import torch.distributed as dist
+import torch.nn as nn
+import yaml
+from timm.loss import create_classification_loss
+from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from .args import resolve_dtype
+from .data import Data, mixing_active, resolve_smoothing
+from .errors import UsageError, one_line
+from .loading import announce_download
+from .models import place_student
+from .runtime import Runtime
+from .task import ProjectorEnsembleTask
+from .teacher import Teacher, create_teacher
+
+_logger = logging.getLogger(__name__)
+
+
+def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data, runtime: Runtime) -> Teacher | None:
+    """The teacher that the flags name; None without --teacher."""
+    if not args.teacher:
+        return None
+    _take_run_folder_settings(args)
+    teacher = create_teacher(
+        args.teacher,
+        checkpoint=args.teacher_checkpoint,
+        pretrained=args.teacher_pretrained,
+        num_classes=args.teacher_num_classes,
+        use_ema=args.teacher_ema,
+        needs_logits=args.kd_loss_weight > 0,
+        model_kwargs=args.teacher_kwargs,
+        what='--teacher',
+        input_mean=data.config['mean'],
+        input_std=data.config['std'],
+        input_size=args.teacher_input_size,
+        mean=args.teacher_mean,
+        std=args.teacher_std,
+        tap=args.teacher_tap,
+        device=runtime.device,
+        dtype=resolve_dtype(args.teacher_dtype),
+        channels_last=args.channels_last,
+    )
+    if runtime.distributed:
+        # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
+        for tensor in teacher.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    return teacher
+
+
+def _take_run_folder_settings(args: argparse.Namespace) -> None:
+    """A teacher from a run folder of train_distill is built and fed as it was in that run, where no flag says else."""
+    path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
+    if not args.teacher_checkpoint or not os.path.isfile(path):
+        return
+    with open(path, encoding='utf-8') as f:
+        run = yaml.safe_load(f)
+    args.teacher_mean = args.teacher_mean or run.get('mean')
+    args.teacher_std = args.teacher_std or run.get('std')
+    model_kwargs = {**(run.get('model_kwargs') or {}), 'in_chans': run.get('in_chans'), 'global_pool': run.get('gp')}
+    args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
+
+
+def create_run_task(
+    args: argparse.Namespace,
+    student: nn.Module,
+    teacher: Teacher | None,
+    runtime: Runtime,
+) -> TrainingTask:
+    """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    student = place_student(student, args, runtime)
+    criterion = _create_criterion(args).to(runtime.device)
+    common = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
+    if teacher is not None:
+        return _create_projector_task(args, student, teacher, criterion, common)
+    if args.kd_model_name:
+        return _create_timm_kd_task(args, student, criterion, common)
+    if args.task == 'multilabel':
+        return MultiLabelClassificationTask(student, criterion, threshold=args.multilabel_threshold, **common)
+    return ClassificationTask(student, criterion, **common)
+
+
+def _create_projector_task(
+    args: argparse.Namespace,
+    student: nn.Module,
+    teacher: Teacher,
+    criterion: nn.Module,
+    common: dict,
+) -> ProjectorEnsembleTask:
+    if args.pe_loss != 'direction' and args.distill_loss_weight is None:
+        _logger.warning(
+            f'The default weight 25 was chosen for the direction loss, it now weighs {args.pe_loss!r}: '
+            f'consider --distill-loss-weight.'
+        )
+    return ProjectorEnsembleTask(
+        student_model=student,
+        teacher_model=teacher,
+        criterion=criterion,
+        num_projectors=args.pe_projectors,
+        projector=args.pe_projector,
+        act=args.pe_act,
+        feature_loss=args.pe_loss,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+        kd_loss_weight=args.kd_loss_weight,
+        kd_temperature=args.kd_temperature,
+        multi_label=args.task == 'multilabel',
+        threshold=args.multilabel_threshold,
+        student_tap=args.student_tap,
+        **common,
+    )
+
+
+def _create_timm_kd_task(
+    args: argparse.Namespace, student: nn.Module, criterion: nn.Module, common: dict
+) -> TrainingTask:
+    """timm's logit, feature or token distillation. It gives its teacher the student's classes and pretrained weights."""
+    common = {
+        **common,
+        'student_model': student,
+        'teacher_model': args.kd_model_name,
+        'criterion': criterion,
+        'distill_loss_weight': args.distill_loss_weight,
+        'task_loss_weight': args.task_loss_weight,
+    }
+    announce_download(args.kd_model_name, '--kd-model-name')
+    try:
+        if args.kd_distill_type == 'logit':
+            return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+        if args.kd_distill_type == 'feature':
+            return FeatureDistillationTask(
+                student_feature_dim=args.kd_student_feature_dim,
+                teacher_feature_dim=args.kd_teacher_feature_dim,
+                **common,
+            )
+        return TokenDistillationTask(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
+    except Exception as e:
+        raise UsageError(f"--kd-model-name '{args.kd_model_name}': {one_line(e)}") from e
+
+
+def loss_type(args: argparse.Namespace) -> str | None:
+    """--loss, or what timm's older flags for it mean."""
+    return args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
+
+
+def _create_criterion(args: argparse.Namespace) -> nn.Module:
+    try:
+        stats = load_class_stats(args.class_stats)
+        weights = {
+            kind: resolve_class_weights(
+                given,
+                kind,
+                stats,
+                power=args.loss_weight_power,
+                beta=args.loss_weight_beta,
+                max_weight=args.loss_weight_max,
+            )
+            for kind, given in (
+                ('pos_weight', args.loss_pos_weight if args.loss_pos_weight is not None else args.bce_pos_weight),
+                ('class_weight', args.loss_class_weight),
+            )
+        }
+        return create_classification_loss(
+            loss_type(args),
+            multi_label=args.task == 'multilabel',
+            smoothing=resolve_smoothing(args),
+            soft_targets=mixing_active(args),
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            asl_gamma_pos=args.asl_gamma_pos,
+            asl_gamma_neg=args.asl_gamma_neg,
+            asl_clip=args.asl_clip,
+            asl_reduction=args.asl_reduction,
+            poly_epsilon=args.poly_epsilon,
+            poly_gamma=args.poly_gamma,
+            poly_alpha=args.poly_alpha,
+            jsd_splits=args.aug_splits,
+            twoway_tp=args.twoway_tp,
+            twoway_tn=args.twoway_tn,
+            class_counts=stats[0] if stats else None,
+            num_samples=stats[1] if stats else None,
+            db_neg_scale=args.db_neg_scale,
+            db_init_bias=args.db_init_bias,
+            db_focal_gamma=args.db_focal_gamma,
+            **weights,
+        )
+    except (ValueError, TypeError, OSError) as e:
+        raise UsageError(f'task loss: {one_line(e)}') from e
