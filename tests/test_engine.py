@@ -1,7 +1,11 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from timm_pe.engine import LossMeter, NonFiniteLoss, _Accumulation
+from timm_pe.engine import LossMeter, NonFiniteLoss, _Accumulation, evaluate
 
 
 def steps(num_batches, accum, yielded):
@@ -46,3 +50,17 @@ def test_updating_the_meter_never_reads_from_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail('a host sync in the step'))
     meter.update({'loss': torch.tensor(1.0), 'pe_loss': torch.tensor(2.0)}, 4)
     meter.update({'loss': torch.tensor(1.0), 'pe_loss': torch.tensor(2.0)}, 4)
+
+
+@pytest.mark.parametrize('tta', [0, 2])
+def test_tta_averages_the_logits_of_neighbours(tta):
+    torch.manual_seed(0)
+    logits, target = torch.randn(8, 3), torch.tensor([0, 0, 1, 1, 2, 2, 0, 0])
+    runtime = SimpleNamespace(device=torch.device('cpu'), distributed=False, autocast=nullcontext, model_dtype=None)
+    args = SimpleNamespace(task='classification', tta=tta, no_prefetcher=False, channels_last=False)
+    progress = SimpleNamespace(update=lambda i: None)
+    metrics = evaluate(lambda x: x, [(logits, target)], runtime, args, progress)
+    if tta:
+        logits, target = (logits[0::2] + logits[1::2]) / 2, target[::2]
+    assert metrics['loss'] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    assert metrics['top1'] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())

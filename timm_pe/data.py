@@ -239,11 +239,30 @@ def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any
     return loader
 
 
+def _plain_loader(loader: Any) -> Any:
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell all parts of a training loader which epoch comes next."""
-    for part in (getattr(loader, 'batch_sampler', None), loader.dataset, getattr(loader, 'random_erasing', None)):
+    plain = _plain_loader(loader)
+    batches = getattr(plain, 'batch_sampler', None)
+    if isinstance(plain, MultiEpochsDataLoader):
+        # its one iterator is ahead of us and counts epochs by itself once it runs
+        batches = batches.sampler if plain.iterator is None else None
+    for part in (batches, loader.dataset, getattr(loader, 'random_erasing', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
+
+
+def first_batch(loader: Any) -> tuple:
+    """The batch that epoch 0 will start with; the loader is as if it had not been drawn."""
+    set_epoch(loader, 0)
+    batch = next(iter(loader))
+    plain = _plain_loader(loader)
+    if isinstance(plain, MultiEpochsDataLoader):
+        plain.iterator = None
+    return batch
 
 
 # Data sets -----------------------------------------------------------------------------------------------------------

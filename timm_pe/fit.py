@@ -22,7 +22,7 @@ from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
 from . import checkpoints
 from .args import resolve_lr
 from .checkpoints import Saver
-from .data import Data, set_epoch
+from .data import Data, first_batch, set_epoch
 from .engine import Trainer, create_evaluator, evaluate, mean_lr, train_one_epoch
 from .errors import UsageError, one_line
 from .loading import load_weights, read_state_dict
@@ -145,8 +145,7 @@ def _settle_activation(args: argparse.Namespace, task: ProjectorEnsembleTask, da
     """Decide an 'auto' activation on the run's first training batch, the one that epoch 0 will start with."""
     if task.projection.act != 'auto':
         return
-    set_epoch(data.train, 0)
-    input, _ = next(iter(data.train))
+    input, _ = first_batch(data.train)
     input = input.to(runtime.device, runtime.model_dtype or torch.float32)
     with runtime.autocast():
         act = task.resolve_act(input)

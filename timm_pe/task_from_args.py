@@ -159,6 +159,7 @@ def loss_type(args: argparse.Namespace) -> str | None:
 def _create_criterion(args: argparse.Namespace) -> nn.Module:
     try:
         stats = load_class_stats(args.class_stats)
+        for_db = stats is not None and loss_type(args) == 'db'
         weights = {
             kind: resolve_class_weights(
                 given,
@@ -190,8 +191,8 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
             jsd_splits=args.aug_splits,
             twoway_tp=args.twoway_tp,
             twoway_tn=args.twoway_tn,
-            class_counts=stats[0] if stats else None,
-            num_samples=stats[1] if stats else None,
+            class_counts=stats[0] if for_db else None,
+            num_samples=stats[1] if for_db else None,
             db_neg_scale=args.db_neg_scale,
             db_init_bias=args.db_init_bias,
             db_focal_gamma=args.db_focal_gamma,

@@ -1,0 +1,320 @@
+"""The training script without our teacher is timm's: behaviours of timm's flags, on files, schedules and batches."""
+
+import csv
+import json
+import sys
+import types
+
+import pytest
+import timm
+import torch
+from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+
+import train_distill
+from timm_pe.data import derive_seed
+from timm_pe.loading import read_state_dict
+
+RESNET = ['--model', 'test_resnet']
+PAIR = [*RESNET, '--teacher', 'test_vit', '--no-teacher-pretrained']
+
+
+def run(argv, capsys=None) -> str:
+    train_distill.main(argv)
+    return capsys.readouterr().err if capsys else ''
+
+
+def refused(argv, capsys) -> str:
+    with pytest.raises(SystemExit) as e:
+        train_distill.main(argv)
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith('train_distill: error:')]
+    assert (e.value.code, len(errors)) == (2, 1)
+    return errors[0]
+
+
+def summary(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def load(path):
+    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def test_without_a_teacher_the_losses_are_those_of_a_plain_loop_over_timms_task_and_loader(
+    image_folder, small_run, tmp_path
+):
+    run([*small_run, *RESNET, '--no-aug', '--seed', '5', '--sched', 'none', '--opt', 'momentum'])
+    ours = [float(r['train_loss']) for r in summary(tmp_path / 'run')]
+
+    torch.manual_seed(5)
+    model = timm.create_model('test_resnet', num_classes=3)
+    dataset = create_dataset('', str(image_folder), split='train')
+    config = timm.data.resolve_data_config({'img_size': 32}, model=model)
+    loader = create_loader(
+        dataset,
+        (3, 32, 32),
+        8,
+        is_training=True,
+        no_aug=True,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        num_workers=0,
+        device=torch.device('cpu'),
+    )
+    task = ClassificationTask(model, criterion_kwargs={'smoothing': 0.1}, verbose=False).train()
+    optimizer = create_optimizer_v2(model, 'momentum', lr=0.02, weight_decay=2e-5)
+    plain = []
+    loader.loader.sampler.generator = torch.Generator()
+    for epoch in range(2):
+        loader.loader.sampler.generator.manual_seed(derive_seed(5, epoch))  # the order of images, the one seeded draw
+        losses = []
+        for input, target in loader:
+            loss = task(input, target)['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        task.eval()
+        task.train()
+        plain.append(sum(losses) / len(losses))
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_accumulation_2x8_equals_1x16_through_the_script(small_run, tmp_path):
+    vit = ['--model', 'test_vit', '--teacher', 'test_resnet', '--no-teacher-pretrained']
+    for name, how in (('two', ['-b', '8', '--grad-accum-steps', '2']), ('one', ['-b', '16'])):
+        run([*small_run, *vit, *how, '--experiment', name])
+    two, one = (load(tmp_path / n / 'last.pth.tar') for n in ('two', 'one'))
+    for a, b in (
+        (one['state_dict'], two['state_dict']),
+        (one['task_state']['projection'], two['task_state']['projection']),
+    ):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope='module')
+def local_teacher(tmp_path_factory):
+    """A teacher that timm's own tasks, which want pretrained weights, can load here."""
+    folder = tmp_path_factory.mktemp('teacher')
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=3), folder, safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature', 'token'])
+def test_kd_model_name_runs_timms_own_tasks(kind, small_run, tmp_path, local_teacher, capsys):
+    student = ['--model', 'test_vit'] if kind != 'token' else ['--model', 'deit_tiny_distilled_patch16_224']
+    argv = ['--kd-model-name', local_teacher, '--kd-distill-type', kind, '--distill-loss-weight', '2', '--epochs', '1']
+    run([*small_run, *student, *argv])
+    row = summary(tmp_path / 'run')[0]
+    terms = float(row['train_task_loss']) + 2 * float(
+        row['train_kd_loss'] if 'train_kd_loss' in row else row['train_distill_loss']
+    )
+    assert float(row['train_loss']) == pytest.approx(terms, rel=1e-4)
+
+
+def test_stop_epoch_stops_without_changing_the_schedule(small_run, tmp_path, capsys):
+    run([*small_run, *RESNET, '--epochs', '4'])
+    full = summary(tmp_path / 'run')
+    run([*small_run, *RESNET, '--epochs', '4', '--stop-epoch', '2', '--experiment', 'stopped'])
+    stopped = summary(tmp_path / 'stopped')
+    assert [(r['epoch'], r['lr']) for r in stopped] == [(r['epoch'], r['lr']) for r in full[:2]]
+    assert '--stop-epoch must be from 1 to the 4 epochs' in refused(
+        [*small_run, *RESNET, '--epochs', '4', '--stop-epoch', '5'], capsys
+    )
+
+
+def test_save_epochs_keeps_milestones_and_validates_there(small_run, tmp_path, capsys):
+    run([*small_run, *RESNET, '--epochs', '4', '--val-interval', '4', '--save-epochs', '2', '--checkpoint-hist', '1'])
+    assert load(tmp_path / 'run' / 'milestone-2.pth.tar')['epoch'] == 1
+    assert [bool(r['eval_top1']) for r in summary(tmp_path / 'run')] == [False, True, False, True]
+    assert len(list((tmp_path / 'run').glob('checkpoint-*'))) == 1
+
+
+def test_resume_auto_starts_continues_and_ends(small_run, tmp_path, capsys):
+    argv = [*small_run, *PAIR, '--resume', 'auto', '--epochs', '4']
+    said = run([*argv, '--stop-epoch', '2'], capsys)
+    assert 'no checkpoint in' in said
+    run(argv)
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
+    files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'run').iterdir()}
+    said = run(argv, capsys)
+    assert 'the run is finished after 4 epochs' in said
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'run').iterdir()} == files
+    straight = [*small_run, *PAIR, '--epochs', '4', '--experiment', 'straight']
+    run(straight)
+    a, b = (load(tmp_path / n / 'last.pth.tar')['state_dict'] for n in ('run', 'straight'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    no_experiment = argv.index('--experiment')
+    assert '--resume auto needs --experiment' in refused(argv[:no_experiment] + argv[no_experiment + 2 :], capsys)
+
+
+def test_resume_auto_passes_over_a_broken_file_and_takes_a_recovery_checkpoint(small_run, tmp_path, capsys):
+    argv = [*small_run, *PAIR, '--resume', 'auto', '--epochs', '3', '--recovery-interval', '2']
+    run([*argv, '--stop-epoch', '2'])
+    (tmp_path / 'run' / 'last.pth.tar').write_bytes(b'half a file')
+    said = run(argv, capsys)
+    assert 'trying the one before' in said
+    rows = [r['epoch'] for r in summary(tmp_path / 'run')]
+    assert rows == ['0', '1', '2']
+
+
+def test_training_sizes_vary_by_batch_and_the_teacher_follows(small_run, tmp_path):
+    sizes = ['--train-img-sizes', '32', '48', '--train-batch-sizes', '8', '4', '--variable-batch-loss-scale', 'linear']
+    run([*small_run, *PAIR, *sizes])
+    assert len(summary(tmp_path / 'run')) == 2
+    progressive = ['--train-size-schedule', 'progressive', '--train-batches-per-epoch', '3']
+    run([*small_run, *PAIR, *sizes, *progressive, '--experiment', 'progressive'])
+    assert len(summary(tmp_path / 'progressive')) == 2
+
+
+def test_multi_epochs_loader_sees_the_same_batches(small_run, tmp_path):
+    for name, flag in (('a', []), ('b', ['--use-multi-epochs-loader'])):
+        run([*small_run, *PAIR, *flag, '-j', '1', '--epochs', '3', '--experiment', name])
+    a, b = (load(tmp_path / n / 'last.pth.tar')['state_dict'] for n in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+LOSSES = {
+    'poly': ['--loss', 'poly', '--poly-epsilon', '1'],
+    'asl': ['--loss', 'asl', '--asl-gamma-neg', '2'],
+    'bce with weights': ['--loss', 'bce', '--loss-pos-weight', '2', '--bce-sum'],
+    'jsd over splits': ['--loss', 'jsd', '--aug-splits', '2', '--aa', 'rand-m3', '--split-bn'],
+}
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_task_losses_of_timm_have_their_effect(name, small_run, tmp_path):
+    run([*small_run, *RESNET, '--epochs', '1'])
+    run([*small_run, *RESNET, '--epochs', '1', *LOSSES[name], '--experiment', 'other'])
+    ours, plain = (float(summary(tmp_path / n)[0]['train_loss']) for n in ('other', 'run'))
+    assert abs(ours - plain) > 1e-3
+
+
+def test_class_weights_by_frequency_come_from_the_stats(small_run, tmp_path):
+    (tmp_path / 'stats.json').write_text(json.dumps({'pos_counts': [12, 12, 12], 'num_samples': 36}))
+    argv = ['--loss', 'bce', '--loss-pos-weight', 'neg_pos', '--class-stats', str(tmp_path / 'stats.json')]
+    run([*small_run, *RESNET, '--epochs', '1', *argv])
+    run([*small_run, *RESNET, '--epochs', '1', '--loss', 'bce', '--loss-pos-weight', '2', '--experiment', 'two'])
+    a, b = (summary(tmp_path / n)[0]['train_loss'] for n in ('run', 'two'))
+    assert float(a) == pytest.approx(float(b), rel=1e-6)  # 24 negatives to 12 positives
+
+
+@pytest.fixture
+def shards(image_folder, tmp_path):
+    """A `wds/` data set with labels of one and of many classes."""
+    webdataset = pytest.importorskip('webdataset')
+    for split, name in (('train', 'train'), ('validation', 'val')):
+        images = sorted((image_folder / name).rglob('*.png'))
+        (tmp_path / 'wds').mkdir(exist_ok=True)
+        with webdataset.TarWriter(str(tmp_path / 'wds' / f'set-{split}-0000.tar')) as tar:
+            for i, path in enumerate(images):
+                label = ('ant', 'bee', 'cat').index(path.parent.name)
+                tar.write(
+                    {'__key__': f'{i:04d}', 'png': path.read_bytes(), 'cls': label, 'json': {'labels': [label, 0]}}
+                )
+        info = {'splits': {s: {'name': s, 'filenames': [f'set-{s}-0000.tar'], 'shard_lengths': [n], 'num_samples': n} for s, n in (('train', 36), ('validation', 12))}}  # fmt: skip
+        (tmp_path / 'wds' / '_info.json').write_text(json.dumps(info))
+    return tmp_path / 'wds'
+
+
+def test_a_stream_of_shards_trains_with_a_teacher(shards, small_run, tmp_path, capsys):
+    said = run([str(shards), *small_run[1:], *PAIR, '--dataset', 'wds/set', '-j', '1'], capsys)
+    assert 'a stream without indices' in said
+    assert len(summary(tmp_path / 'run')) == 2
+
+
+@pytest.mark.parametrize(
+    'teacher', [[], ['--teacher', 'test_vit', '--no-teacher-pretrained']], ids=['plain', 'teacher']
+)
+def test_multi_label_data_has_its_own_loss_and_metrics(teacher, shards, small_run, tmp_path):
+    argv = ['--dataset', 'wds/set', '--task', 'multilabel', '--target-key', 'labels', '-j', '1', '--loss', 'asl']
+    run([str(shards), *small_run[1:], *RESNET, *teacher, *argv])
+    row = summary(tmp_path / 'run')[1]
+    assert set(row) >= {'eval_map', 'eval_micro_f1', 'eval_macro_f1', 'eval_sample_f1'}
+    assert 0 < float(row['eval_map']) <= 100
+
+
+def test_naflex_batches_train_without_a_teacher(small_run, tmp_path):
+    model = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2']
+    naflex = ['--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '9']
+    run([*small_run[:3], *small_run[5:], *model, *naflex, '--epochs', '1'])
+    assert float(summary(tmp_path / 'run')[0]['eval_loss']) > 0
+
+
+def test_save_images_writes_a_picture_at_each_log_interval(small_run, tmp_path):
+    run([*small_run, *PAIR, '--save-images', '--epochs', '1'])
+    assert {p.name for p in (tmp_path / 'run').glob('*.jpg')} == {'train-batch-1.jpg', 'train-batch-3.jpg'}
+
+
+def test_torchscript_trains_a_scripted_student(small_run, tmp_path):
+    run([*small_run, '--model', 'resnet10t', '--torchscript', '--epochs', '1'])
+    keys = set(timm.create_model('resnet10t', num_classes=3).state_dict())
+    assert set(read_state_dict(tmp_path / 'run', 'test')) == keys
+
+
+def test_wandb_gets_the_numbers_of_the_summary(small_run, tmp_path, monkeypatch):
+    logged, started = [], {}
+
+    def init(**kwargs):
+        started.update(kwargs)
+        return types.SimpleNamespace(log=logged.append)
+
+    module = types.ModuleType('wandb')
+    module.init = init
+    module.__spec__ = __import__('importlib').machinery.ModuleSpec('wandb', None)
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    run([*small_run, *PAIR, '--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a', 'b'])
+    assert (started['project'], started['name'], started['tags']) == ('p', 'run', ['a', 'b'])
+    rows = summary(tmp_path / 'run')
+    assert [list(x) for x in logged] == [list(r) for r in rows]
+    assert logged[1]['train_pe_loss'] == pytest.approx(float(rows[1]['train_pe_loss']))
+
+
+def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'my_device_module.py').write_text('LOADED = True\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run([*small_run, *RESNET, '--epochs', '1', '--device-modules', 'my_device_module'])
+    assert sys.modules['my_device_module'].LOADED
+    (tmp_path / 'c.yaml').write_text('device_modules: [my_device_module]\n')
+    assert 'imports code' in refused([*small_run, *RESNET, '-c', str(tmp_path / 'c.yaml')], capsys)
+    assert 'cannot import' in refused([*small_run, *RESNET, '--device-modules', 'no_such_module'], capsys)
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--teacher', 'test_vit', '--kd-model-name', 'test_vit'], 'are two of the same: give one'),
+        (['--kd-distill-type', 'feature'], '--kd-distill-type needs --kd-model-name'),
+        (['--distill-loss-weight', '2'], 'needs --teacher or --kd-model-name'),
+        (['--teacher', 'test_vit', '--torchscript'], '--torchscript does not go with --teacher'),
+        (['--teacher', 'test_vit', '--naflex-loader'], '--naflex-loader does not go with --teacher'),
+        (['--teacher', 'test_vit', '--task', 'multilabel', '--kd-loss-weight', '1'], 'compares softmax logits'),
+        (['--task', 'multilabel', '--kd-model-name', 'test_vit'], 'does not go with --kd-model-name'),
+        (['--naflex-loader'], '--naflex-loader needs a NaFlexVit'),
+        (['--naflex-max-seq-len', '9'], '--naflex-max-seq-len needs --naflex-loader'),
+        (['--train-batch-sizes', '8'], '--train-batch-sizes needs --train-img-sizes'),
+        (['--train-img-sizes', '32', '48', '--train-batch-sizes', '8'], 'one value for each of the 2 sizes'),
+        (['--asl-clip', '0.1'], '--asl-clip needs --loss asl'),
+        (['--loss', 'db'], '--class-stats goes with --loss db'),
+        (['--loss', 'jsd'], 'the jsd loss needs --aug-splits'),
+        (['--loss', 'twoway'], 'task loss: '),
+        (['--target-format', 'multihot'], '--target-format needs --task multilabel'),
+        (['--eval-metric', 'map'], '--eval-metric of --task classification must be one of top1'),
+        (['--aug-repeats', '3'], '--aug-repeats spreads the draws of an image over ranks'),
+        (['--mixup', '0.5', '-b', '7'], '--batch-size must be even'),
+        (['--tta', '3'], '--tta must divide the validation batch'),
+        (['--wandb-project', 'p'], '--wandb-project needs --log-wandb'),
+        (['--kd-model-name', 'test_vit'], "--kd-model-name 'test_vit': "),
+        (['--save-epochs', '9'], '--save-epochs must be from 1 to the 2 epochs'),
+        (['--fuser', 'x'], "--fuser must be one of 'te'"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused(more, message, small_run, tmp_path, capsys):
+    assert message in refused([*small_run, *RESNET, *more], capsys)
+    assert not (tmp_path / 'run').exists()
