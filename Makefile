@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-registry lint format clean
+.PHONY: demo test test-contract test-registry lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry
+
+# what holds us to timm's interfaces, for a timm that is not the pinned one
+test-contract: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_task.py tests/test_teacher.py tests/test_tap.py tests/test_checkpoints.py tests/test_timm_parity.py
 
 test-registry: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/registry

@@ -1,6 +1,7 @@
 """./distributed_train.sh with two CPU processes (gloo)."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,57 @@ def test_two_ranks_with_batch_norm_average_accumulation_and_workers(small_run, t
     first, second = states(tmp_path)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_repeated_augmentation_works_over_ranks(small_run, tmp_path):
+    more = ['--model', 'test_resnet', '--teacher', 'test_vit', '--aug-repeats', '2', '-b', '4', '--mixup', '0.3']
+    out = launch([*small_run, *PAIR, *more], tmp_path)
+    assert out.returncode == 0, out.stderr
+    first, second = states(tmp_path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_synchronized_batch_norm_on_the_cpu_is_refused(small_run, tmp_path):
+    out = launch([*small_run, *PAIR, '--sync-bn'], tmp_path)
+    assert out.returncode != 0
+    assert out.stderr.count('train_distill: error: --sync-bn needs GPUs') == 1
+
+
+def test_two_machines_meet_and_train_as_one(small_run, tmp_path):
+    """Two torchrun agents on this machine, one process each, over a c10d rendezvous on loopback."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    (tmp_path / 'sitecustomize.py').write_text(DUMP)
+    env = {
+        **os.environ,
+        'TIMM_PE_DUMP': str(tmp_path),
+        'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)]),
+        'PYTHON': sys.executable,
+        'OMP_NUM_THREADS': '1',
+        'NNODES': '2',
+        'RDZV_ENDPOINT': f'127.0.0.1:{port}',
+    }
+    command = [str(ROOT / 'distributed_train.sh'), '1', *small_run, *PAIR, '-b', '18']
+    nodes = [
+        subprocess.Popen(command, env={**env, 'NODE_RANK': str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum('global batch    36 = 18 x 2 ranks x 1 steps' in s for s in said) == 1
+    first, second = states(tmp_path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_several_machines_need_a_meeting_point():
+    env = {**os.environ, 'NNODES': '2'}
+    command = [str(ROOT / 'distributed_train.sh'), '1']
+    out = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert out.returncode == 2
+    assert 'NNODES=2 needs RDZV_ENDPOINT=HOST:PORT' in out.stderr
 
 
 def test_a_mistake_under_torchrun_is_said_once(small_run, tmp_path):

@@ -74,6 +74,8 @@ def setup_runtime(args: argparse.Namespace) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     random_seed(args.seed, args.rank)
+    if args.sync_bn and args.distributed and device.type == 'cpu':
+        raise UsageError('--sync-bn needs GPUs: PyTorch has no synchronized batch norm on the CPU')
     model_dtype = resolve_dtype(args.model_dtype)
     if model_dtype is not None and model_dtype != torch.float32 and args.amp:
         raise UsageError(f'--amp wants float32 parameters, --model-dtype is {args.model_dtype}: drop one of them')
@@ -102,4 +104,4 @@ def prepare_task(task: TrainingTask, args: argparse.Namespace, runtime: Runtime)
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if runtime.distributed:
         device_ids = [runtime.device] if runtime.device.type == 'cuda' else None
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+        task.prepare_distributed(device_ids=device_ids, **({'broadcast_buffers': False} if args.no_ddp_bb else {}))
