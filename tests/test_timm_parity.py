@@ -318,3 +318,142 @@ def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_
 def test_a_combination_that_cannot_work_is_refused(more, message, small_run, tmp_path, capsys):
     assert message in refused([*small_run, *RESNET, *more], capsys)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_checkpoint_of_timms_own_saver_resumes_here(small_run, tmp_path, capsys):
+    import argparse
+
+    from timm.utils import CheckpointSaver
+
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    task = ClassificationTask(model, verbose=False)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.02, weight_decay=2e-5)
+    task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))['loss'].backward()
+    optimizer.step()
+    args = argparse.Namespace(model='test_resnet', opt='sgd')
+    (tmp_path / 'timm').mkdir()
+    CheckpointSaver(model, optimizer, args, task=task, checkpoint_dir=str(tmp_path / 'timm')).save_checkpoint(0, 50.0)
+    run([*small_run, *RESNET, '--resume', str(tmp_path / 'timm' / 'last.pth.tar')])
+    assert [r['epoch'] for r in summary(tmp_path / 'run')] == ['1']
+    # and with a teacher: new projectors next to its student
+    anew = ['--no-resume-opt', '--start-epoch', '0', '--experiment', 'pe']
+    said = run([*small_run, *PAIR, '--resume', str(tmp_path / 'timm' / 'last.pth.tar'), *anew], capsys)
+    assert 'holds no projectors: they start new' in said
+
+
+SCHEDULES = {
+    'cosine with warmup': ['--sched', 'cosine', '--warmup-epochs', '2', '--warmup-lr', '0.001', '--min-lr', '0.0001'],
+    'warmup prefix and cooldown': ['--warmup-epochs', '1', '--warmup-prefix', '--cooldown-epochs', '1'],
+    'multistep': ['--sched', 'multistep', '--decay-milestones', '2', '3', '--decay-rate', '0.5'],
+    'step': ['--sched', 'step', '--decay-epochs', '1', '--decay-rate', '0.5'],
+    'wsd': ['--sched', 'wsd', '--decay-epochs', '2', '--lr-decay-fn', 'linear'],
+    'poly': ['--sched', 'poly', '--decay-rate', '2'],
+    'noise': ['--sched', 'cosine', '--lr-noise', '0.2', '0.9'],
+    'cycles': ['--sched', 'cosine', '--lr-cycle-limit', '2', '--lr-cycle-decay', '0.5', '--lr-cycle-mul', '1.5'],
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_learning_rates_are_those_of_timms_scheduler(name, small_run, tmp_path):
+    from timm.scheduler import create_scheduler_v2
+    from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+    from timm_pe.args import parse_args
+
+    argv = [*small_run, *PAIR, '--epochs', '4', *SCHEDULES[name]]
+    run(argv)
+    args, _ = parse_args(argv)
+    args.eval_metric = 'top1'
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=4)
+    expected = []
+    for epoch in range(num_epochs):
+        expected.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1)
+    assert [float(r['lr']) for r in summary(tmp_path / 'run')] == pytest.approx(expected, rel=1e-6)
+
+
+def test_layer_decay_gives_projectors_the_rate_of_the_head_and_weight_decay_spares_biases(small_run, tmp_path):
+    run([*small_run, *PAIR, '--epochs', '1', '--layer-decay', '0.5', '--weight-decay', '0.1', '--opt', 'adamw'])
+    checkpoint = load(tmp_path / 'run' / 'last.pth.tar')
+    groups = checkpoint['optimizer']['param_groups']
+    assert max(g['lr_scale'] for g in groups) == 1.0
+    assert min(g['lr_scale'] for g in groups) < 0.5
+    assert {g['weight_decay'] for g in groups} == {0.0, 0.1}
+    # student and projectors, each parameter once
+    model = timm.create_model('test_resnet', num_classes=3)
+    top = [g for g in groups if g['lr_scale'] == 1.0]
+    assert sum(len(g['params']) for g in groups) == len(list(model.parameters())) + 2
+    assert sum(len(g['params']) for g in top) >= 4  # weight and bias of the classifier and of the projectors
+
+
+BATCHES = {
+    'no augmentation': ['--no-aug'],
+    'flips': ['--vflip', '1.0'],
+    'color jitter': ['--color-jitter', '0.9'],
+    'auto augment': ['--aa', 'rand-m9'],
+    'crop mode': ['--train-crop-mode', 'rkrc'],
+    'grey images': ['--grayscale-prob', '1.0'],
+    'blur': ['--gaussian-blur-prob', '1.0'],
+    'erasing': ['--reprob', '1.0', '--remode', 'const'],
+    'interpolation': ['--train-interpolation', 'nearest'],
+    'mean and std': ['--mean', '0.1', '--std', '0.9'],
+    'input size': ['--img-size', '48'],
+    'seed': ['--seed', '7'],
+}
+
+
+@pytest.mark.parametrize('name', BATCHES)
+def test_flags_of_data_and_augmentation_change_the_batches(name, image_folder):
+    from timm_pe.args import parse_args
+    from timm_pe.data import create_data, create_datasets, first_batch
+    from timm_pe.runtime import setup_runtime
+
+    batches = []
+    for flags in ([], BATCHES[name]):
+        argv = [str(image_folder), '--num-classes', '3', '-b', '8', '-j', '0', '--device', 'cpu', '--img-size', '32']
+        args, _ = parse_args([*argv, *flags])
+        student = timm.create_model('test_resnet', num_classes=3)
+        batches.append(first_batch(create_data(args, create_datasets(args), student, setup_runtime(args)).train)[0])
+    assert batches[0].shape != batches[1].shape or not torch.allclose(batches[0], batches[1], atol=1e-3)
+
+
+PARAMETERS = {
+    'head scale': (['--head-init-scale', '0.001'], lambda s: s['fc.weight'].abs().max() < 1e-3),
+    'head bias': (['--head-init-bias', '-3'], lambda s: torch.equal(s['fc.bias'], torch.full((3,), -3.0))),
+    'dtype': (['--model-dtype', 'bfloat16'], lambda s: s['fc.weight'].dtype == torch.bfloat16),
+    'input channels': (['--in-chans', '1'], lambda s: s['conv1.0.weight'].shape[1] == 1),
+    'model arguments': (['--model-kwargs', 'stem_width=8'], lambda s: s['conv1.0.weight'].shape[0] == 8),
+}
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_flags_of_the_model_change_its_parameters(name, small_run, tmp_path):
+    flags, holds = PARAMETERS[name]
+    run([*small_run, *RESNET, '--epochs', '1', '--lr', '0', *flags])
+    assert holds(load(tmp_path / 'run' / 'last.pth.tar')['state_dict'])
+
+
+def test_a_class_map_gives_the_labels_their_order(image_folder, tmp_path):
+    from timm_pe.args import parse_args
+    from timm_pe.data import create_datasets
+
+    (tmp_path / 'classes.txt').write_text('cat\nbee\nant\n')
+    args, _ = parse_args([str(image_folder), '--class-map', str(tmp_path / 'classes.txt')])
+    assert create_datasets(args)[0].reader.class_to_idx == {'cat': 0, 'bee': 1, 'ant': 2}
+
+
+def test_the_average_follows_its_decay_and_the_projectors_are_in_it(small_run, tmp_path):
+    run([*small_run, *PAIR, '--model-ema', '--model-ema-decay', '0', '--epochs', '1'])
+    c = load(tmp_path / 'run' / 'last.pth.tar')
+    for plain, average in ((c['state_dict'], c['state_dict_ema']), (c['task_state']['projection'], c['task_state_ema']['projection'])):  # fmt: skip
+        assert all(torch.equal(plain[k], average[k]) for k in plain)
+
+
+def test_checkpoint_hist_keeps_the_best_ones(small_run, tmp_path):
+    run([*small_run, *PAIR, '--epochs', '4', '--checkpoint-hist', '2'])
+    tops = {int(r['epoch']): float(r['eval_top1']) for r in summary(tmp_path / 'run')}
+    kept = {int(p.name.split('-')[1].split('.')[0]) for p in (tmp_path / 'run').glob('checkpoint-*')}
+    assert len(kept) == 2
+    assert min(tops[e] for e in kept) >= max(v for e, v in tops.items() if e not in kept)
