@@ -40,7 +40,9 @@ def one_line_errors() -> Iterator[None]:
     except NonFiniteLoss as e:
         exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1)
     except KeyboardInterrupt:
-        exit_with_error('interrupted: --resume with the folder of the run continues after its last epoch', code=130)
+        exit_with_error(
+            'interrupted: --resume auto --experiment NAME continues from the last checkpoint, if any', code=130
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

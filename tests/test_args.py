@@ -94,6 +94,7 @@ def test_yaml_sets_flags_and_the_command_line_wins(tmp_path):
     [
         ('epoch: 3', "unknown key 'epoch' in .*, did you mean epochs"),
         ('epochs: many', "epochs in .* must be of type int, got 'many'"),
+        ('epochs: .inf', 'epochs in .* must be of type int'),
         ('epochs: 2.5', 'epochs in .* must be of type int, got 2.5'),
         ('epochs: [1]', 'must be of type int'),
         ('amp: 1', 'amp in .* must be true or false, got 1'),
@@ -109,6 +110,22 @@ def test_yaml_is_checked_like_the_command_line(tmp_path, capsys, text, message):
 
     assert re.search(message, refused([*DATA, *config(tmp_path, text)], capsys))
     assert not Path('/tmp/timm_pe_owned').exists()
+
+
+def test_null_in_yaml_is_a_flag_that_was_not_given(tmp_path):
+    text = 'drop: null\nmodel_kwargs: null\nexperiment: null\ncolor_jitter: null\ntorchcompile: true\n'
+    args, _ = parse_args([*DATA, *config(tmp_path, text)])
+    assert (args.drop, args.model_kwargs, args.experiment) == (0.0, {}, '')
+    assert args.color_jitter is None
+    assert args.torchcompile == 'inductor'
+
+
+def test_three_betas_reach_an_optimizer_that_takes_three():
+    assert parse_args([*DATA, '--opt', 'adan', '--opt-betas', '0.98', '0.92', '0.99'])[0].opt_betas == [
+        0.98,
+        0.92,
+        0.99,
+    ]
 
 
 def test_a_flag_of_the_teacher_from_yaml_needs_a_teacher_too(tmp_path, capsys):

@@ -14,10 +14,9 @@ from timm_pe.data import (
     count_classes,
     create_data,
     create_datasets,
-    derive_seed,
-    seeded_mixup,
     set_epoch,
 )
+from timm_pe.draws import derive_seed, seeded_mixup
 from timm_pe.runtime import setup_runtime
 
 
@@ -113,7 +112,7 @@ def test_near_keys_give_unrelated_seeds():
 def test_each_rank_of_a_repeated_image_gets_another_draw():
     from torch.utils.data import BatchSampler
 
-    from timm_pe.data import DrawBatchSampler
+    from timm_pe.draws import DrawBatchSampler
 
     draws = [
         draw

@@ -8,7 +8,7 @@ import timm_pe
 ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
     0: {'tap', 'projectors', 'losses', 'errors', 'version'},
-    1: {'task', 'teacher', 'loading', 'zoo'},
+    1: {'task', 'teacher', 'loading', 'draws', 'zoo'},
     2: {'args_timm', 'args', 'runtime', 'data', 'models', 'engine', 'fit', 'task_from_args', 'checkpoints', 'logs'},
     3: {'demo'},
 }

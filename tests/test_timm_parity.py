@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
 import train_distill
-from timm_pe.data import derive_seed
+from timm_pe.draws import derive_seed
 from timm_pe.loading import read_state_dict
 
 RESNET = ['--model', 'test_resnet']
@@ -162,6 +162,7 @@ def test_resume_auto_passes_over_a_broken_file_and_takes_a_recovery_checkpoint(s
     assert 'trying the one before' in said
     rows = [r['epoch'] for r in summary(tmp_path / 'run')]
     assert rows == ['0', '1', '2']
+    assert len(list((tmp_path / 'run').glob('recovery-*'))) == 2  # as many as without a restart
 
 
 def test_training_sizes_vary_by_batch_and_the_teacher_follows(small_run, tmp_path):
@@ -308,6 +309,10 @@ def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_
         (['--eval-metric', 'map'], '--eval-metric of --task classification must be one of top1'),
         (['--aug-repeats', '3'], '--aug-repeats spreads the draws of an image over ranks'),
         (['--mixup', '0.5', '-b', '7'], '--batch-size must be even'),
+        (
+            ['--mixup', '0.2', '--train-img-sizes', '24', '32', '--train-batch-sizes', '9', '4'],
+            '--train-batch-sizes must be even, got 9',
+        ),  # fmt: skip
         (['--tta', '3'], '--tta must divide the validation batch'),
         (['--wandb-project', 'p'], '--wandb-project needs --log-wandb'),
         (['--kd-model-name', 'test_vit'], "--kd-model-name 'test_vit': "),

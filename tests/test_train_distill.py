@@ -230,7 +230,7 @@ def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_distill, 'fit', interrupt)
-    assert 'interrupted: --resume with the folder' in refused([*small_run, *PAIR], capsys, code=130)
+    assert 'interrupted: --resume auto' in refused([*small_run, *PAIR], capsys, code=130)
 
 
 def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
@@ -403,6 +403,9 @@ def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, caps
         (['--lr', 'nan'], '--lr must be a finite number'),
         (['--crop-pct', '-1'], '--crop-pct must be above 0'),
         (['--interpolation', 'nonsense'], "--interpolation must be one of 'nearest'"),
+        (['--lr-base-size', '0'], '--lr-base-size must be 1 or more'),
+        (['--sched', 'step', '--decay-epochs', '0'], '--decay-epochs must be above 0'),
+        (['--opt', 'adan', '--opt-betas', '0.9'], "cannot make optimizer 'adan'"),
         (['--torchcompile', 'nonsense'], "--torchcompile: unknown backend 'nonsense'"),
         (['--model-kwargs', 'in_chans=4'], 'the student has 4 input channels'),
         (['--seed', '4294967296'], '--seed must be under'),

@@ -84,6 +84,7 @@ _AT_LEAST = {
     'recount': 1,
     'start_epoch': 0,
     'lr': 0,
+    'lr_base_size': 1,
     'weight_decay': 0,
     'clip_grad': 0,
     'mixup': 0,
@@ -313,7 +314,11 @@ def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: 
 
     def scalar(v: Any) -> Any:
         convert = action.type or str
-        if isinstance(v, (bool, list, dict)) or v is None or (convert is int and isinstance(v, float) and v != int(v)):
+        if (
+            isinstance(v, (bool, list, dict))
+            or v is None
+            or (convert is int and isinstance(v, float) and not v.is_integer())
+        ):
             refuse(f'of type {convert.__name__}')
         try:
             result = convert(v)
@@ -323,8 +328,10 @@ def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: 
             refuse(f'one of {", ".join(map(str, action.choices))}')
         return result
 
-    if value is None and action.default is None:
-        return None
+    if value is None:  # as if the flag had not been given; without a strength there is no color jitter, as in timm
+        return None if action.dest == 'color_jitter' else action.default
+    if value is True and action.nargs == '?' and action.const is not None:
+        return action.const
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return value if isinstance(value, bool) else refuse('true or false')
     if isinstance(action.default, dict):
@@ -346,16 +353,19 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         values = value if isinstance(value, list) else [value]
         if any(isinstance(v, float) and not math.isfinite(v) for v in values):
             parser.error(f'{_flag(name)} must be a finite number, got {value}')
-    for name in ('scale', 'ratio', 'opt_betas', 'cutmix_minmax'):
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
         if value is not None and len(value) != 2:
             parser.error(f'{_flag(name)} takes 2 values, got {len(value)}')
     for name in ('scale', 'cutmix_minmax'):
         value = getattr(args, name)
-        if value is not None and not 0 < value[0] <= value[1] <= 1:
+        if value is not None and not 0 <= value[0] <= value[1] <= 1:
             parser.error(f'{_flag(name)} must be two rising shares from 0 to 1, got {value[0]} {value[1]}')
     for name in ('std', 'teacher_std'):
         if any(v <= 0 for v in getattr(args, name) or ()):
+            parser.error(f'{_flag(name)} must be above 0, got {getattr(args, name)}')
+    for name in ('decay_epochs', 'lr_cycle_mul', 'lr_k_decay'):
+        if getattr(args, name) <= 0:
             parser.error(f'{_flag(name)} must be above 0, got {getattr(args, name)}')
     if args.gp == '':
         parser.error('--gp must name a pooling (avg, max, ...): the classifier needs a pooled feature')
@@ -500,8 +510,10 @@ def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
 
 def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixing and args.batch_size % 2:
-        parser.error(f'--mixup and --cutmix mix pairs, --batch-size must be even, got {args.batch_size}')
+    odd = [size for size in args.train_batch_sizes or [args.batch_size] if size % 2]
+    if mixing and odd and not args.naflex_loader:
+        flag = '--train-batch-sizes' if args.train_batch_sizes else '--batch-size'
+        parser.error(f'--mixup and --cutmix mix pairs, {flag} must be even, got {odd[0]}')
     if mixing and args.aug_splits:
         parser.error('--mixup and --cutmix do not go with --aug-splits')
     if args.aug_splits == 1 or args.aug_splits < 0:

@@ -83,6 +83,10 @@ class Saver(CheckpointSaver):
         """Continue a folder's history; its best student is there already."""
         super().load_state_dict(state_dict)
         self.has_student = os.path.exists(os.path.join(self.checkpoint_dir, 'student.safetensors'))
+        # those of the process before us are ours to clean: keep the newest, as an undisturbed run would
+        *older, self.curr_recovery_file = sorted(recovery_files(self.recovery_dir), key=os.path.getmtime) or ['']
+        for path in older:
+            os.unlink(path)
 
 
 def save_student(model: nn.Module, path: str) -> None:
@@ -90,6 +94,11 @@ def save_student(model: nn.Module, path: str) -> None:
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in unwrap_model(model).state_dict().items()}
     save_file(tensors, path + '.tmp', metadata={'format': 'pt'})
     os.replace(path + '.tmp', path)
+
+
+def recovery_files(folder: str) -> list[str]:
+    """Paths of the recovery checkpoints in a run folder."""
+    return glob.glob(os.path.join(glob.escape(folder), 'recovery-*.pth.tar'))
 
 
 def resolve_resume(args: argparse.Namespace) -> str:
@@ -104,7 +113,7 @@ def resolve_resume(args: argparse.Namespace) -> str:
     if args.resume != 'auto':
         return find_resume(args) if args.resume else ''
     folder = os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
-    files = [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(glob.escape(folder), 'recovery-*.pth.tar'))]
+    files = [os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)]
     for path in sorted(filter(os.path.isfile, files), key=os.path.getmtime, reverse=True):
         try:
             _read(path)
@@ -162,7 +171,7 @@ def resume(
 
 def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:
     trained_with = getattr(checkpoint.get('args'), 'opt', args.opt)
-    if trained_with != args.opt:
+    if trained_with.lower() != args.opt.lower():
         raise UsageError(
             f"--resume: '{path}' was trained with --opt {trained_with}, this run has --opt {args.opt}: use the same, or "
             f'--no-resume-opt for a fresh optimizer'

@@ -21,7 +21,8 @@ from timm.task import (
 )
 from timm.utils import dispatch_clip_grad
 
-from .data import Data, seeded_mixup
+from .data import Data
+from .draws import seeded_mixup
 from .errors import UsageError
 from .logs import Progress
 from .runtime import Runtime

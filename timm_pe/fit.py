@@ -120,7 +120,7 @@ def _create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.opt
     module = task.get_trainable_module()
     try:
         optimizer = create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, IndexError) as e:
         raise UsageError(f"--opt: cannot make optimizer '{args.opt}': {one_line(e)}") from e
     if isinstance(task, ProjectorEnsembleTask):
         check_projectors_optimized(task.projection, optimizer)
