@@ -139,122 +139,30 @@ def create_parser() -> Parser:
     return parser
 
 
+# a flag is a line
+# fmt: off
 def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('teacher and projector ensemble').add_argument
-    add(
-        '--teacher',
-        metavar='NAME',
-        type=str,
-        default=None,
-        help="the teacher: a timm name, 'hf-hub:...' or 'local-dir:...'",
-    )
-    add(
-        '--teacher-pretrained',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load the weights that belong to the teacher's name, or leave random ones",
-    )
-    add(
-        '--teacher-checkpoint',
-        metavar='PATH',
-        type=str,
-        default=None,
-        help='weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder',
-    )
-    add(
-        '--teacher-eval',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='validate the teacher before the first epoch',
-    )
-    add(
-        '--teacher-ema',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='prefer the EMA weights of --teacher-checkpoint where it has some',
-    )
-    add(
-        '--teacher-num-classes',
-        metavar='N',
-        type=int,
-        default=None,
-        help="classes of the teacher; None: the checkpoint's, or what belongs to its name",
-    )
-    add(
-        '--teacher-input-size',
-        metavar='N',
-        type=int,
-        default=None,
-        help="side in pixels that the teacher sees (bicubic); None: the student's if its architecture can, else its own",
-    )
-    add(
-        '--teacher-mean',
-        metavar='R',
-        type=float,
-        nargs='+',
-        default=None,
-        help='mean the teacher was trained with; None: that of its run folder, or what belongs to its name',
-    )
+    add('--teacher', metavar='NAME', type=str, default=None, help="the teacher: a timm name, 'hf-hub:...' or 'local-dir:...'")
+    add('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True, help="load the weights that belong to the teacher's name, or leave random ones")
+    add('--teacher-checkpoint', metavar='PATH', type=str, default=None, help='weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder')
+    add('--teacher-eval', action=argparse.BooleanOptionalAction, default=True, help='validate the teacher before the first epoch')
+    add('--teacher-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer the EMA weights of --teacher-checkpoint where it has some')
+    add('--teacher-num-classes', metavar='N', type=int, default=None, help="classes of the teacher; None: the checkpoint's, or what belongs to its name")
+    add('--teacher-input-size', metavar='N', type=int, default=None, help="side in pixels that the teacher sees (bicubic); None: the student's if its architecture can, else its own")
+    add('--teacher-mean', metavar='R', type=float, nargs='+', default=None, help='mean the teacher was trained with; None: that of its run folder, or what belongs to its name')
     add('--teacher-std', metavar='R', type=float, nargs='+', default=None, help='its standard deviation, likewise')
-    add(
-        '--teacher-dtype',
-        type=str,
-        default=None,
-        help="precision of the teacher: float32, bfloat16 or float16; None: float32, under the student's AMP",
-    )
+    add('--teacher-dtype', type=str, default=None, help="precision of the teacher: float32, bfloat16 or float16; None: float32, under the student's AMP")
     add('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs, help='more arguments for the teacher, k=v ...')
-    add(
-        '--teacher-tap',
-        metavar='PATH',
-        type=str,
-        default=None,
-        help="module whose input is the teacher's feature; None: the classifier",
-    )
-    add(
-        '--student-tap',
-        metavar='PATH',
-        type=str,
-        default=None,
-        help="module whose input is the student's feature; None: the classifier",
-    )
+    add('--teacher-tap', metavar='PATH', type=str, default=None, help="module whose input is the teacher's feature; None: the classifier")
+    add('--student-tap', metavar='PATH', type=str, default=None, help="module whose input is the student's feature; None: the classifier")
     add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
-    add(
-        '--pe-projector',
-        metavar='NAME',
-        type=str,
-        default='linear',
-        choices=list_projectors(),
-        help=f'kind of projector: {", ".join(list_projectors())}',
-    )
-    add(
-        '--pe-act',
-        type=str,
-        default='auto',
-        choices=('auto', 'relu', 'none'),
-        help="activation of the projectors; auto: relu exactly when the teacher's features on the first batch are all >= 0",
-    )
-    add(
-        '--pe-loss',
-        metavar='NAME',
-        type=str,
-        default='direction',
-        choices=list_feature_losses(),
-        help=f'feature loss: {", ".join(list_feature_losses())}',
-    )
-    add(
-        '--kd-loss-weight',
-        metavar='R',
-        type=float,
-        default=0.0,
-        help='weight of logit distillation next to the features',
-    )
-    add(
-        '--evaluate',
-        metavar='PATH',
-        type=str,
-        default='',
-        help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)',
-    )
+    add('--pe-projector', metavar='NAME', type=str, default='linear', choices=list_projectors(), help=f'kind of projector: {", ".join(list_projectors())}')
+    add('--pe-act', type=str, default='auto', choices=('auto', 'relu', 'none'), help="activation of the projectors; auto: relu exactly when the teacher's features on the first batch are all >= 0")
+    add('--pe-loss', metavar='NAME', type=str, default='direction', choices=list_feature_losses(), help=f'feature loss: {", ".join(list_feature_losses())}')
+    add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of logit distillation next to the features')
+    add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)')
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
