@@ -244,8 +244,11 @@ def test_multi_label_data_has_its_own_loss_and_metrics(teacher, shards, small_ru
 def test_naflex_batches_train_without_a_teacher(small_run, tmp_path):
     model = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2']
     naflex = ['--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '9']
-    run([*small_run[:3], *small_run[5:], *model, *naflex, '--epochs', '1'])
-    assert float(summary(tmp_path / 'run')[0]['eval_loss']) > 0
+    for more in ([], ['--mixup', '0.3'], ['--naflex-patch-sizes', '8', '16', '--no-prefetcher']):
+        if '--naflex-patch-sizes' in more:
+            model = [*model, 'enable_patch_interpolator=True']
+        run([*small_run[:3], *small_run[5:], *model, *naflex, '--epochs', '1', *more])
+        assert float(summary(tmp_path / 'run')[0]['eval_loss']) > 0
 
 
 def test_save_images_writes_a_picture_at_each_log_interval(small_run, tmp_path):
@@ -313,6 +316,9 @@ def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_
             ['--mixup', '0.2', '--train-img-sizes', '24', '32', '--train-batch-sizes', '9', '4'],
             '--train-batch-sizes must be even, got 9',
         ),  # fmt: skip
+        (['--task', 'multilabel'], '--task multilabel: the targets of the data set do not fit'),
+        (['--model', 'test_vit', '--img-size', '33'], '--model test_vit cannot take 3x33x33 images'),
+        (['--model', 'test_vit', '--train-img-sizes', '32', '33'], '--model test_vit cannot take 3x33x33 images'),
         (['--tta', '3'], '--tta must divide the validation batch'),
         (['--wandb-project', 'p'], '--wandb-project needs --log-wandb'),
         (['--kd-model-name', 'test_vit'], "--kd-model-name 'test_vit': "),

@@ -306,18 +306,48 @@ def create_data(
     if args.task == 'multilabel':
         for dataset in filter(None, datasets):
             dataset.target_transform = MultiLabelTarget(student.num_classes, dense=args.target_format == 'multihot')
+            _check_target(dataset)
     else:
         check_num_classes(datasets[1], student.num_classes, given=args.num_classes is not None)
     try:
         config = resolve_input_data_config(student, args=vars(args))
     except ValueError as e:
         raise UsageError(f'--model {args.model}: {one_line(e)}') from e
+    _check_sizes(args, student, config)
     if args.naflex_loader:
         return _create_naflex_data(args, datasets, config, student, runtime)
     train, mixup = None, None
     if datasets[0] is not None:
         train, mixup = _create_train_loader(args, datasets[0], config, student.num_classes, runtime)
     return Data(train, _create_eval_loader(args, datasets[1], config, runtime), mixup, config)
+
+
+def _check_target(dataset: Dataset) -> None:
+    if isinstance(dataset, IterableDataset):
+        return
+    try:
+        dataset[0]
+    except (ValueError, TypeError) as e:
+        raise UsageError(f'--task multilabel: the targets of the data set do not fit: {one_line(e)}') from e
+
+
+def _check_sizes(args: argparse.Namespace, student: nn.Module, config: dict[str, Any]) -> None:
+    """Show the student one empty image of each size, so that one it cannot take is refused before anything is written."""
+    if args.naflex_loader:
+        return
+    channels, *size = config['input_size']
+    training = student.training
+    student.eval()
+    for height, width in [size, *([s, s] for s in args.train_img_sizes or ())]:
+        x = torch.zeros(1, channels, height, width, dtype=next(student.parameters()).dtype)
+        try:
+            with torch.no_grad():
+                student(x)
+        except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
+            raise UsageError(
+                f'--model {args.model} cannot take {channels}x{height}x{width} images: {one_line(e, 160)}'
+            ) from e
+    student.train(training)
 
 
 def mixing_active(args: argparse.Namespace) -> bool:
@@ -428,6 +458,8 @@ def _create_naflex_data(
         raise UsageError(
             f'--naflex-loader needs a NaFlexVit (naflexvit_*, or --model-kwargs use_naflex=True), not {args.model}'
         )
+    if args.naflex_patch_sizes and not student.embeds.enable_patch_interpolator:
+        raise UsageError('--naflex-patch-sizes needs --model-kwargs enable_patch_interpolator=True')
     common = {
         'mean': config['mean'],
         'std': config['std'],
@@ -450,7 +482,7 @@ def _create_naflex_data(
         if datasets[0] is not None:
             train = create_naflex_loader(
                 datasets[0],
-                patch_size=patch_size,
+                patch_size=None if args.naflex_patch_sizes else patch_size,
                 patch_size_choices=args.naflex_patch_sizes,
                 patch_size_choice_probs=args.naflex_patch_size_probs,
                 train_seq_lens=args.naflex_train_seq_lens,
