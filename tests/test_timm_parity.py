@@ -1,6 +1,5 @@
 """The training script without our teacher is timm's: behaviours of timm's flags, on files, schedules and batches."""
 
-import csv
 import json
 import sys
 import types
@@ -8,39 +7,16 @@ import types
 import pytest
 import timm
 import torch
+from helpers import load, refused, run, summary
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
-import train_distill
 from timm_pe.draws import derive_seed
 from timm_pe.loading import read_state_dict
 
 RESNET = ['--model', 'test_resnet']
 PAIR = [*RESNET, '--teacher', 'test_vit', '--no-teacher-pretrained']
-
-
-def run(argv, capsys=None) -> str:
-    train_distill.main(argv)
-    return capsys.readouterr().err if capsys else ''
-
-
-def refused(argv, capsys) -> str:
-    with pytest.raises(SystemExit) as e:
-        train_distill.main(argv)
-    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith('train_distill: error:')]
-    assert (e.value.code, len(errors)) == (2, 1)
-    return errors[0]
-
-
-def summary(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
-def load(path):
-    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
-        return torch.load(path, weights_only=True)
 
 
 def test_without_a_teacher_the_losses_are_those_of_a_plain_loop_over_timms_task_and_loader(

@@ -1,6 +1,5 @@
 """The training script end to end, on tiny real images, by what it leaves in its folder and says."""
 
-import csv
 import os
 import re
 import subprocess
@@ -12,39 +11,12 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from helpers import load, refused, run, summary
 
 import train_distill
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
-
-
-def run(argv, capsys=None) -> str:
-    train_distill.main(argv)
-    return capsys.readouterr().err if capsys else ''
-
-
-def refused(argv, capsys, code=2) -> str:
-    """The one line a run ends with."""
-    with pytest.raises(SystemExit) as e:
-        train_distill.main(argv)
-    err = capsys.readouterr().err
-    assert e.value.code == code
-    assert 'Traceback' not in err
-    errors = [line for line in err.splitlines() if line.startswith('train_distill: error:')]
-    assert len(errors) == 1
-    assert err.splitlines()[-1] == errors[0]
-    return errors[0]
-
-
-def summary(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
-def load(path):
-    with torch.serialization.safe_globals([__import__('argparse').Namespace]):
-        return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope='module')

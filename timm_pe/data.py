@@ -399,27 +399,13 @@ def _create_train_loader(
             input_size=config['input_size'],
             batch_size=args.batch_size,
             is_training=True,
-            no_aug=args.no_aug,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
             re_split=args.resplit,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob or 0.0,
-            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-            auto_augment=args.aa,
+            **_augmentation_args(args),
             num_aug_repeats=args.aug_repeats,
             num_aug_splits=args.aug_splits,
             interpolation=interpolation,
             collate_fn=collate,
             persistent_workers=args.persistent_workers,
-            worker_seeding=args.worker_seeding,
             input_size_choices=args.train_img_sizes,
             batch_size_choices=args.train_batch_sizes,
             batch_choice_weights=args.train_size_probs,
@@ -444,6 +430,26 @@ def _create_train_loader(
                 f'incomplete one is dropped): lower --batch-size'
             )
     return loader, mixup
+
+
+def _augmentation_args(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        'no_aug': args.no_aug,
+        're_prob': args.reprob,
+        're_mode': args.remode,
+        're_count': args.recount,
+        'train_crop_mode': args.train_crop_mode,
+        'scale': args.scale,
+        'ratio': args.ratio,
+        'hflip': args.hflip,
+        'vflip': args.vflip,
+        'color_jitter': args.color_jitter,
+        'color_jitter_prob': args.color_jitter_prob,
+        'grayscale_prob': args.grayscale_prob or 0.0,
+        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
+        'auto_augment': args.aa,
+        'worker_seeding': args.worker_seeding,
+    }
 
 
 def _create_naflex_data(
@@ -489,22 +495,8 @@ def _create_naflex_data(
                 batch_size=args.batch_size,
                 is_training=True,
                 mixup_fn=_create_naflex_mixup(args, student.num_classes) if mixing_active(args) else None,
-                no_aug=args.no_aug,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-                train_crop_mode=args.train_crop_mode,
-                scale=args.scale,
-                ratio=args.ratio,
-                hflip=args.hflip,
-                vflip=args.vflip,
-                color_jitter=args.color_jitter,
-                color_jitter_prob=args.color_jitter_prob,
-                grayscale_prob=args.grayscale_prob or 0.0,
-                gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-                auto_augment=args.aa,
+                **_augmentation_args(args),
                 interpolation=config['interpolation'] if args.no_aug else args.train_interpolation,
-                worker_seeding=args.worker_seeding,
                 **common,
             )
         evaluation = create_naflex_loader(

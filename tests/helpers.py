@@ -1,0 +1,41 @@
+"""What the end-to-end tests share."""
+
+import argparse
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_distill
+
+
+def run(argv: list[str], capsys=None) -> str:
+    """A run of the script; what it said, where `capsys` is given."""
+    train_distill.main(argv)
+    return capsys.readouterr().err if capsys else ''
+
+
+def refused(argv: list[str], capsys, code: int = 2) -> str:
+    """The one line that a run ends with."""
+    with pytest.raises(SystemExit) as e:
+        train_distill.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == code
+    assert 'Traceback' not in err
+    errors = [line for line in err.splitlines() if line.startswith('train_distill: error:')]
+    assert len(errors) == 1
+    assert err.splitlines()[-1] == errors[0]
+    return errors[0]
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    """The rows of summary.csv."""
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def load(path: Path) -> dict:
+    """A training checkpoint, as plain timm reads it: tensors and a Namespace only."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
