@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
         if args.evaluate:
             evaluate_checkpoint(args, student, data, runtime)
             return
-        teacher = create_run_teacher(args, student, data, runtime)
+        teacher = create_run_teacher(args, data, runtime)
         task = create_run_task(args, student, teacher, runtime)
         trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime)
         if is_finished(args, start_epoch, num_epochs):

@@ -407,8 +407,12 @@ def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--variable-batch-loss-scale needs --train-batch-sizes')
     if sizes and (args.naflex_loader or args.aug_splits or args.use_multi_epochs_loader):
         parser.error('--train-img-sizes does not go with --naflex-loader, --aug-splits or --use-multi-epochs-loader')
-    if args.naflex_loader and (args.aug_repeats or args.aug_splits or args.torchscript or args.save_images):
-        parser.error('--naflex-loader does not go with --aug-repeats, --aug-splits, --torchscript or --save-images')
+    if args.naflex_loader and (
+        args.aug_repeats or args.aug_splits or args.resplit or args.torchscript or args.save_images
+    ):
+        parser.error(
+            '--naflex-loader does not go with --aug-repeats, --aug-splits, --resplit, --torchscript or --save-images'
+        )
     if not args.naflex_loader:
         unset = create_parser()
         given = [n for n in vars(args) if n.startswith('naflex_') and getattr(args, n) != unset.get_default(n)]

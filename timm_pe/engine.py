@@ -238,7 +238,9 @@ def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target
 
 def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
     args, optimizer = trainer.args, trainer.optimizer
-    parameters = trainer.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+    parameters = None
+    if args.clip_grad is not None:
+        parameters = trainer.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
     if trainer.runtime.scaler is not None:
         trainer.runtime.scaler(
             loss,
@@ -252,7 +254,7 @@ def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
         return
     loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
     if need_update:
-        if args.clip_grad is not None:
+        if parameters is not None:
             dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
         optimizer.step()
 

@@ -57,7 +57,7 @@ def create_trainer(
         if args.resume:
             checkpoints.resume_ema(args, task)
     if isinstance(task, ProjectorEnsembleTask):
-        _settle_activation(args, task, data, runtime)
+        _settle_activation(task, data, runtime)
     prepare_task(task, args, runtime)
     trainer = Trainer(task, data, optimizer, None, runtime, args)
     try:
@@ -141,7 +141,7 @@ def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Opt
             )
 
 
-def _settle_activation(args: argparse.Namespace, task: ProjectorEnsembleTask, data: Data, runtime: Runtime) -> None:
+def _settle_activation(task: ProjectorEnsembleTask, data: Data, runtime: Runtime) -> None:
     """Decide an 'auto' activation on the run's first training batch, the one that epoch 0 will start with."""
     if task.projection.act != 'auto':
         return

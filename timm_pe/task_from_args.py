@@ -30,7 +30,7 @@ from .teacher import Teacher, create_teacher
 _logger = logging.getLogger(__name__)
 
 
-def create_run_teacher(args: argparse.Namespace, student: nn.Module, data: Data, runtime: Runtime) -> Teacher | None:
+def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -> Teacher | None:
     """The teacher that the flags name; None without --teacher."""
     if not args.teacher:
         return None
