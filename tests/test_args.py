@@ -98,7 +98,7 @@ def test_yaml_sets_flags_and_the_command_line_wins(tmp_path):
         ('epochs: 2.5', 'epochs in .* must be of type int, got 2.5'),
         ('epochs: [1]', 'must be of type int'),
         ('amp: 1', 'amp in .* must be true or false, got 1'),
-        ('pe_loss: l1', 'pe_loss in .* must be one of direction, mse'),
+        ('pe_loss: l1', 'pe_loss in .* must be one of direction, kl, logsum, mse'),
         ('input_size: [3, 32]', 'must be a list of 3'),
         ('- a\n- b', "must hold 'flag: value' lines, it holds a list"),
         ('a: [', 'is no YAML file'),

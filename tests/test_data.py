@@ -192,3 +192,48 @@ def test_classes_that_do_not_fit_the_data_are_refused(caplog):
 def test_fewer_images_than_a_batch_is_refused(image_folder):
     with pytest.raises(UsageError, match='36 training images on 1 rank.* no batch of 64'):
         open_data(folder(image_folder, '-j', '0', '-b', '64'))
+
+
+def test_the_padded_crop_of_cifar_recipes_shifts_images_and_fills_with_zeros(image_folder):
+    argv = folder(image_folder, '-j', '0', '--hflip', '0', '--color-jitter', '0', '--mean', '0', '0', '0')
+    argv += ['--std', '1', '1', '1', '--interpolation', 'bilinear', '--train-crop-pad', '4']
+    data = open_data(argv)
+    whole = {x.numpy().tobytes(): x for x, _ in _unmoved(argv)}
+    shifts = set()
+    for x, _ in epoch_of(data, 0):
+        for image in x:
+            padded = {k: torch.nn.functional.pad(w, (4, 4, 4, 4)) for k, w in whole.items()}
+            found = {
+                (i, j)
+                for w in padded.values()
+                for i in range(9)
+                for j in range(9)
+                if torch.equal(w[:, i : i + 32, j : j + 32], image)
+            }
+            assert len(found) == 1
+            shifts |= found
+    assert len(shifts) > 10
+
+
+def _unmoved(argv):
+    """The training images, resized to 32 x 32 as the padded crop does it first."""
+    from torchvision import transforms
+
+    args, _ = parse_args(argv)
+    dataset, _ = create_datasets(args)
+    dataset.transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
+    return list(dataset)
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (('--scale', '0.5', '1'), '--scale is for the crop that --train-crop-pad replaces'),
+        (('--train-crop-mode', 'rkrc'), '--train-crop-mode is for the crop'),
+        (('--no-aug',), '--train-crop-pad does not go with --no-aug'),
+    ],
+)
+def test_the_padded_crop_refuses_flags_of_the_other_crop(image_folder, capsys, more, message):
+    with pytest.raises(SystemExit):
+        parse_args([*folder(image_folder), '--train-crop-pad', '4', *more])
+    assert message in capsys.readouterr().err

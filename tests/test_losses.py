@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_pe import UsageError, create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
-from timm_pe.losses import _FEATURE_LOSSES, DirectionLoss
+from timm_pe.losses import _FEATURE_LOSSES, TEACHER_NORMS, DirectionLoss, normalize_teacher
 
 
 def naive_direction(p, t):
@@ -82,7 +82,7 @@ def test_kd_loss_equals_its_formula_written_out():
 
 
 def test_an_unknown_loss_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match='choose from direction, mse'):
+    with pytest.raises(UsageError, match='choose from direction, kl, logsum, mse'):
         create_feature_loss('cosine')
 
 
@@ -94,3 +94,46 @@ def test_a_registered_loss_is_found_and_its_name_is_taken():
             register_feature_loss('test_l1')(torch.nn.L1Loss)
     finally:
         del _FEATURE_LOSSES['test_l1']
+
+
+def test_logsum_is_the_log_of_the_sum_of_fourth_powers():
+    torch.manual_seed(0)
+    p, t = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    total = sum((x - y) ** 4 for a, b in zip(p.tolist(), t.tolist(), strict=True) for x, y in zip(a, b, strict=True))
+    assert create_feature_loss('logsum')(p, t).item() == pytest.approx(math.log(total + 1e-5))
+    assert torch.autograd.gradcheck(create_feature_loss('logsum'), (p.requires_grad_(), t))
+    equal = torch.ones(2, 3, requires_grad=True)
+    create_feature_loss('logsum')(equal, torch.ones(2, 3)).backward()
+    assert torch.equal(equal.grad, torch.zeros(2, 3))
+
+
+def test_the_kl_loss_is_kd_loss():
+    torch.manual_seed(0)
+    p, t = torch.randn(3, 5), torch.randn(3, 5)
+    loss = create_feature_loss('kl')
+    loss.temperature = 2.5
+    assert torch.equal(loss(p, t), kd_loss(p, t, 2.5))
+
+
+def test_teacher_norms_equal_their_definitions():
+    torch.manual_seed(0)
+    x = torch.randn(40, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    assert normalize_teacher(x, 'none') is x
+    for row, expected in zip(normalize_teacher(x, 'layer'), x, strict=True):
+        torch.testing.assert_close(row, (expected - expected.mean()) / (expected.var(unbiased=False) + 1e-5).sqrt())
+    batch = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(normalize_teacher(x, 'batch'), batch)
+    white = normalize_teacher(x, 'whiten')
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(6, dtype=torch.float64))
+    # ZCA: the whitening that stays nearest to the features, C^(-1/2) (x - mean)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T))
+    torch.testing.assert_close(white, (x - x.mean(0)) @ vectors @ torch.diag(values**-0.5) @ vectors.T)
+
+
+@pytest.mark.parametrize('norm', sorted(TEACHER_NORMS))
+@pytest.mark.parametrize('x', [torch.randn(3, 8), torch.zeros(4, 8), torch.ones(1, 8)], ids=['wide', 'zero', 'single'])
+def test_teacher_norms_are_finite_for_few_and_for_equal_features(norm, x):
+    y = normalize_teacher(x.bfloat16(), norm)
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+    assert norm == 'none' or y.dtype == torch.float32

@@ -69,7 +69,7 @@ def test_identity_refuses_unequal_widths_and_more_than_one_projector():
     ('kwargs', 'message'),
     [
         ({'num_projectors': 0}, '1 or more, got 0'),
-        ({'projector': 'lineer'}, 'choose from identity, linear, mlp'),
+        ({'projector': 'lineer'}, 'choose from identity, linear, linear_bn, mlp, orthogonal'),
         ({'act': 'gelu'}, 'choose from relu, none'),
     ],
 )
@@ -102,3 +102,29 @@ def test_a_registered_projector_is_built_q_times_and_its_name_is_taken():
             register_projector('test_scale')(Scale)
     finally:
         del _PROJECTORS['test_scale']
+
+
+@pytest.mark.parametrize(('in_dim', 'out_dim'), [(5, 9), (9, 5), (6, 6)])
+def test_orthogonal_projectors_stay_orthogonal_while_they_train(in_dim, out_dim):
+    torch.manual_seed(0)
+    projector = create_projector('orthogonal', in_dim, out_dim)
+    before = projector.weight.detach().clone()
+    optimizer = torch.optim.SGD(projector.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (projector(torch.randn(8, in_dim)) - 3).pow(2).mean().backward()
+        optimizer.step()
+    weight = projector.weight.detach()
+    assert not torch.allclose(weight, before, atol=1e-2)
+    gram = weight.T @ weight if in_dim <= out_dim else weight @ weight.T
+    torch.testing.assert_close(gram, torch.eye(min(in_dim, out_dim)), atol=1e-5, rtol=0)
+
+
+def test_linear_bn_is_a_linear_map_standardized_over_the_batch():
+    torch.manual_seed(0)
+    projector = create_projector('linear_bn', 4, 3).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    z = x @ projector[0].weight.T + projector[0].bias
+    expected = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(projector(x), expected)
+    assert len(list(projector.parameters())) == 2

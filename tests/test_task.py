@@ -297,3 +297,76 @@ def test_a_teacher_made_once_serves_as_it_is():
     teacher = create_teacher('test_vit', pretrained=False, num_classes=5)
     task = ProjectorEnsembleTask(timm.create_model('test_resnet', num_classes=5), teacher, verbose=False)
     assert task.teacher is teacher
+
+
+@pytest.mark.parametrize('num_projectors', [1, 3])
+def test_logits_through_projectors_equal_a_naive_formula(num_projectors):
+    torch.manual_seed(0)
+    student, teacher = timm.create_model('test_resnet', num_classes=5), timm.create_model('test_vit', num_classes=7)
+    student.eval()
+    teacher.eval()
+    task = ProjectorEnsembleTask(
+        student, teacher, target='logits', num_projectors=num_projectors, kd_temperature=2.0, verbose=False
+    )
+    x, y = batch()
+    result = task(x, y)
+    with torch.no_grad():
+        logits, wanted = student(x), (teacher(x) / 2).softmax(1)
+        fc = task.projection.projectors.fc
+        maps = zip(fc.weight.chunk(num_projectors), fc.bias.chunk(num_projectors), strict=True)
+        projected = sum(logits @ w.T + b for w, b in maps) / num_projectors
+        kl = 4 * (wanted * (wanted.log() - (projected / 2).softmax(1).log())).sum() / len(x)
+    torch.testing.assert_close(result['pe_loss'], kl)
+    assert torch.equal(result['output'], logits)
+    torch.testing.assert_close(result['loss'], 0.1 * result['task_loss'] + 0.9 * result['pe_loss'])
+
+
+def test_a_run_on_logits_names_what_cannot_work():
+    with pytest.raises(UsageError, match="unknown target 'logit': choose from feature, logits"):
+        make_task(target='logit')
+    with pytest.raises(UsageError, match="unknown teacher_norm 'bn': choose from none, batch, layer, whiten"):
+        make_task(teacher_norm='bn')
+    with pytest.raises(UsageError, match='softmax logits'):
+        make_task(target='logits', multi_label=True)
+    headless = timm.create_model('test_vit', num_classes=0)
+    with pytest.raises(UsageError, match="teacher has no logits to project .* use target 'feature'"):
+        ProjectorEnsembleTask(timm.create_model('test_resnet'), headless, target='logits', verbose=False)
+
+
+@pytest.mark.parametrize(
+    ('projector', 'norm', 'loss'),
+    [('linear_bn', 'batch', 'logsum'), ('orthogonal', 'layer', 'mse'), ('orthogonal', 'whiten', 'mse')],
+)
+def test_projectors_of_later_papers_train_average_and_resume(projector, norm, loss):
+    kwargs = {'projector': projector, 'teacher_norm': norm, 'feature_loss': loss, 'num_projectors': 1}
+    task = make_task(teacher='test_vit2', **kwargs).train()
+    task.setup_ema(decay=0.5)
+    optimizer = create_optimizer_v2(task.trainable_module, 'adamw', lr=0.01)
+    before = {n: p.clone() for n, p in task.projection.named_parameters()}
+    for step in range(2):
+        result = task(*batch(8))
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        task.update_ema(step=step)
+    assert task.projection.act == 'none'  # a normalized feature has both signs
+    for name, param in task.projection.named_parameters():
+        assert not torch.equal(param, before[name]), name
+    again = make_task(teacher='test_vit2', **kwargs)
+    again.load_task_state(task.get_task_state())
+    x = torch.randn(6, task.projection.in_dim)
+    torch.testing.assert_close(again.projection.eval()(x), task.projection.eval()(x))
+    with pytest.raises(UsageError, match=f'has projector={projector}, this run projector=linear'):
+        make_task(teacher='test_vit2', num_projectors=1).load_task_state(task.get_task_state())
+
+
+def test_the_loss_compares_with_the_normalized_feature_of_the_teacher():
+    task = make_task(teacher_norm='layer', feature_loss='mse', act='none').eval()
+    x, y = batch()
+    with torch.no_grad():
+        feature = task.teacher(x).feature
+        wanted = (feature - feature.mean(1, keepdim=True)) / (
+            feature.var(1, unbiased=False, keepdim=True) + 1e-5
+        ).sqrt()
+        _, projected = task.trainable_module(x)
+        torch.testing.assert_close(task(x, y)['pe_loss'], (projected - wanted).pow(2).mean())

@@ -14,8 +14,9 @@ from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, world_info_from_env
 
 from .args_timm import add_timm_args
-from .losses import list_feature_losses
+from .losses import TEACHER_NORMS, list_feature_losses
 from .projectors import list_projectors
+from .task import TARGETS
 
 # a flag that only means something next to this one
 _TEACHER_FLAGS = (
@@ -35,6 +36,8 @@ _TEACHER_FLAGS = (
     'pe_projector',
     'pe_act',
     'pe_loss',
+    'pe_target',
+    'pe_teacher_norm',
     'kd_loss_weight',
 )
 # these mean something next to --teacher or --kd-model-name
@@ -72,6 +75,7 @@ _AT_LEAST = {
     'val_interval': 1,
     'log_interval': 1,
     'pe_projectors': 1,
+    'train_crop_pad': 0,
     'teacher_num_classes': 0,
     'teacher_input_size': 1,
     'recovery_interval': 0,
@@ -142,7 +146,7 @@ def create_parser() -> Parser:
 # a flag is a line
 # fmt: off
 def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('teacher and projector ensemble').add_argument
+    add = parser.add_argument_group("what this adds to timm's training: teacher and projector ensemble").add_argument
     add('--teacher', metavar='NAME', type=str, default=None, help="the teacher: a timm name, 'hf-hub:...' or 'local-dir:...'")
     add('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True, help="load the weights that belong to the teacher's name, or leave random ones")
     add('--teacher-checkpoint', metavar='PATH', type=str, default=None, help='weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder')
@@ -159,8 +163,11 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
     add('--pe-projector', metavar='NAME', type=str, default='linear', choices=list_projectors(), help=f'kind of projector: {", ".join(list_projectors())}')
     add('--pe-act', type=str, default='auto', choices=('auto', 'relu', 'none'), help="activation of the projectors; auto: relu exactly when the teacher's features on the first batch are all >= 0")
-    add('--pe-loss', metavar='NAME', type=str, default='direction', choices=list_feature_losses(), help=f'feature loss: {", ".join(list_feature_losses())}')
-    add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of logit distillation next to the features')
+    add('--pe-loss', metavar='NAME', type=str, default=None, choices=list_feature_losses(), help=f'loss between projection and target: {", ".join(list_feature_losses())}; None: direction for features, kl for logits')
+    add('--pe-target', type=str, default='feature', choices=TARGETS, help="what the projectors map: the student's feature to the teacher's, or its logits to the teacher's (kd1proj, arXiv 2310.17183)")
+    add('--pe-teacher-norm', metavar='NAME', type=str, default='none', choices=list(TEACHER_NORMS), help=f"normalization of the teacher's feature before the loss: {', '.join(TEACHER_NORMS)}")
+    add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of plain logit distillation next to it')
+    add('--train-crop-pad', metavar='N', type=int, default=0, help='in place of the random resized crop: resize to --img-size, pad by N pixels and crop at random (CIFAR recipes: 4)')
     add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)')
 # fmt: on
 
@@ -295,6 +302,7 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
     _check_task(parser, args)
     _check_sizes(parser, args)
     _check_mixing(parser, args)
+    _check_crop(parser, args)
     if not args.data and not args.data_dir and not args.dataset:
         parser.error('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
     args.resume_auto = args.resume == 'auto'
@@ -358,8 +366,11 @@ def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--torchscript does not go with --teacher: a scripted model cannot be tapped; use --torchcompile')
     if args.naflex_loader:
         parser.error('--naflex-loader does not go with --teacher: a teacher sees images, NaFlex batches are patches')
-    if args.task == 'multilabel' and args.kd_loss_weight:
-        parser.error('--kd-loss-weight compares softmax logits, --task multilabel has none: leave it 0')
+    if args.task == 'multilabel' and (args.kd_loss_weight or args.pe_target == 'logits'):
+        flag = '--kd-loss-weight' if args.kd_loss_weight else '--pe-target logits'
+        parser.error(f'{flag} compares softmax logits, --task multilabel has none: leave it off')
+    if args.pe_target == 'logits' and args.pe_teacher_norm != 'none':
+        parser.error('--pe-teacher-norm is for features, it does not go with --pe-target logits')
 
 
 def _check_task(parser: Parser, args: argparse.Namespace) -> None:
@@ -418,6 +429,18 @@ def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
         given = [n for n in vars(args) if n.startswith('naflex_') and getattr(args, n) != unset.get_default(n)]
         if given:
             parser.error(f'{_flag(given[0])} needs --naflex-loader')
+
+
+def _check_crop(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.train_crop_pad:
+        return
+    unset = create_parser()
+    for name in ('scale', 'ratio', 'train_crop_mode'):
+        if getattr(args, name) != unset.get_default(name):
+            parser.error(f'{_flag(name)} is for the crop that --train-crop-pad replaces: give one of the two')
+    for name in ('no_aug', 'naflex_loader', 'train_img_sizes', 'aug_splits'):
+        if getattr(args, name):
+            parser.error(f'--train-crop-pad does not go with {_flag(name)}')
 
 
 def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:

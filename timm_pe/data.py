@@ -19,8 +19,10 @@ from timm.data.naflex_loader import create_naflex_loader
 from timm.data.naflex_mixup import NaFlexMixup
 from timm.data.readers.reader import Reader
 from timm.data.target_transforms import MultiLabelTarget
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision import transforms
 
 from .args import resolve_dtype
 from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing
@@ -420,6 +422,8 @@ def _create_train_loader(
         )
     except (AssertionError, ValueError, TypeError, KeyError, IndexError) as e:
         raise UsageError(f'training augmentation: {one_line(e)}') from e
+    if args.train_crop_pad:
+        _pad_and_crop(dataset.transform, config['input_size'][1:], args.train_crop_pad)
     if isinstance(dataset, IterableDataset):
         _logger.info('The training data is a stream without indices: its augmentation depends on the loader workers.')
     else:
@@ -430,6 +434,14 @@ def _create_train_loader(
                 f'incomplete one is dropped): lower --batch-size'
             )
     return loader, mixup
+
+
+def _pad_and_crop(transform: transforms.Compose, size: tuple[int, int], padding: int) -> None:
+    """Put the padded random crop of CIFAR recipes in the place of timm's random resized crop, its first transform."""
+    if not isinstance(transform.transforms[0], RandomResizedCropAndInterpolation):
+        raise UsageError('--train-crop-pad: the augmentation does not start with a random resized crop to replace')
+    resize = transforms.Resize(size)  # images that have this size already pass through
+    transform.transforms[:1] = [resize, transforms.RandomCrop(size, padding=padding)]
 
 
 def _augmentation_args(args: argparse.Namespace) -> dict[str, Any]:

@@ -114,16 +114,22 @@ def _run_rows(
         rows.append(('loss', criterion))
     else:
         p = task.projection
+        of = 'logits ' if task.target == 'logits' else ''
         rows.append(
             (
                 'projectors',
-                f'{p.num_projectors} x {p.projector} {p.in_dim} -> {p.out_dim}, activation {p.act}, '
+                f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}, activation {p.act}, '
                 f'{_count(count_params(p))} parameters',
             )
         )
+        if task.teacher_norm != 'none':
+            rows.append(('teacher norm', task.teacher_norm))
         kd = f' + {task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}' if task.kd_loss_weight else ''
         rows.append(
-            ('loss', f'{task.task_loss_weight:g} x {criterion} + {task.distill_loss_weight:g} x {args.pe_loss}{kd}')
+            (
+                'loss',
+                f'{task.task_loss_weight:g} x {criterion} + {task.distill_loss_weight:g} x {task.feature_loss_name}{kd}',
+            )
         )
     rows.append(('learning rate', f'{args.lr:.4g} ({args.opt}, {args.sched}, weight decay {args.weight_decay:g})'))
     accum, batch = args.grad_accum_steps, args.batch_size

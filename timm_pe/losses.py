@@ -104,6 +104,86 @@ class MseLoss(nn.Module):
             return F.mse_loss(*_full_precision(projected, teacher))
 
 
+@register_feature_loss('logsum')
+class LogSumLoss(nn.Module):
+    """log of sum |p - t|^4 over batch and width, in float32 outside autocast (arXiv 2303.11098, its LogSum distance).
+
+    The logarithm softens the few largest differences of a student with little capacity.
+
+    Args:
+        exponent: The paper's alpha.
+        eps: Added to the sum, for a projection that equals its target.
+
+    Shapes:
+        `([b, m], [b, m]) -> []`.
+    """
+
+    def __init__(self, exponent: float = 4.0, eps: float = 1e-5):
+        super().__init__()
+        self.exponent, self.eps = exponent, eps
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(projected.device.type, enabled=False):
+            projected, teacher = _full_precision(projected, teacher)
+            return ((projected - teacher).abs() ** self.exponent).sum().add(self.eps).log()
+
+
+@register_feature_loss('kl')
+class KlLoss(nn.Module):
+    """`kd_loss` as a module: T^2 KL(teacher || student), for projected logits (arXiv 2310.17183).
+
+    Args:
+        temperature: T > 0.
+
+    Shapes:
+        `([b, c], [b, c]) -> []`.
+    """
+
+    def __init__(self, temperature: float = 4.0):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kd_loss(projected, teacher, self.temperature)
+
+
+def _standardize(x: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(x, None, None, training=True) if len(x) > 1 else torch.zeros_like(x)
+
+
+def _whiten(x: torch.Tensor) -> torch.Tensor:
+    """Decorrelated channels of variance 1, as far as the batch spans them (ZCA: no rotation)."""
+    u, s, vh = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+    spanned = s > 1e-5 * s.max()
+    return (u * spanned) @ vh * max(len(x) - 1, 1) ** 0.5
+
+
+# `[b, m] -> [b, m]`, what is done to the teacher's feature before the loss
+TEACHER_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'none': lambda x: x,
+    'batch': _standardize,
+    'layer': lambda x: F.layer_norm(x, x.shape[-1:]),
+    'whiten': _whiten,
+}
+
+
+def normalize_teacher(feature: torch.Tensor, norm: str) -> torch.Tensor:
+    """The teacher's feature as the loss is to see it, in float32 (float64 stays) unless `norm` is 'none'.
+
+    Args:
+        feature: `[b, m]`.
+        norm: 'none'; 'batch': each channel standardized over the batch (arXiv 2303.11098); 'layer': each feature over
+            its channels, 'whiten': channels decorrelated over the batch (arXiv 2403.06213).
+
+    Returns:
+        `[b, m]`.
+    """
+    if norm == 'none':
+        return feature
+    with torch.autocast(feature.device.type, enabled=False):
+        return TEACHER_NORMS[norm](*_full_precision(feature))
+
+
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logit distillation, T^2 KL(teacher || student), mean over the batch (Hinton et al., arXiv 1503.02531, sec. 2).
 

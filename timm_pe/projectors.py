@@ -85,6 +85,30 @@ class MlpProjector(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
+@register_projector('linear_bn')
+class LinearBnProjector(nn.Sequential):
+    """W x, standardized over the batch (Miles & Mikolajczyk, AAAI 2024, arXiv 2303.11098).
+
+    That paper puts one such projector next to `teacher_norm='batch'` and the `logsum` loss.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(nn.Linear(in_dim, out_dim), nn.BatchNorm1d(out_dim, affine=False))
+
+
+@register_projector('orthogonal')
+class OrthogonalProjector(nn.Linear):
+    """W x with orthonormal columns (rows where out_dim < in_dim): it keeps the geometry of the student's features.
+
+    The projector of VkD (Miles et al., CVPR 2024, arXiv 2403.06213), next to `teacher_norm='layer'` or 'whiten' and the
+    `mse` loss. PyTorch's parametrization keeps W orthogonal under any optimizer.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, bias=False)
+        nn.utils.parametrizations.orthogonal(self)
+
+
 @register_projector('identity')
 class IdentityProjector(nn.Identity):
     """The student's feature as it is: the paper's baseline without a projector. It gets no activation either."""

@@ -1,7 +1,7 @@
 """The training task: batch -> student and its projectors <- teacher -> loss. A task of timm's kind (timm.task)."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,16 @@ from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 
 from .errors import UsageError
-from .losses import create_feature_loss, kd_loss
+from .losses import TEACHER_NORMS, KlLoss, create_feature_loss, kd_loss, normalize_teacher
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
 
-# PEFD's weights (facts of the authors' ImageNet and CIFAR recipes): cross-entropy 1, direction alignment 25
-TASK_LOSS_WEIGHT = 1.0
-DISTILL_LOSS_WEIGHT = 25.0
+# what the projectors map -> (weight of the task loss, weight of the projectors' loss, loss): PEFD's recipe (arXiv
+# 2210.15274), and that of its follow-up for logits (arXiv 2310.17183)
+TARGETS = {'feature': (1.0, 25.0, 'direction'), 'logits': (0.1, 0.9, 'kl')}
 
 
 class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
@@ -35,23 +35,26 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
 
     Args:
         student: Student model.
-        projection: Projectors from the student's feature to the teacher's.
-        tap: Path of the module whose input is the student's feature, for models that are not timm's.
+        projection: Projectors from the student's feature (or logits) to the teacher's.
+        tap: The tap on the student.
+        target: 'feature', or 'logits'.
 
     Shapes:
-        forward: `[b, ch, h, w]` -> (logits `[b, c]`, projected feature `[b, m]`).
+        forward: `[b, ch, h, w]` -> (logits `[b, c]`, projection `[b, m]`).
     """
 
-    def __init__(self, student: nn.Module, projection: ProjectorEnsemble, tap: FeatureTap):
+    def __init__(self, student: nn.Module, projection: ProjectorEnsemble, tap: FeatureTap, target: str = 'feature'):
         super().__init__(student, projection)
         self.tap = tap
+        self.target = target
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.student(input)
         if isinstance(logits, (tuple, list)):
             # set_distilled_training: what the model answers in eval mode is the mean of its heads
             logits = sum(logits) / len(logits)
-        return logits, self.projection(self.tap.pop())
+        feature = self.tap.pop()
+        return logits, self.projection(feature if self.target == 'feature' else logits)
 
 
 class ProjectorEnsembleTask(FeatureDistillationTask):
@@ -71,17 +74,20 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         criterion_kwargs: Arguments for it.
         teacher_pretrained_path: Checkpoint for a teacher given by name.
         teacher_pretrained_cfg_overlay: timm's pretrained cfg overrides for a teacher given by name.
-        distill_loss_weight: Weight of the feature loss, None is 25.
-        task_loss_weight: Weight of the task loss, None is 1.
+        distill_loss_weight: Weight of the projectors' loss, None is 25 (0.9 for logits).
+        task_loss_weight: Weight of the task loss, None is 1 (0.1 for logits).
         student_feature_dim: Checked against the measured width d where given.
         teacher_feature_dim: Checked against the measured width m where given.
         num_projectors: q.
         projector: Kind of projector, see `list_projectors`.
         act: Activation of the projectors: 'relu' (the paper's), 'none', or 'auto': relu exactly when the features of
             the teacher on the first batch (rank 0's) are all >= 0.
-        feature_loss: See `list_feature_losses`.
-        kd_loss_weight: Weight of logit distillation.
-        kd_temperature: Its temperature T.
+        feature_loss: See `list_feature_losses`; None is 'direction' for features and 'kl' for logits.
+        target: 'feature': the projectors map the student's feature to the teacher's; 'logits': its logits to the
+            teacher's (kd1proj with one projector, arXiv 2310.17183), whose classes may be others. Then no activation.
+        teacher_norm: See `normalize_teacher`.
+        kd_loss_weight: Weight of plain logit distillation.
+        kd_temperature: Temperature T of that, and of 'kl'.
         input_mean: Mean the batch is normalized with; None reads the student's pretrained_cfg, as timm does.
         input_std: Its standard deviation, likewise.
         multi_label: Targets are dense `[b, c]`; a criterion made here and `create_evaluator()` are for such.
@@ -111,7 +117,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         num_projectors: int = 3,
         projector: str = 'linear',
         act: str = 'auto',
-        feature_loss: str = 'direction',
+        feature_loss: str | None = None,
+        target: str = 'feature',
+        teacher_norm: str = 'none',
         kd_loss_weight: float = 0.0,
         kd_temperature: float = 4.0,
         input_mean: Sequence[float] | None = None,
@@ -126,7 +134,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     ):
         # not FeatureDistillationTask's: it would build its own Linear and its own idea of the widths
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
-        if multi_label and kd_loss_weight:
+        _check_choice('target', target, TARGETS)
+        _check_choice('teacher_norm', teacher_norm, TEACHER_NORMS)
+        if multi_label and (kd_loss_weight or target == 'logits'):
             raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
@@ -145,22 +155,32 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         _check_dim('teacher_feature_dim', teacher_feature_dim, self.teacher.width)
         if kd_loss_weight:
             _check_classes(unwrap_model(student_model), self.teacher)
-        projection = ProjectorEnsemble(tap.width, self.teacher.width, num_projectors, projector, act)
+        widths = tap.width, self.teacher.width
+        if target == 'logits':
+            widths = _num_classes(unwrap_model(student_model), 'student'), _num_classes(self.teacher, 'teacher')
+            act = 'none' if act == 'auto' else act
+        projection = ProjectorEnsemble(*widths, num_projectors, projector, act)
         self.trainable_module = ProjectorEnsembleModule(
-            student_model, projection.to(device=self.device, dtype=self.dtype), tap
+            student_model, projection.to(device=self.device, dtype=self.dtype), tap, target
         )
         self.criterion = resolve_classification_loss(
             criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
         )
         self.multi_label, self.threshold = multi_label, threshold
-        self.feature_loss = create_feature_loss(feature_loss).to(self.device)
-        self.distill_loss_weight = DISTILL_LOSS_WEIGHT if distill_loss_weight is None else distill_loss_weight
-        self.task_loss_weight = TASK_LOSS_WEIGHT if task_loss_weight is None else task_loss_weight
+        task_weight, distill_weight, loss = TARGETS[target]
+        self.feature_loss_name = feature_loss or loss
+        self.feature_loss = create_feature_loss(self.feature_loss_name).to(self.device)
+        if isinstance(self.feature_loss, KlLoss):
+            self.feature_loss.temperature = kd_temperature
+        self.target, self.teacher_norm = target, teacher_norm
+        self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
+        self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
         self.kd_loss_weight = kd_loss_weight
         self.kd_temperature = kd_temperature
         if self.verbose:
             _logger.info(
-                f'ProjectorEnsembleTask: projectors {projection.extra_repr()}, feature_loss={feature_loss}, '
+                f'ProjectorEnsembleTask: projectors {projection.extra_repr()}, target={target}, '
+                f'feature_loss={self.feature_loss_name}, teacher_norm={teacher_norm}, '
                 f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
                 f'kd_weight={self.kd_loss_weight}'
             )
@@ -184,7 +204,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         return self.projection.act
 
     def _settle_act(self, feature: torch.Tensor) -> None:
-        non_negative = (feature.min() >= 0).to(torch.uint8)
+        non_negative = (normalize_teacher(feature, self.teacher_norm).min() >= 0).to(torch.uint8)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(non_negative, src=0)
         self._set_act('relu' if non_negative else 'none')
@@ -213,6 +233,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         state = super().get_task_state(module=module, ema=ema)
         return state and {
             **state,
+            'target': self.target,
             'projector': self.projection.projector,
             'num_projectors': self.projection.num_projectors,
             'act': self.projection.act,
@@ -233,9 +254,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         if not state:
             return
         own = self.projection
-        for name in ('projector', 'num_projectors'):
-            if name in state and state[name] != getattr(own, name):
-                raise UsageError(f'the checkpoint has {name}={state[name]}, this run {name}={getattr(own, name)}')
+        kind = {'target': self.target, 'projector': own.projector, 'num_projectors': own.num_projectors}
+        for name, value in kind.items():
+            if state.get(name, value) != value:
+                raise UsageError(f'the checkpoint has {name}={state[name]}, this run {name}={value}')
         if state.get('act', 'auto') != 'auto':
             if own.act not in ('auto', state['act']):
                 raise UsageError(f"the checkpoint's projectors have act={state['act']}, this run act={own.act}")
@@ -260,7 +282,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         if self.projection.act == 'auto':
             self._settle_act(teacher.feature)
         logits, projected = self.trainable_module(input)
-        terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, teacher.feature)}
+        aim = teacher.logits if self.target == 'logits' else normalize_teacher(teacher.feature, self.teacher_norm)
+        terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, aim)}
         loss = self.task_loss_weight * terms['task_loss'] + self.distill_loss_weight * terms['pe_loss']
         if self.kd_loss_weight:
             if logits.shape != teacher.logits.shape:
@@ -303,6 +326,18 @@ def _resolve_teacher(
 def _check_dim(name: str, given: int | None, measured: int) -> None:
     if given is not None and given != measured:
         raise UsageError(f'{name} is {given}, but the feature that enters the classifier has {measured} channels')
+
+
+def _check_choice(name: str, given: str, allowed: Iterable[str]) -> None:
+    if given not in allowed:
+        raise UsageError(f"unknown {name} '{given}': choose from {', '.join(allowed)}")
+
+
+def _num_classes(model: nn.Module, what: str) -> int:
+    classes = getattr(model, 'num_classes', None)
+    if not classes:
+        raise UsageError(f"the {what} has no logits to project (its num_classes is {classes}): use target 'feature'")
+    return classes
 
 
 def _check_classes(student: nn.Module, teacher: Teacher) -> None:

@@ -24,7 +24,7 @@ from .errors import UsageError, one_line
 from .loading import announce_download
 from .models import place_student
 from .runtime import Runtime
-from .task import ProjectorEnsembleTask
+from .task import TARGETS, ProjectorEnsembleTask
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -
         pretrained=args.teacher_pretrained,
         num_classes=args.teacher_num_classes,
         use_ema=args.teacher_ema,
-        needs_logits=args.kd_loss_weight > 0,
+        needs_logits=args.kd_loss_weight > 0 or args.pe_target == 'logits',
         model_kwargs=args.teacher_kwargs,
         what='--teacher',
         input_mean=data.config['mean'],
@@ -100,9 +100,10 @@ def _create_projector_task(
     criterion: nn.Module,
     common: dict,
 ) -> ProjectorEnsembleTask:
-    if args.pe_loss != 'direction' and args.distill_loss_weight is None:
+    _, weight, loss = TARGETS[args.pe_target]
+    if args.pe_loss not in (None, loss) and args.distill_loss_weight is None:
         _logger.warning(
-            f'The default weight 25 was chosen for the direction loss, it now weighs {args.pe_loss!r}: '
+            f'The default weight {weight:g} was chosen for the {loss} loss, it now weighs {args.pe_loss!r}: '
             f'consider --distill-loss-weight.'
         )
     return ProjectorEnsembleTask(
@@ -113,6 +114,8 @@ def _create_projector_task(
         projector=args.pe_projector,
         act=args.pe_act,
         feature_loss=args.pe_loss,
+        target=args.pe_target,
+        teacher_norm=args.pe_teacher_norm,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         kd_loss_weight=args.kd_loss_weight,
