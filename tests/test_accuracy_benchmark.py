@@ -1,0 +1,109 @@
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_distill
+from timm_pe.args import parse_args
+
+BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
+METHODS = sorted(p.stem for p in (BENCHMARKS / 'methods').glob('*.yaml'))
+SUITES = sorted(p.stem for p in (BENCHMARKS / 'suites').glob('*.yaml'))
+
+
+@pytest.fixture(scope='module')
+def accuracy():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location('accuracy', BENCHMARKS / 'accuracy.py')
+        module = sys.modules['accuracy'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        del sys.modules['accuracy']
+
+
+@pytest.fixture
+def tiny(accuracy, tmp_path, monkeypatch):
+    """A suite of seconds in the place of the project's own."""
+    suite = {
+        'title': 'tiny',
+        'common': {'dataset': 'sklearn/digits', 'num_classes': 10, 'img_size': 16, 'batch_size': 128, 'workers': 0, 'warmup_epochs': 0},
+        'teacher': {'model': 'test_resnet', 'epochs': 1, 'lr': 0.05},
+        'student': {'model': 'test_resnet', 'epochs': 1, 'lr': 0.05},
+        'methods': ['alone', 'pe_q3', 'timm_fd'],
+        'seeds': [1],
+    }  # fmt: skip
+    (tmp_path / 'suites').mkdir()
+    (tmp_path / 'suites' / 'tiny.yaml').write_text(yaml.safe_dump(suite))
+    (tmp_path / 'methods').symlink_to(BENCHMARKS / 'methods')
+    monkeypatch.setattr(accuracy, 'ROOT', tmp_path)
+    return ['tiny', '--output', str(tmp_path / 'out'), '--results', str(tmp_path / 'r' / 'accuracy.json'), '--device', 'cpu', '--no-analysis']  # fmt: skip
+
+
+def test_a_grid_is_run_summarized_and_not_run_again(accuracy, tiny, tmp_path, capsys):
+    accuracy.main([*tiny, '--jobs', '2'])
+    said = capsys.readouterr().out
+    assert said.count(' runs left') == 3
+    results = json.loads((tmp_path / 'r' / 'accuracy.json').read_text())['suites']['tiny']
+    assert {'cores', 'cpu', 'torch', 'timm'} <= set(results['environment'])
+    alone, q3 = results['methods']['alone'], results['methods']['pe_q3']
+    assert q3['minus_alone']['mean'] == pytest.approx(q3['top1'] - alone['top1'])
+    assert q3['minus_kd'] is None
+    run = json.loads((tmp_path / 'out' / 'tiny' / 'pe_q3-1' / 'result.json').read_text())
+    assert run['flags']['teacher_checkpoint'] == str(tmp_path / 'out' / 'teachers' / 'tiny')
+    assert run['top1'] == q3['top1_of_seeds'][0]
+    assert '| 3 projectors | 1 |' in (tmp_path / 'r' / 'accuracy.md').read_text()
+
+    accuracy.main(tiny)
+    assert ' runs left' not in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # finished runs with other flags are not taken for these
+        accuracy.main([*tiny, '--set', 'lr=0.1'])
+    assert 'holds a run with other flags' in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_with_what_it_said(accuracy, tiny, capsys):
+    with pytest.raises(SystemExit) as e:
+        accuracy.main([*tiny, '--set', 'opt=nonsense'])
+    assert e.value.code == 2
+    assert "teacher ended with exit code 2: train_distill: error: --opt: unknown optimizer 'nonsense'" in (
+        capsys.readouterr().err.replace('tiny ended', 'teacher ended')
+    )
+
+
+def test_differences_are_paired_by_seed_with_a_t_interval(accuracy):
+    d = accuracy.compare({1: 51.0, 2: 53.0, 3: 52.0, 4: 99.0}, {1: 50.0, 2: 51.0, 3: 52.0})
+    assert d['of_seeds'] == [1.0, 2.0, 0.0]
+    assert d['mean'] == 1.0
+    # Student's t, 2 degrees of freedom, 97.5 %: 4.3027; standard deviation of the differences 1
+    assert d['high'] - d['mean'] == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert d['low'] == pytest.approx(2 * d['mean'] - d['high'])
+    assert accuracy.compare({1: 2.0}, {1: 1.5})['low'] is None
+    assert accuracy.compare({1: 2.0}, {2: 1.5}) is None
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_method_is_flags_that_train_distill_takes(accuracy, tmp_path, name):
+    method = accuracy.load_method(name)
+    teacher = {'none': {}, 'timm_pe': {'teacher': 'resnet34'}, 'timm': {'kd_model_name': 'resnet34'}}[method['teacher']]
+    config = tmp_path / 'c.yaml'
+    config.write_text(yaml.safe_dump({**method['flags'], **teacher}))
+    args, _ = parse_args(['data', '-c', str(config)])
+    assert bool(args.teacher) == (method['teacher'] == 'timm_pe')
+
+
+@pytest.mark.parametrize('name', SUITES)
+def test_a_suite_names_known_methods_and_flags(accuracy, tmp_path, name):
+    suite = accuracy.load_suite(name, tmp_path, {})
+    assert set(suite.methods) <= set(METHODS)
+    assert len(suite.seeds) >= 3
+    runs = [suite.run(method, 1) for method in suite.methods]
+    for run in [*runs, *filter(None, [suite.teacher_run()])]:
+        config = tmp_path / 'c.yaml'
+        config.write_text(yaml.safe_dump(run.flags))
+        parse_args(['-c', str(config)])
