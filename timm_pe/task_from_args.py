@@ -106,6 +106,10 @@ def _create_projector_task(
             f'The default weight {weight:g} was chosen for the {loss} loss, it now weighs {args.pe_loss!r}: '
             f'consider --distill-loss-weight.'
         )
+    if args.task_loss_weight == 0 and not args.kd_loss_weight and args.pe_target == 'feature':
+        _logger.warning(
+            "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."
+        )
     return ProjectorEnsembleTask(
         student_model=student,
         teacher_model=teacher,
