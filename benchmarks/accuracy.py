@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         'suites', metavar='SUITE', nargs='+', choices=suites, help=f'one or more of {", ".join(suites)}'
     )
-    parser.add_argument('--methods', nargs='+', choices=methods, help="these alone, not the suite's")
+    parser.add_argument('--methods', nargs='+', choices=methods, metavar='METHOD', help="these alone, not the suite's")
     parser.add_argument('--seeds', type=int, nargs='+', help="these, not the suite's")
     parser.add_argument('--output', type=Path, default=Path('output/accuracy'), help='where runs go')
     parser.add_argument(

@@ -427,3 +427,14 @@ def test_the_help_names_every_group():
     )
     assert '--pe-projectors' in out.stdout
     assert 'teacher and projector ensemble' in out.stdout
+
+
+def test_fine_tuning_a_saved_model_gives_it_the_classes_and_pooling_of_the_flags(small_run, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / 'saved'
+    saved = timm.create_model('test_resnet', num_classes=7)
+    timm.models.save_for_hf(saved, folder, safe_serialization=True)
+    run([*small_run, '--model', f'local-dir:{folder}', '--pretrained', '--gp', 'max', '--epochs', '1', '--lr', '1e-9'])
+    state = load(tmp_path / 'run' / 'last.pth.tar')['state_dict']
+    assert state['fc.weight'].shape[0] == 3
+    torch.testing.assert_close(state['conv1.0.weight'], saved.state_dict()['conv1.0.weight'], atol=1e-5, rtol=0)

@@ -60,12 +60,13 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     # given again below, by the name as the user wrote it
     model_args.pop('model_name')
     pretrained_cfg = model_args.pop('pretrained_cfg')
+    for name, given in (('num_classes', args.num_classes), ('global_pool', args.gp)):
+        if given is not None:  # a hub or local-dir model brings those it was saved with
+            model_args[name] = given
     kwargs = {
-        'num_classes': args.num_classes,
         'drop_rate': args.drop,
         'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
         'drop_block_rate': args.drop_block,
-        'global_pool': args.gp,
         'bn_momentum': args.bn_momentum,
         'bn_eps': args.bn_eps,
         'scriptable': args.torchscript or None,
