@@ -81,10 +81,10 @@ class Suite:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def teacher_run(self) -> Run | None:
-        """The run that makes the teacher; None where the suite takes one as it is."""
-        if 'checkpoint' in self.teacher or 'epochs' not in self.teacher:
+        """The run that makes the teacher, under the name it has; None where the suite takes one as it is."""
+        if 'name' not in self.teacher:
             return None
-        return self._run(self.folder.parent / 'teachers', self.teacher.get('name', self.name), self.teacher)
+        return self._run(self.folder.parent / 'teachers', self.teacher['name'], self.teacher)
 
     def run(self, method: str, seed: int) -> Run:
         """The run of one method and seed."""
@@ -96,7 +96,7 @@ class Suite:
 
     def _teacher_flags(self, for_timm: bool) -> dict[str, Any]:
         made = self.teacher_run()
-        checkpoint = str(made.folder) if made else self.teacher.get('checkpoint')
+        checkpoint = str(made.folder) if made else None
         if for_timm:
             return {'kd_model_name': f'local-dir:{checkpoint}/local-dir' if checkpoint else self.teacher['model']}
         model = self.teacher.get('architecture', self.teacher['model'])
@@ -104,7 +104,7 @@ class Suite:
         return {**flags, 'teacher_checkpoint': checkpoint} if checkpoint else flags
 
     def _run(self, output: Path, name: str, flags: dict[str, Any]) -> Run:
-        flags = {k: v for k, v in flags.items() if k not in ('name', 'architecture', 'checkpoint')}
+        flags = {k: v for k, v in flags.items() if k not in ('name', 'architecture')}
         flags = {**self.common, **flags, **self.overrides, 'output': str(output), 'experiment': name, 'resume': 'auto'}
         return Run(name, output / name, flags)
 

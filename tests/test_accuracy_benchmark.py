@@ -34,7 +34,7 @@ def tiny(accuracy, tmp_path, monkeypatch):
     suite = {
         'title': 'tiny',
         'common': {'dataset': 'sklearn/digits', 'num_classes': 10, 'img_size': 16, 'batch_size': 128, 'workers': 0, 'warmup_epochs': 0},
-        'teacher': {'model': 'test_resnet', 'epochs': 1, 'lr': 0.05},
+        'teacher': {'model': 'test_resnet', 'name': 'tiny', 'epochs': 1, 'lr': 0.05},
         'student': {'model': 'test_resnet', 'epochs': 1, 'lr': 0.05},
         'methods': ['alone', 'pe_q3', 'timm_fd'],
         'seeds': [1],
