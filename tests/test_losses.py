@@ -128,6 +128,8 @@ def test_teacher_norms_equal_their_definitions():
     # ZCA: the whitening that stays nearest to the features, C^(-1/2) (x - mean)
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
     torch.testing.assert_close(white, (x - x.mean(0)) @ vectors @ torch.diag(values**-0.5) @ vectors.T)
+    few = normalize_teacher(x[:4], 'whiten')  # 4 centred features span 3 dimensions: nothing is made up in the others
+    assert torch.linalg.svdvals(few).tolist() == pytest.approx([3**0.5] * 3 + [0.0], abs=1e-5)
 
 
 @pytest.mark.parametrize('norm', sorted(TEACHER_NORMS))

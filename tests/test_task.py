@@ -370,3 +370,9 @@ def test_the_loss_compares_with_the_normalized_feature_of_the_teacher():
         ).sqrt()
         _, projected = task.trainable_module(x)
         torch.testing.assert_close(task(x, y)['pe_loss'], (projected - wanted).pow(2).mean())
+
+
+@pytest.mark.parametrize(('norm', 'act'), [('none', 'relu'), ('layer', 'none')])
+def test_the_activation_follows_the_feature_that_the_loss_sees(norm, act):
+    task = make_task(teacher='test_resnet', teacher_norm=norm)  # its own features are all >= 0
+    assert task.resolve_act(batch()[0]) == act
