@@ -82,6 +82,14 @@ def local_teacher(tmp_path_factory):
     return f'local-dir:{folder}'
 
 
+def test_timms_own_distillation_takes_a_teacher_of_the_zoo(small_run, tmp_path):
+    folder = tmp_path / 'teacher'
+    timm.models.save_for_hf(timm.create_model('cifar_resnet8', num_classes=3), folder, safe_serialization=True)
+    argv = ['--kd-model-name', f'local-dir:{folder}', '--kd-distill-type', 'feature', '--model', 'cifar_resnet8']
+    run([*small_run, *argv, '--epochs', '1'])
+    assert float(summary(tmp_path / 'run')[0]['train_kd_loss']) > 0
+
+
 @pytest.mark.parametrize('kind', ['logit', 'feature', 'token'])
 def test_kd_model_name_runs_timms_own_tasks(kind, small_run, tmp_path, local_teacher, capsys):
     student = ['--model', 'test_vit'] if kind != 'token' else ['--model', 'deit_tiny_distilled_patch16_224']

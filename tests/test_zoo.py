@@ -276,3 +276,11 @@ def test_parameter_groups_follow_the_depth(name):
         # Only the classifier may be left to the last group, where parameters that match nothing go.
         last = {key.rpartition('.')[0] for key, depth in group_of.items() if depth == max(depths)}
         assert last == {model.get_classifier(name_only=True)}
+
+
+@pytest.mark.parametrize(
+    'name', ['cifar_resnet8', 'cifar_vgg8', 'cifar_wrn_16_1', 'cifar_shufflenetv2', 'cifar_mobilenetv2_half']
+)
+def test_a_network_is_made_on_the_device_and_in_the_precision_it_is_asked_for(name):
+    model = timm.create_model(name, num_classes=3, device='meta', dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}

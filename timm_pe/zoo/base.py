@@ -173,6 +173,8 @@ def build_cifar_net(
     variant: str,
     pretrained: bool,
     num_stages: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> CifarNetT:
     """Build a registered network through timm's factory.
@@ -182,9 +184,11 @@ def build_cifar_net(
         variant: Name in timm's registry.
         pretrained: Refused by timm, as no weights are published under these names.
         num_stages: Number of feature maps that `features_only=True` returns by default.
+        device: Where the network is to be; every architecture of timm takes this, and timm's tasks give it.
+        dtype: Its precision, likewise.
         **kwargs: Arguments of `model_cls` and of `timm.models.build_model_with_cfg`.
     """
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -192,3 +196,4 @@ def build_cifar_net(
         feature_cfg={'feature_cls': 'hook', 'out_indices': tuple(range(num_stages))},
         **kwargs,
     )
+    return model.to(device=device, dtype=dtype)
