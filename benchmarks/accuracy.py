@@ -371,6 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--set', nargs='+', default=[], metavar='FLAG=VALUE', help='flags of train_distill for every run'
     )
+    parser.add_argument('--no-run', action='store_true', help='run nothing, summarize what is there')
     parser.add_argument('--no-analysis', action='store_true', help='do not look inside the runs')
     args = parser.parse_args(argv)
     if any('=' not in s for s in args.set):
@@ -384,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         return write_results(chosen, args.results, args.device)
 
     try:
-        for suite in chosen:
+        for suite in chosen if not args.no_run else ():
             run_suite(suite, args.jobs, args.threads, save)
         if not args.no_analysis:
             for suite in chosen:
