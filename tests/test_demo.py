@@ -4,6 +4,7 @@ import safetensors.torch
 import timm
 
 from timm_pe import demo
+from timm_pe.errors import UsageError
 
 
 def test_the_demo_leaves_its_table_numbers_curves_and_student(tmp_path, monkeypatch, capsys):
@@ -24,4 +25,19 @@ def test_the_demo_leaves_its_table_numbers_curves_and_student(tmp_path, monkeypa
     student.load_state_dict(weights)
     assert (tmp_path / 'out' / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert said.count('top-1') == 6  # a line a run, and the table's head
+    assert said.splitlines()[-1].endswith('out: report.html, results.json, curves.png, student.safetensors, runs/')
+    page = (tmp_path / 'out' / 'report.html').read_text()
+    for name in ('teacher', 'student-1', 'student-2', 'student_pe-1', 'student_pe-2'):
+        assert f'--experiment {name}' in page
+        assert (tmp_path / 'out' / 'runs' / name / 'analysis.json').is_file()
     assert '--teacher cifar_resnet20' in results['student_pe']['command']
+
+
+def test_the_demo_goes_on_without_what_its_report_needs(tmp_path, monkeypatch, capsys):
+    def write_report(folders, path):
+        raise UsageError("the analysis needs torchmetrics: pip install 'timm_pe[analysis]'")
+
+    monkeypatch.setattr(demo, 'write_report', write_report)
+    demo.add_report(tmp_path, ['teacher'])
+    err = capsys.readouterr().err
+    assert err == "no report.html: the analysis needs torchmetrics: pip install 'timm_pe[analysis]'\n"

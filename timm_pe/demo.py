@@ -2,7 +2,7 @@
 
     python -m timm_pe.demo [--output DIR] [--seeds N]
 
-Drives train_distill itself and leaves the runs, results.json, curves.png and the distilled student in DIR.
+Drives train_distill itself and leaves the runs, results.json, curves.png, report.html and the distilled student in DIR.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import torch
 import train_distill
 
 from .args import exit_with_error
+from .errors import UsageError
+from .report import write_report
 from .version import __version__
 
 # a convolutional network teaches a small vision transformer, which learns slowly from 898 images alone
@@ -51,6 +53,8 @@ STUDENT = [
     *('--epochs', '30', '--warmup-epochs', '3', '-b', '64', '--val-interval', '2'),
     *('--opt', 'adamw', '--lr', '2e-3', '--weight-decay', '0.05'),
 ]
+# what is left in the output folder, next to the runs; the pictures only where matplotlib is installed
+FILES = ('report.html', 'results.json', 'curves.png', 'student.safetensors')
 
 
 def run(name: str, argv: list[str], output: Path) -> dict:
@@ -167,6 +171,15 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
+def add_report(output: Path, names: list[str]) -> None:
+    """Write report.html over the runs of these names, or say in one line why there is none."""
+    print('\nLooking inside the networks for report.html', flush=True)
+    try:
+        write_report([output / 'runs' / name for name in names], output / 'report.html')
+    except UsageError as e:
+        print(f'no report.html: {e}', file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the demo.
 
@@ -194,7 +207,11 @@ def main(argv: list[str] | None = None) -> None:
         plot_curves(runs, args.output / 'curves.png')
     except ImportError:
         print("no curves.png: pip install 'timm_pe[demo]' brings matplotlib", file=sys.stderr)
-    print(f'\n{format_table(results)}\n\n{args.output}: results.json, curves.png, student.safetensors, runs/')
+    print(f'\n{format_table(results)}')
+    seeds = range(1, args.seeds + 1)
+    add_report(args.output, ['teacher', *(f'{kind}-{seed}' for kind in ('student', 'student_pe') for seed in seeds)])
+    left = [name for name in FILES if (args.output / name).is_file()]
+    print(f'\n{args.output}: {", ".join(left)}, runs/')
 
 
 if __name__ == '__main__':

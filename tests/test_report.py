@@ -1,0 +1,515 @@
+import json
+import os
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from report_runs import HOSTILE, analysis, make_family, make_run
+
+from timm_pe import plots, report
+from timm_pe.args import parse_args
+from timm_pe.errors import UsageError
+from timm_pe.report import command, describe_method, format_command, group_seeds, read_runs, write_report
+
+NAME = f'{HOSTILE} & "b" \'c\' $x_$'
+
+
+class Page(HTMLParser):
+    """A report: its tags, its text, and the cells of its tables by the table's class."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding='utf-8')
+        self.tags, self.text, self.tables, self.path = [], '', {}, []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == 'table':
+            self.rows = self.tables.setdefault(dict(attrs)['class'], [])
+        elif tag == 'tr':
+            self.rows.append([])
+        elif tag in ('td', 'th'):
+            self.rows[-1].append('')
+            self.path.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ('td', 'th'):
+            self.path.pop()
+
+    def handle_data(self, data):
+        self.text += data
+        if self.path:
+            self.rows[-1][-1] = ' '.join(f'{self.rows[-1][-1]} {data}'.split())
+
+    def column(self, table: str, head: str) -> list[str]:
+        first, *rows = self.tables[table]
+        return [row[first.index(head)] for row in rows]
+
+
+def make(folders, tmp_path, **kwargs) -> Page:
+    write_report(folders, tmp_path / 'report.html', **kwargs)
+    return Page(tmp_path / 'report.html')
+
+
+@pytest.fixture(scope='module')
+def family(tmp_path_factory) -> Page:
+    """The report of a teacher, a student alone and one with that teacher."""
+    folder = tmp_path_factory.mktemp('family')
+    return make(make_family(folder / 'runs'), folder)
+
+
+@pytest.fixture(scope='module')
+def seeds(tmp_path_factory) -> Page:
+    """The same of three seeds."""
+    folder = tmp_path_factory.mktemp('seeds')
+    return make(make_family(folder / 'runs', seeds=3), folder)
+
+
+# numbers
+
+
+def test_a_run_is_a_row_of_its_last_epoch_and_its_best_one(family):
+    assert family.column('runs', 'Run') == [
+        'teacher cifar_resnet20, seed 42',
+        'student-1 test_vit, seed 1',
+        'student_pe-1 test_vit, seed 1',
+    ]
+    assert family.column('runs', 'Top-1 %') == ['98.00', '81.00', '87.00']
+    assert family.column('runs', 'Best epoch') == ['2 98.50 %', '2 81.50 %', '2 87.50 %']
+    assert family.column('runs', 'Parameters') == ['1,234,567'] * 3
+    assert family.column('runs', 'Teacher') == ['–', '–', 'cifar_resnet20']
+    assert 'means' not in family.tables
+
+
+def test_a_difference_is_to_the_same_model_without_a_teacher_and_of_the_same_seed(seeds):
+    alone = ['–'] * 4  # the teacher and the students alone
+    assert seeds.column('runs', 'Difference') == [
+        *alone,
+        '+6.00 to student-1',
+        '+7.00 to student-2',
+        '+8.00 to student-3',
+    ]
+
+
+def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
+    runs = read_runs([make_run(tmp_path, 'a', dataset='torch/cifar10'), make_run(tmp_path, 'b', teacher='resnet18')])
+    assert [report.difference(run, runs) for run in runs] == [None, None]
+
+
+def test_runs_of_one_method_are_shown_as_mean_and_standard_deviation(seeds):
+    alone, taught = np.array([81.0, 82, 83]), np.array([87.0, 89, 91])
+    expected = [f'{x.mean():.2f} ± {x.std(ddof=1):.2f}' for x in (alone, taught)]
+    assert seeds.column('means', 'Runs') == ['teacher', 'student', 'student_pe']
+    assert seeds.column('means', 'Seeds') == ['1', '3', '3']
+    assert seeds.column('means', 'Top-1 %') == ['98.00', *expected]
+    difference = taught - alone
+    assert seeds.column('means', 'Difference') == ['–', '–', f'+{difference.mean():.2f} ± {difference.std(ddof=1):.2f}']
+    assert 'better in 3 of 3' in seeds.text
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_no_group(tmp_path):
+    runs = read_runs([make_run(tmp_path, f'run-{i}', seed=i, lr=0.1 * i) for i in (1, 2)])
+    assert [group.name for group in group_seeds(runs)] == ['run-1', 'run-2']
+
+
+def test_runs_that_are_not_numbered_are_no_group(tmp_path):
+    runs = read_runs([make_run(tmp_path, name) for name in ('a', 'b')])
+    assert [group.name for group in group_seeds(runs)] == ['a', 'b']
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    runs = read_runs([make_run(tmp_path / parent, 'run') for parent in ('a', 'b')])
+    assert [run.name for run in runs] == ['a/run', 'b/run']
+
+
+def test_parameters_are_counted_without_buffers_where_there_is_no_analysis(tmp_path):
+    assert read_runs([make_run(tmp_path, 'a', analysed=False)])[0].params == 3 * 4 + 3
+
+
+def test_the_time_of_a_run_is_that_between_its_first_and_its_last_file(tmp_path):
+    folder = make_run(tmp_path, 'a')
+    os.utime(folder / 'args.yaml', (1000, 1000))
+    os.utime(folder / 'summary.csv', (1075.4, 1075.4))
+    assert read_runs([folder])[0].seconds == pytest.approx(75.4)
+    assert report.duration(75.4) == '1 min 15 s'
+    assert report.duration(3 * 3600 + 61) == '3 h 01 min'
+
+
+@pytest.mark.parametrize('why', ['copied', 'resumed'])
+def test_a_time_that_its_files_cannot_tell_is_a_dash(why, tmp_path):
+    folder = make_run(tmp_path, 'a', resume='auto' if why == 'resumed' else '')
+    os.utime(folder / 'args.yaml', (1000, 1000))
+    # four epochs of a batch of 128 at 1000 images a second take longer
+    os.utime(folder / 'summary.csv', (1000.4, 1000.4) if why == 'copied' else (1075, 1075))
+    assert report.duration(read_runs([folder])[0].seconds) == '–'
+
+
+def test_a_run_that_was_never_validated_has_dashes(tmp_path):
+    folder = make_run(tmp_path, 'a', analysed=False)
+    text = (folder / 'summary.csv').read_text().splitlines()
+    (folder / 'summary.csv').write_text('\n'.join([text[0], text[2]]) + '\n')
+    page = make([folder], tmp_path, analysis=False)
+    assert page.column('runs', 'Top-1 %') == page.column('runs', 'Loss') == ['–']
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        ({}, 'labels alone'),
+        ({'teacher': 'a'}, '3 × linear, activation by the teacher; 1 × task loss + 25 × direction'),
+        ({'teacher': 'a', 'pe_act': 'none'}, '3 × linear, no activation; 1 × task loss + 25 × direction'),
+        (
+            {'teacher': 'a', 'pe_act': 'relu', 'pe_projectors': 1, 'pe_loss': 'mse', 'task_loss_weight': 0},
+            '1 × linear, relu; 25 × mse',
+        ),
+        (
+            {'teacher': 'a', 'pe_projector': 'identity', 'kd_loss_weight': 0.5, 'distill_loss_weight': 2.0},
+            'no projector; 1 × task loss + 2 × direction + 0.5 × KL at T = 4',
+        ),
+        ({'teacher': 'a', 'pe_target': 'logits'}, '3 × linear, on logits; 0.1 × task loss + 0.9 × kl'),
+        ({'kd_model_name': 'a', 'kd_distill_type': 'feature'}, "timm's own feature distillation"),
+    ],
+)
+def test_the_method_is_said_in_words(args, words, tmp_path):
+    assert describe_method(read_runs([make_run(tmp_path, 'a', analysed=False, **args)])[0]) == words
+
+
+def test_an_activation_that_the_teacher_settled_is_named(tmp_path):
+    assert describe_method(read_runs([make_run(tmp_path, 'a', teacher='b')])[0]).startswith('3 × linear, relu; ')
+
+
+# commands
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        'data --model resnet18 --teacher resnet34',
+        "'my data' --experiment \"it's; rm -rf $HOME\" --lr 0.05 --scale 0.6 1 --color-jitter 0 --amp -j 0",
+        'data --teacher resnet34 --no-teacher-pretrained --no-teacher-eval --pe-projectors 5 --pe-act none --seed 3',
+        "data --model-kwargs a=1 b=True c=word d='[1, 2]' e=\"'5'\" f= --opt-kwargs eps=1e-08",
+        'data --no-persistent-workers --mean 0.5 0.5 0.5 --decay-milestones 1 2 --torchcompile --head-init-bias=-1e-05',
+        'data --dist-bn= --class-map=-odd.txt --log-interval 7',
+    ],
+)
+def test_a_command_gives_its_arguments_again(argv, tmp_path):
+    _, text = parse_args(shlex.split(argv))
+    folder = make_run(tmp_path, 'run')
+    (folder / 'args.yaml').write_text(text)
+    words = shlex.split(format_command(command(read_runs([folder])[0])).replace('\\\n', ' '))
+    assert words[0] == 'train-distill'
+    assert parse_args(words[1:])[1] == text
+
+
+def test_a_command_says_only_what_is_not_the_default(tmp_path):
+    run = read_runs([make_run(tmp_path, 'a', teacher='resnet34', seed=7, dataset='', data='my data')])[0]
+    assert format_command(command(run)) == (
+        "train-distill 'my data' --teacher resnet34 --model test_vit --seed 7 --experiment a"
+    )
+
+
+def test_a_long_command_goes_on_after_a_backslash():
+    text = format_command([['train-distill'], ['--flag', 'x' * 60], ['--other', 'y' * 60]])
+    assert text.split(' \\\n    ') == ['train-distill --flag ' + 'x' * 60, '--other ' + 'y' * 60]
+
+
+def test_what_only_yaml_can_say_is_taken_from_it(tmp_path):
+    run = read_runs([make_run(tmp_path, 'a', color_jitter=None)])[0]
+    assert command(run) == [['train-distill', '-c', str(tmp_path / 'a' / 'args.yaml')]]
+
+
+# the page
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(seeds):
+    policy = [a['content'] for tag, a in seeds.tags if a.get('http-equiv') == 'Content-Security-Policy']
+    assert policy == [
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    ]
+    assert not {tag for tag, _ in seeds.tags} & {
+        'script',
+        'iframe',
+        'object',
+        'embed',
+        'form',
+        'base',
+        'video',
+        'audio',
+    }
+    for tag, attrs in seeds.tags:
+        assert not [name for name in attrs if name.startswith('on')]
+        for name in ('src', 'href', 'xlink:href', 'srcset'):
+            assert attrs.get(name, '#').startswith(('#', 'data:')), (tag, attrs)
+    assert not re.search(r'@import|@font-face|url\((?!#)', seeds.source)
+
+
+def test_the_page_suits_a_phone_and_both_colour_schemes(family):
+    metas = {a['name']: a['content'] for tag, a in family.tags if tag == 'meta' and 'name' in a}
+    assert metas['viewport'] == 'width=device-width, initial-scale=1'
+    assert metas['color-scheme'] == 'light dark'
+    assert '@media (prefers-color-scheme: dark)' in family.source
+    assert '@media print' in family.source
+
+
+def test_no_two_parts_of_the_page_have_one_id_and_none_is_missing(seeds):
+    ids = [a['id'] for _, a in seeds.tags if 'id' in a]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]+)', seeds.source) + re.findall(r'aria-labelledby="(.*?)"', seeds.source)
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_what_users_name_is_text(tmp_path):
+    folder = make_run(
+        tmp_path,
+        NAME.replace('/', '_'),
+        teacher=NAME,
+        class_names=(NAME, 'bee', 'cat'),
+        model=NAME,
+        dataset=NAME,
+        model_kwargs={NAME: NAME},
+    )
+    page = make([folder], tmp_path)
+    assert 'script' not in {tag for tag, _ in page.tags}
+    assert page.text.count(NAME) >= 6
+    assert '<script' not in page.source
+
+
+def test_a_name_that_cannot_be_printed_is_shown_with_marks(tmp_path):
+    folder = make_run(tmp_path, 'a\x07\nb')
+    assert 'a��b' in make([folder], tmp_path).text
+
+
+def test_curves_are_drawn_of_top1_and_of_each_loss_term(family):
+    labels = [a.get('aria-label') for tag, a in family.tags if tag == 'svg']
+    for what in (
+        'Validation top-1, %',
+        'Validation loss',
+        'Training loss',
+        'Task loss',
+        'Projector loss',
+        'Learning rate',
+    ):
+        assert f'{what} by epoch' in labels
+    assert 'rdf' not in family.source
+
+
+def test_a_student_alone_has_a_line_among_the_task_losses(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, 'mean_curves', lambda groups, column: drawn.update({column: groups}) or Figure())
+    report.draw_curves(group_seeds(read_runs(make_family(tmp_path))))
+    alone = drawn['train_task_loss'][1][0]
+    assert [row['train_task_loss'] for row in alone] == [2.0, 1.0, 2 / 3, 0.5]
+
+
+def test_mean_curves_are_the_mean_over_seeds_with_their_range():
+    seeds = [[{'epoch': e, 'x': str(v)} for e, v in enumerate(values)] for values in ([1, 2, 4], [3, 2, 8], [2, 5, 6])]
+    axes = plots.mean_curves([[], seeds], 'x').axes[0]
+    assert axes.lines[0].get_ydata().tolist() == [2, 3, 6]
+    assert axes.lines[0].get_color() == plots.COLORS[1]  # a group without the column keeps its colour
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(x, y) for x, y in band.tolist()} >= {(0, 1), (0, 3), (1, 2), (1, 5), (2, 4), (2, 8)}
+    assert axes.get_yscale() == 'linear'
+    wide = plots.mean_curves([[[{'epoch': 0, 'x': 1}, {'epoch': 1, 'x': 100}]]], 'x')
+    assert wide.axes[0].get_yscale() == 'log'
+
+
+def test_bars_start_at_zero_and_share_a_scale(tmp_path):
+    runs = read_runs([make_run(tmp_path, name) for name in 'abc'])
+    for run, gap in zip(runs, (4.0, -1.0, 3.0), strict=True):
+        run.analysis['gap_top1'] = gap
+    bars = report.draw_bars(group_seeds(runs), 'gap_top1')
+    assert [(b['start'], b['width']) for b in bars] == [(20, 80), (0, 20), (20, 60)]
+    bars = report.draw_bars(group_seeds(runs)[:1], 'gap_top1', end=100)
+    assert [(b['start'], b['width']) for b in bars] == [(0, 4)]
+    assert report.draw_bars(group_seeds(runs), 'projectors.ensemble_gain') == []
+
+
+def test_a_teacher_is_not_measured_against_itself(tmp_path):
+    runs = read_runs(make_family(tmp_path))
+    measures = {m['title']: [b['group'].name for b in m['bars']] for m in report.draw_measures(group_seeds(runs), runs)}
+    assert measures['Agreement with the teacher'] == ['student-1', 'student_pe-1']
+    assert measures['Linear probe'] == ['teacher', 'student-1', 'student_pe-1']
+    assert measures['Gain of the ensemble'] == ['student_pe-1']
+
+
+def test_samples_show_what_teacher_and_students_say_of_each_image(tmp_path):
+    runs = read_runs(make_family(tmp_path, seeds=2))
+    samples = report.collect_samples(group_seeds(runs), runs)
+    assert len(samples) == 6
+    assert [a['who'] for a in samples[0]['answers']] == ['teacher', 'student-1', 'student_pe-1']
+    assert samples[5]['label'] == 'cat'
+    assert [(a['class'], a['confidence'], a['right']) for a in samples[5]['answers']] == [
+        ('cat', 90.0, True),
+        ('bee', 60.0, False),
+        ('bee', 60.0, False),
+    ]
+
+
+def test_each_run_has_its_settings_whole(tmp_path):
+    folder = make_run(tmp_path, 'a', lr=0.25)
+    page = make([folder], tmp_path)
+    assert [a for tag, a in page.tags if tag == 'details'] == [{}]  # closed
+    assert yaml.safe_dump(yaml.safe_load((folder / 'args.yaml').read_text())) in page.text
+
+
+# analyses
+
+
+@pytest.fixture
+def analysed(monkeypatch):
+    """The runs that were analysed, by name, with a made-up analysis in the place of the real one."""
+    from timm_pe import analysis as module
+
+    names = []
+
+    def analyze(folder, options=None, others=()):
+        names.append(folder.name)
+        assert len(others) == 2
+        return analysis(folder.name, 80.0, None, ('ant', 'bee', 'cat'))
+
+    monkeypatch.setattr(module, 'analyze', analyze)
+    return names
+
+
+def test_runs_without_an_analysis_are_analysed_first(tmp_path, analysed):
+    folders = [make_run(tmp_path, 'old', 80.0), make_run(tmp_path, 'new', 81.0, analysed=False)]
+    runs = read_runs(folders)
+    report.analyse_missing(runs)
+    assert analysed == ['new']
+    assert all(run.analysis for run in runs)
+
+
+@pytest.mark.parametrize('what', ['epoch', 'top1', 'version'])
+def test_an_analysis_of_another_run_in_the_folder_is_made_anew(what, tmp_path, analysed):
+    folders = [make_run(tmp_path, 'a', 80.0), make_run(tmp_path, 'b', 80.0)]
+    path = folders[1] / 'analysis.json'
+    result = json.loads(path.read_text())
+    if what == 'epoch':
+        result['epoch'] -= 1
+    elif what == 'top1':
+        result['validation']['top1'] -= 1
+    else:
+        del result['samples']
+    path.write_text(json.dumps(result))
+    if what == 'top1':
+        os.utime(path, (1000, 1000))
+    report.analyse_missing(read_runs(folders))
+    assert analysed == ['b']
+
+
+def test_an_analysis_whose_copy_is_the_older_file_still_counts(tmp_path, analysed):
+    folder = make_run(tmp_path, 'a', 80.0)
+    os.utime(folder / 'analysis.json', (1000, 1000))
+    report.analyse_missing(read_runs([folder]))
+    assert analysed == []
+
+
+def test_no_analysis_shows_those_there_are_and_says_how_to_get_the_others(tmp_path, analysed):
+    folders = [make_run(tmp_path, 'old'), make_run(tmp_path, 'new', analysed=False)]
+    page = make(folders, tmp_path, analysis=False)
+    assert analysed == []
+    assert 'Not analysed: new. python -m timm_pe.analysis' in page.text
+    assert 'Inside the networks' in page.text
+    alone = make(folders[1:], tmp_path, analysis=False)
+    assert 'Not analysed: new.' in alone.text
+    assert 'Inside the networks' not in alone.text
+    assert 'Sample images' not in alone.text
+
+
+# mistakes
+
+
+def refused(argv, capsys) -> str:
+    with pytest.raises(SystemExit) as e:
+        report.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.startswith('train_distill: error: ')
+    assert err.count('\n') == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [
+        (lambda run: (run / 'args.yaml').unlink(), 'is no run folder of train_distill: it has no args.yaml'),
+        (lambda run: (run / 'summary.csv').unlink(), 'it has no summary.csv'),
+        (lambda run: (run / 'summary.csv').write_text(''), 'summary.csv holds no epoch yet'),
+        (lambda run: (run / 'summary.csv').write_text('epoch,lr\n'), 'summary.csv holds no epoch yet'),
+        (
+            lambda run: (run / 'summary.csv').write_text('epoch,lr\n1,many\n'),
+            "could not convert string to float: 'many'",
+        ),
+        (lambda run: (run / 'summary.csv').write_text('lr\n1\n'), 'summary.csv has rows without an epoch'),
+        (lambda run: (run / 'summary.csv').write_text('epoch\n1,2,3\n'), 'cannot be read'),
+        (lambda run: (run / 'args.yaml').write_text('a: [1\n'), 'cannot be read'),
+        (lambda run: (run / 'args.yaml').write_text('- 1\n'), 'it holds a list'),
+        (lambda run: (run / 'args.yaml').write_text('task: multilabel\n'), 'is of --task multilabel'),
+        (lambda run: (run / 'analysis.json').write_text('{'), 'cannot be read'),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(spoil, said, tmp_path, capsys):
+    folder = make_run(tmp_path, 'run')
+    spoil(folder)
+    assert said in refused([str(folder), '-o', str(tmp_path / 'report.html')], capsys)
+    assert os.listdir(tmp_path) == ['run']
+
+
+def test_a_run_given_twice_is_refused(tmp_path, capsys):
+    folder = str(make_run(tmp_path, 'run'))
+    assert 'is given twice' in refused([folder, folder + '/', '-o', str(tmp_path / 'r.html')], capsys)
+
+
+@pytest.mark.parametrize('output', ['nowhere/report.html', 'run', 'run/args.yaml/report.html'])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(output, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, 'analyse_missing', lambda runs: pytest.fail('worked'))
+    folder = make_run(tmp_path, 'run')
+    assert '--output: cannot write' in refused([str(folder), '-o', str(tmp_path / output)], capsys)
+    assert os.listdir(tmp_path) == ['run']
+
+
+def test_a_report_that_fails_leaves_the_older_one_whole(tmp_path, monkeypatch):
+    folder, path = make_run(tmp_path, 'run'), tmp_path / 'report.html'
+    path.write_text('the older one')
+
+    def render(runs):
+        raise UsageError('no')
+
+    monkeypatch.setattr(report, 'render', render)
+    with pytest.raises(UsageError):
+        write_report([folder], path)
+    assert path.read_text() == 'the older one'
+    assert sorted(os.listdir(tmp_path)) == ['report.html', 'run']
+
+
+def test_without_matplotlib_a_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path, 'run')
+    find_spec = report.importlib.util.find_spec
+    monkeypatch.setattr(
+        report.importlib.util, 'find_spec', lambda name: None if name == 'matplotlib' else find_spec(name)
+    )
+    assert 'needs matplotlib: pip install' in refused([str(folder), '-o', str(tmp_path / 'r.html')], capsys)
+
+
+def test_what_the_analysis_cannot_do_is_one_line_that_names_the_way_around(tmp_path, monkeypatch, capsys):
+    from timm_pe import analysis as module
+
+    def analyze(folder, options=None, others=()):
+        raise UsageError("RUN 'a': it has no last.pth.tar")
+
+    monkeypatch.setattr(module, 'analyze', analyze)
+    folder = make_run(tmp_path, 'a', analysed=False)
+    with pytest.raises(SystemExit):
+        report.main([str(folder), '-o', str(tmp_path / 'r.html')])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train_distill: error: RUN 'a': it has no last.pth.tar (timm_pe.report --no-analysis goes without)"
+    )
+    report.main([str(folder), '-o', str(tmp_path / 'r.html'), '--no-analysis'])
+    assert (tmp_path / 'r.html').is_file()
