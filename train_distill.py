@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from timm_pe.args import exit_with_error, parse_args
+from timm_pe.cache import allocate_cache, open_teacher_cache
 from timm_pe.data import check_data, create_data, create_datasets
 from timm_pe.engine import NonFiniteLoss
 from timm_pe.errors import UsageError
@@ -69,10 +70,12 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
             return
         teacher = create_run_teacher(args, data, runtime)
         task = create_run_task(args, student, teacher, runtime)
-        trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime)
+        cache = open_teacher_cache(args, teacher, data, runtime)
+        trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime, cache)
         if is_finished(args, start_epoch, num_epochs):
             return
         check_teacher(args, teacher, data, student.num_classes, runtime)
+        allocate_cache(cache, teacher, runtime)
         folder = open_run_folder(args, args_text, trainer, start_epoch)
         announce(args, trainer, teacher, (start_epoch, num_epochs), folder)
         fit(trainer, start_epoch, num_epochs, folder)

@@ -8,9 +8,21 @@ import timm_pe
 ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
     0: {'tap', 'projectors', 'losses', 'errors', 'version'},
-    1: {'task', 'teacher', 'loading', 'draws', 'zoo'},
-    2: {'args_timm', 'args', 'runtime', 'data', 'models', 'engine', 'fit', 'task_from_args', 'checkpoints', 'logs'},
-    3: {'demo'},
+    1: {'task', 'teacher', 'fold', 'loading', 'draws', 'zoo'},
+    2: {
+        'args_timm',
+        'args',
+        'runtime',
+        'data',
+        'models',
+        'engine',
+        'fit',
+        'task_from_args',
+        'checkpoints',
+        'logs',
+        'cache',
+    },
+    3: {'demo', 'analysis', 'plots', 'report', 'precompute'},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -5,8 +5,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.task import DistillationTeacher
 
-from timm_pe import UsageError, create_teacher
+from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
 
 
 @pytest.fixture
@@ -101,10 +102,10 @@ def bad_checkpoint(kind, model, tmp_path):
         return path, 'no file'
     if kind == 'pickled code':
         torch.save({'state_dict': model.state_dict(), 'extra': Evil(str(tmp_path / 'owned'))}, path)
-        return path, 'holds pickled code'
+        return path, r'holds code \(posix.mkdir\)'
     if kind == 'bare pickle':
         path.write_bytes(pickle.dumps(Evil(str(tmp_path / 'owned'))))
-        return path, 'holds pickled code|cannot read'
+        return path, 'is no file of torch.save'
     if kind == 'other architecture':
         torch.save(timm.create_model('test_resnet').state_dict(), path)
         return path, 'does not fit VisionTransformer: .* missing keys .* unexpected keys'
@@ -115,14 +116,14 @@ def bad_checkpoint(kind, model, tmp_path):
         return path, r'1 other shapes \(norm.weight \[3\] for \[64\]\)'
     if kind == 'empty file':
         path.write_bytes(b'')
-        return path, 'cannot read'
+        return path, 'is empty'
     if kind == 'text file':
         path.write_text('hello')
-        return path, 'cannot read|holds pickled code'
+        return path, 'is no file of torch.save'
     if kind == 'truncated':
         torch.save(model.state_dict(), path)
         path.write_bytes(path.read_bytes()[:1000])
-        return path, 'cannot read'
+        return path, 'is cut off or damaged'
     if kind == 'lying safetensors':
         path = tmp_path / 'bad.safetensors'
         path.write_bytes((2**40).to_bytes(8, 'little') + b'{}')
@@ -246,7 +247,7 @@ def test_another_number_of_classes_than_the_checkpoints_is_fine_where_logits_are
         create_teacher('test_vit', checkpoint=tmp_path / 'w.pth', num_classes=3)
     teacher = create_teacher('test_vit', checkpoint=tmp_path / 'w.pth', num_classes=3, needs_logits=False)
     x = torch.randn(2, 3, 160, 160)
-    assert teacher(x).logits.shape == (2, 3)
+    assert teacher.forward_logits(x).shape == (2, 3)
     assert torch.equal(teacher(x).feature, create_teacher('test_vit', checkpoint=tmp_path / 'w.pth')(x).feature)
 
 
@@ -257,3 +258,123 @@ def test_a_checkpoint_without_a_classifier_is_a_teacher_of_features(tmp_path):
     assert (teacher.num_classes, teacher.width) == (0, 64)
     x = torch.randn(2, 3, 160, 160)
     torch.testing.assert_close(teacher(x).feature, model.eval()(x))
+
+
+def calls_of(module):
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# a plain head, one that pools and classifies, two heads, a conv in front of the classifier, no classifier
+@pytest.mark.parametrize('name', ['resnet10t', 'test_convnext', 'deit_tiny_distilled_patch16_224', 'mobilenetv3_small_050', 'cifar_resnet8'])  # fmt: skip
+def test_without_logits_the_feature_is_the_same_and_the_classifier_does_not_run(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3)
+    teacher = create_teacher(model, needs_logits=False)
+    x = torch.randn(2, 3, *teacher.own_size)
+    expected = create_teacher(model)(x)
+    classifier = model.get_classifier()
+    calls = calls_of(classifier[0] if isinstance(classifier, tuple) else classifier)
+    outputs = [teacher(x)]
+    tried = len(calls)
+    outputs += [teacher(x), teacher(x)]
+    assert len(calls) == tried
+    for out in outputs:
+        assert out.logits is None
+        torch.testing.assert_close(out.feature, expected.feature)
+    torch.testing.assert_close(teacher.forward_logits(x), expected.logits)
+
+
+class OddHead(torch.nn.Module):
+    """Its pre-logits are not what enters its classifier."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.fc, self.num_features = kind, torch.nn.Linear(4, 2), 4
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward_features(self, x):
+        return x.mean((2, 3)).repeat(1, 2)[:, :4]
+
+    def forward_head(self, x, pre_logits=False):
+        if pre_logits and self.kind == 'none':
+            raise TypeError('no such argument')
+        if pre_logits and self.kind == 'scaled':
+            return x
+        return self.fc(x * 1.001)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize('kind', ['scaled', 'none', 'logits'])
+def test_where_the_pre_logits_are_not_what_is_tapped_the_whole_network_runs(kind):
+    teacher = create_teacher(OddHead(kind), needs_logits=False)
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        out = teacher(x)
+        assert torch.equal(out.feature, teacher.model.forward_features(x) * 1.001)
+        assert out.logits is None
+
+
+def test_a_named_tap_is_read_where_it_is_without_logits_too():
+    model = timm.create_model('resnet10t', num_classes=3)
+    teacher = create_teacher(model, tap='layer4', needs_logits=False)
+    x = torch.randn(2, 3, 64, 64)
+    expected = create_teacher(model, tap='layer4')(x).feature
+    assert expected.shape == (2, 256)
+    for _ in range(2):
+        torch.testing.assert_close(teacher(x).feature, expected)
+
+
+def test_a_compiled_teacher_gives_the_same_feature_without_logits(model):
+    x = torch.randn(2, 3, 160, 160)
+    expected = create_teacher(model)(x)
+    teacher = create_teacher(model, needs_logits=False).compile(backend='eager', fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(teacher(x).feature, expected.feature)
+    torch.testing.assert_close(teacher.forward_logits(x), expected.logits)
+
+
+def test_a_network_that_was_compiled_before_is_not_called_around_its_compilation(model):
+    x = torch.randn(2, 3, 160, 160)
+    expected = create_teacher(model)(x).feature
+    compiled = torch.compile(model, backend='eager')
+    calls = calls_of(model.head)
+    teacher = create_teacher(compiled, needs_logits=False)
+    for _ in range(2):
+        torch.testing.assert_close(teacher(x).feature, expected)
+    assert len(calls) >= 2
+
+
+def test_the_precision_of_its_own_holds_without_logits(model):
+    teacher = create_teacher(model, dtype=torch.bfloat16, needs_logits=False)
+    x = torch.randn(2, 3, 160, 160)
+    expected = create_teacher(model, dtype=torch.bfloat16)(x).feature
+    with torch.autocast('cpu', dtype=torch.float16):
+        for _ in range(2):
+            assert torch.equal(teacher(x).feature, expected)
+
+
+def task_of(teacher, **kwargs):
+    student = timm.create_model('test_resnet', num_classes=3)
+    return ProjectorEnsembleTask(student, teacher, verbose=False, **kwargs)
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DistillationTeacher])
+def test_the_task_asks_for_logits_exactly_where_a_loss_reads_them(wrap):
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    for kwargs, needs in (({}, False), ({'kd_loss_weight': 1.0}, True), ({'target': 'logits'}, True)):
+        task = task_of(wrap(timm.create_model('resnet10t', num_classes=3)), **kwargs)
+        assert task.teacher.needs_logits == needs
+        assert task(x, y)['loss'].isfinite()
+        assert (task.teacher(x).logits is not None) == needs
+
+
+def test_a_teacher_made_without_logits_is_refused_where_a_loss_reads_them():
+    teacher = create_teacher(timm.create_model('resnet10t', num_classes=3), needs_logits=False)
+    with pytest.raises(UsageError, match='made with needs_logits=False, but a loss compares logits: make it with True'):
+        task_of(teacher, kd_loss_weight=1.0)

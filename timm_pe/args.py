@@ -1,15 +1,23 @@
 """Command line and YAML of a run: timm's flags, ours, and what can be refused before any work is done."""
 
 import argparse
+import ast
+import datetime
 import difflib
 import importlib.util
 import math
+import operator
+import os
+import reprlib
 import sys
 import time
+import unicodedata
+from collections import Counter
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from PIL import Image
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, world_info_from_env
 
@@ -31,6 +39,9 @@ _TEACHER_FLAGS = (
     'teacher_dtype',
     'teacher_kwargs',
     'teacher_tap',
+    'teacher_fold',
+    'teacher_cache',
+    'teacher_cache_views',
     'student_tap',
     'pe_projectors',
     'pe_projector',
@@ -61,6 +72,7 @@ _CHOICES = {
     'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
     'interpolation': ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'train_interpolation': ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
+    'input_img_mode': (None, *Image.MODES),
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
 }
 _AT_LEAST = {
@@ -70,6 +82,12 @@ _AT_LEAST = {
     'num_classes': 1,
     'img_size': 1,
     'in_chans': 1,
+    'input_size': 1,
+    'train_img_sizes': 1,
+    'train_batch_sizes': 1,
+    'train_size_probs': 0,
+    'decay_milestones': 0,
+    'color_jitter': 0,
     'epochs': 1,
     'checkpoint_hist': 1,
     'val_interval': 1,
@@ -78,6 +96,7 @@ _AT_LEAST = {
     'train_crop_pad': 0,
     'teacher_num_classes': 0,
     'teacher_input_size': 1,
+    'teacher_cache_views': 1,
     'recovery_interval': 0,
     'workers': 0,
     'seed': 0,
@@ -96,6 +115,19 @@ _AT_LEAST = {
     'distill_loss_weight': 0,
     'task_loss_weight': 0,
 }
+# beyond these a slip of the finger fills the memory
+_AT_MOST = {
+    'workers': 1024,
+    'pe_projectors': 1024,
+    'img_size': 16384,
+    'input_size': 16384,
+    'train_img_sizes': 16384,
+    'teacher_input_size': 16384,
+}
+# keys that would let a YAML file run something: whoever wants that says so on the command line
+_RUN_CODE = ('device_modules', 'dataset_trust_remote_code')
+# bytes of a YAML file, and values in what it gives for one flag
+_MAX_YAML, _MAX_VALUES = 2**17, 10_000
 _PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing', 'model_ema_decay', 'bce_target_thresh')  # fmt: skip
 
 
@@ -118,7 +150,11 @@ class Parser(argparse.ArgumentParser):
 def exit_with_error(message: str, code: int = 2) -> NoReturn:
     """Print one line on rank 0 and exit with `code`."""
     if world_info_from_env()[1] == 0:
-        sys.stderr.write(f'train_distill: error: {" ".join(message.split())}\n')
+        message = ' '.join(message.split())
+        # what came from outside must neither fill the screen nor command the terminal
+        message = message if len(message) <= 1200 else f'{message[:900]} ... {message[-250:]}'
+        message = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        sys.stderr.write(f'train_distill: error: {message}\n')
         sys.stderr.flush()
     else:
         # a launcher stops the whole job at the first exit: leave rank 0 the time to say why
@@ -140,7 +176,24 @@ def create_parser() -> Parser:
     )
     _add_teacher_args(parser)
     add_timm_args(parser)
+    for action in parser._actions:
+        if isinstance(action, ParseKwargs):
+            action.type = _pair
     return parser
+
+
+def _pair(text: str) -> str:
+    """A word of the form key=value, as ParseKwargs takes it apart without asking."""
+    key, _, value = text.partition('=')
+    if text and not (key.isidentifier() and '=' in text):
+        raise argparse.ArgumentTypeError(f'takes key=value pairs, got {reprlib.repr(text)}')
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass  # a plain word
+    except Exception as e:  # too deep, unhashable, ...
+        raise argparse.ArgumentTypeError(f'cannot read {reprlib.repr(text)} ({type(e).__name__})') from e
+    return text
 
 
 # a flag is a line
@@ -159,6 +212,9 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--teacher-dtype', type=str, default=None, help="precision of the teacher: float32, bfloat16 or float16; None: float32, under the student's AMP")
     add('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs, help='more arguments for the teacher, k=v ...')
     add('--teacher-tap', metavar='PATH', type=str, default=None, help="module whose input is the teacher's feature; None: the classifier")
+    add('--teacher-fold', action=argparse.BooleanOptionalAction, default=True, help="fold the teacher's batch norms into the layers before them, where that is exact to rounding")
+    add('--teacher-cache', metavar='DIR', type=str, default=None, help="keep the teacher's features of each training image in this folder and read them from there; python -m timm_pe.precompute fills it ahead")
+    add('--teacher-cache-views', metavar='K', type=int, default=1, help='augmented views of an image in it: epoch e trains on view e mod K')
     add('--student-tap', metavar='PATH', type=str, default=None, help="module whose input is the student's feature; None: the classifier")
     add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
     add('--pe-projector', metavar='NAME', type=str, default='linear', choices=list_projectors(), help=f'kind of projector: {", ".join(list_projectors())}')
@@ -188,6 +244,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
     if config:
         parser.set_defaults(**_read_config(parser, config))
     args = parser.parse_args(argv)
+    _check_values(parser, args)
     text = yaml.safe_dump(vars(args), default_flow_style=False)
     _check(parser, args)
     return args, text
@@ -195,49 +252,111 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
 
 def _read_config(parser: Parser, path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding='utf-8') as f:
-            config = yaml.safe_load(f)
-    except OSError as e:
-        parser.error(f"--config: cannot read '{path}' ({e.strerror})")
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        parser.error(f"--config: '{path}' is no YAML file: {e}")
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        parser.error(f"--config: '{path}' must hold 'flag: value' lines, it holds a {type(config).__name__}")
+        config = read_yaml(path)
+    except ValueError as e:
+        parser.error(f'--config: {e}')
     actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config')}
     values = {}
     for key, value in config.items():
         dest = str(key).replace('-', '_')
         if dest == 'config':  # an args.yaml names the YAML it came from
             continue
-        if dest == 'device_modules' and value is not None:
-            parser.error('--config: device_modules imports code and is taken from the command line alone')
+        if (dest in _RUN_CODE and value) or (isinstance(value, str) and value.startswith('pipe:')):
+            parser.error(f'--config: {key} runs code and is taken from the command line alone')
         if dest not in actions:
             near = difflib.get_close_matches(dest, actions, n=1)
             hint = f', did you mean {near[0]}?' if near else ''
             parser.error(f"--config: unknown key '{key}' in '{path}'{hint}")
+        if dest in values:
+            parser.error(f"--config: '{path}' gives {dest} twice, as {dest} and as {dest.replace('_', '-')}")
         values[dest] = _typed(parser, actions[dest], key, value, path)
     return values
 
 
-def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: str) -> Any:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The 'key: value' lines of a YAML file; empty for an empty file. No tag in it makes more than plain values.
+
+    Raises:
+        ValueError: Unreadable, too large, no YAML, a key twice, or something else than 'key: value' lines.
+    """
+    try:
+        with open(path, 'rb') as f:
+            text = f.read(_MAX_YAML + 1)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read '{path}' ({getattr(e, 'strerror', None) or e})") from e
+    if len(text) > _MAX_YAML:
+        raise ValueError(f"'{path}' is larger than {_MAX_YAML:,} bytes, no file of flags is")
+    try:
+        config = yaml.load(text, Loader=_UniqueKeyLoader)
+    except Exception as e:  # YAML's own errors, and those of the Python types it makes: dates, numbers, depth
+        reason = ' '.join(str(e).split())
+        raise ValueError(f"'{path}' is no YAML file: {reason[:300]}") from e
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' must hold 'flag: value' lines, it holds a {type(config).__name__}")
+    return config
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which takes the last of two equal keys in silence, without that."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
+                raise yaml.YAMLError(f'it has the key {key!r} {count} times')
+        return super().construct_mapping(node, deep)
+
+
+def read_run_settings(path: str, what: str) -> dict[str, Any]:
+    """How the args.yaml of a run folder says that its student was built and fed.
+
+    Args:
+        path: The args.yaml.
+        what: What the folder was given for ('--teacher-checkpoint'), for messages.
+
+    Returns:
+        Its mean, std, in_chans, gp and model_kwargs, None where it says nothing of them. What is none of a flag's values
+        ends the process with one line, as on the command line.
+    """
+    parser = create_parser()
+    try:
+        run = read_yaml(path)
+    except ValueError as e:
+        parser.error(f'{what}: {e}')
+    if not run:
+        parser.error(f"{what}: '{path}' is empty, it should say how the student was built and fed")
+    settings = dict.fromkeys(('mean', 'std', 'in_chans', 'gp', 'model_kwargs'))
+    for action in parser._actions:
+        if action.dest in settings and run.get(action.dest) is not None:
+            settings[action.dest] = _typed(parser, action, action.dest, run[action.dest], path, what)
+    for key, value in settings.items():
+        odd = _odd_value(value)
+        if (key == 'std' and value and min(value) <= 0) or (key == 'in_chans' and value is not None and value < 1):
+            odd = f'must be above 0, got {value}'
+        if odd:
+            parser.error(f"{what}: {key} in '{path}' {odd}")
+    return settings
+
+
+def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: str, what: str = '--config') -> Any:
     """A YAML value, checked as the same words on the command line would be."""
 
     def refuse(expected: str) -> NoReturn:
-        parser.error(f"--config: {key} in '{path}' must be {expected}, got {value!r}")
+        parser.error(f"{what}: {key} in '{path}' must be {expected}, got {reprlib.repr(value)}")
 
     def scalar(v: Any) -> Any:
         convert = action.type or str
         if (
-            isinstance(v, (bool, list, dict))
-            or v is None
+            isinstance(v, bool)
+            or not isinstance(v, (str, int, float, datetime.date))
             or (convert is int and isinstance(v, float) and not v.is_integer())
         ):
             refuse(f'of type {convert.__name__}')
         try:
             result = convert(v)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             refuse(f'of type {convert.__name__}')
         if action.choices and result not in action.choices:
             refuse(f'one of {", ".join(map(str, action.choices))}')
@@ -250,7 +369,8 @@ def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: 
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         return value if isinstance(value, bool) else refuse('true or false')
     if isinstance(action.default, dict):
-        return value if isinstance(value, dict) else refuse("'key: value' lines")
+        named = isinstance(value, dict) and all(isinstance(k, str) for k in value)
+        return value if named else refuse("'key: value' lines")
     if action.nargs in ('+', '*') or isinstance(action.nargs, int):
         values = value if isinstance(value, list) else [value]
         if isinstance(action.nargs, int) and len(values) != action.nargs:
@@ -259,15 +379,44 @@ def _typed(parser: Parser, action: argparse.Action, key: str, value: Any, path: 
     return scalar(value)
 
 
-def _check(parser: Parser, args: argparse.Namespace) -> None:
-    for name, least in _AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f'{_flag(name)} must be {least} or more, got {value}')
+def _check_values(parser: Parser, args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
-        values = value if isinstance(value, list) else [value]
-        if any(isinstance(v, float) and not math.isfinite(v) for v in values):
-            parser.error(f'{_flag(name)} must be a finite number, got {value}')
+        odd = _odd_value(value)
+        if odd:
+            parser.error(f'{_flag(name)} {odd}')
+
+
+def _odd_value(given: Any) -> str:
+    """What makes `given` a value that no flag takes, in its lists and kwargs too; empty where nothing does."""
+    rest, seen = [given], 0
+    while rest:
+        value, seen = rest.pop(), seen + 1
+        if seen > _MAX_VALUES:  # a few aliases of YAML are enough for billions
+            return f'holds more than {_MAX_VALUES:,} values'
+        if isinstance(value, (list, tuple)):
+            rest += value
+        elif isinstance(value, dict):
+            rest += [*value.keys(), *value.values()]
+        elif isinstance(value, str):
+            if any(unicodedata.category(c) == 'Cc' for c in value):
+                return f'holds a control character: {reprlib.repr(value)}'
+            if len(value) > 4096:
+                return 'is longer than 4,096 characters'
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f'must be a finite number, got {value}'
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            return 'must be under 2**63'
+        elif not isinstance(value, (int, float, datetime.date, type(None))):
+            return f'holds a {type(value).__name__}, it takes numbers, words and lists of them'
+    return ''
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    for bounds, wrong, words in ((_AT_LEAST, operator.lt, 'or more'), (_AT_MOST, operator.gt, 'or less')):
+        for name, bound in bounds.items():
+            value = getattr(args, name)
+            if any(v is not None and wrong(v, bound) for v in (value if isinstance(value, list) else [value])):
+                parser.error(f'{_flag(name)} must be {bound} {words}, got {value}')
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
         if value is not None and len(value) != 2:
@@ -276,14 +425,19 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value[0] <= value[1] <= 1:
             parser.error(f'{_flag(name)} must be two rising shares from 0 to 1, got {value[0]} {value[1]}')
-    for name in ('std', 'teacher_std'):
+    for name in ('std', 'teacher_std', 'ratio'):
         if any(v <= 0 for v in getattr(args, name) or ()):
             parser.error(f'{_flag(name)} must be above 0, got {getattr(args, name)}')
-    for name in ('decay_epochs', 'lr_cycle_mul', 'lr_k_decay'):
-        if getattr(args, name) <= 0:
+    for name in ('decay_epochs', 'lr_cycle_mul', 'lr_k_decay', 'layer_decay'):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f'{_flag(name)} must be above 0, got {getattr(args, name)}')
     if args.gp == '':
         parser.error('--gp must name a pooling (avg, max, ...): the classifier needs a pooled feature')
+    for module in args.device_modules or ():
+        if not all(part.isidentifier() for part in module.split('.')):
+            parser.error(f'--device-modules takes names of modules, got {module!r}')
+    if len(os.fsencode(args.experiment)) > 255:
+        parser.error('--experiment is longer than 255 bytes: no folder can be called so')
     if args.seed >= 2**32:
         parser.error(f'--seed must be under 2**32, got {args.seed}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
@@ -299,6 +453,7 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f'{_flag(name)} must be one of {known}, got {getattr(args, name)!r}')
     _check_optimizer(parser, args)
     _check_teacher(parser, args)
+    _check_cache(parser, args)
     _check_task(parser, args)
     _check_sizes(parser, args)
     _check_mixing(parser, args)
@@ -371,6 +526,28 @@ def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'{flag} compares softmax logits, --task multilabel has none: leave it off')
     if args.pe_target == 'logits' and args.pe_teacher_norm != 'none':
         parser.error('--pe-teacher-norm is for features, it does not go with --pe-target logits')
+
+
+def _check_cache(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.teacher_cache:
+        if args.teacher_cache_views > 1:
+            parser.error('--teacher-cache-views needs --teacher-cache')
+        return
+    reasons = {
+        'mixup': 'mixes images of the batch',
+        'cutmix': 'mixes images of the batch',
+        'cutmix_minmax': 'mixes images of the batch',
+        'aug_repeats': 'draws an image several times an epoch',
+        'train_img_sizes': 'gives an image another size in each batch',
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            parser.error(f'--teacher-cache keeps one feature an image and view, {_flag(name)} {reason}: leave one out')
+    if args.reprob and not args.no_prefetcher:
+        parser.error(
+            '--teacher-cache keeps one feature an image and view, --reprob erases batch by batch: leave one out, or add '
+            '--no-prefetcher, which erases image by image'
+        )
 
 
 def _check_task(parser: Parser, args: argparse.Namespace) -> None:

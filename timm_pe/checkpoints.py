@@ -4,20 +4,28 @@ import argparse
 import glob
 import logging
 import os
+import reprlib
 import shutil
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from timm.models import clean_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import UsageError, one_line
-from .loading import find_checkpoint
+from .loading import check_state_dict, check_weights, find_checkpoint, why_unreadable
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
+
+# entries of a training checkpoint, by their kind
+_ENTRIES = {
+    ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
+    ('epoch', 'version'): int,
+}
 
 
 class Saver(CheckpointSaver):
@@ -145,6 +153,7 @@ def resume(
     checkpoint = _read(path)
     if not args.no_resume_opt:
         _check_optimizer(args, checkpoint, path)
+    check_weights(unwrap_model(task.get_eval_model()), clean_state_dict(_weights(checkpoint)), '--resume', path)
     has_projectors = bool(checkpoint.get('task_state'))
     if hasattr(task, 'projection') and not has_projectors:
         if not args.no_resume_opt:
@@ -162,7 +171,7 @@ def resume(
         )
     except UsageError as e:
         raise UsageError(f"--resume '{path}': {e}") from e
-    except (RuntimeError, ValueError, KeyError) as e:
+    except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
     if epoch is not None and os.path.basename(path).startswith('recovery-'):
         epoch -= 1  # saved in the middle of that epoch: it is trained again
@@ -170,7 +179,7 @@ def resume(
 
 
 def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:
-    trained_with = getattr(checkpoint.get('args'), 'opt', args.opt)
+    trained_with = str(getattr(checkpoint.get('args'), 'opt', args.opt))
     if trained_with.lower() != args.opt.lower():
         raise UsageError(
             f"--resume: '{path}' was trained with --opt {trained_with}, this run has --opt {args.opt}: use the same, or "
@@ -180,14 +189,33 @@ def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> N
 
 def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:
     """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
-    load_task_ema_checkpoint(task, args.resume)
+    try:
+        load_task_ema_checkpoint(task, args.resume)
+    except Exception as e:
+        raise UsageError(f"--resume: the moving average in '{args.resume}' does not fit: {one_line(e)}") from e
 
 
 def _read(path: str) -> dict:
+    """A training checkpoint that has what one has, its tensors not read yet."""
+    find_checkpoint(path, '--resume')
     try:
         checkpoint = load_checkpoint_metadata(path)
     except Exception as e:
-        raise UsageError(f"--resume: cannot read '{path}' as a training checkpoint: {one_line(e, 160)}") from e
+        if 'mmap can only be used' in str(e):
+            raise UsageError(
+                f"--resume: '{path}' is in the format before torch 1.6 and is not loaded: load and save it anew"
+            ) from e
+        raise UsageError(f'--resume: {why_unreadable(path, e)}') from e
     if not isinstance(checkpoint, dict) or not ('state_dict' in checkpoint or 'model' in checkpoint):
         raise UsageError(f"--resume: '{path}' is no training checkpoint (last.pth.tar, checkpoint-N.pth.tar)")
+    check_state_dict(_weights(checkpoint), '--resume', path)
+    for names, kind in _ENTRIES.items():
+        for name in names:
+            value = checkpoint.get(name)
+            if value is not None and (not isinstance(value, kind) or (kind is int and value < 0)):
+                raise UsageError(f"--resume: '{path}' is no training checkpoint: {name} is {reprlib.repr(value)}")
     return checkpoint
+
+
+def _weights(checkpoint: dict) -> dict[str, torch.Tensor]:
+    return checkpoint['state_dict' if 'state_dict' in checkpoint else 'model']

@@ -1,6 +1,7 @@
 """Data sets and loaders on timm.data. Every draw of a map-style data set is seeded (draws.py); streams go without."""
 
 import argparse
+import copy
 import difflib
 import io
 import logging
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 
 from .args import resolve_dtype
-from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing
+from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import UsageError, one_line
 from .runtime import Runtime
 
@@ -59,9 +60,16 @@ def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any
     seeded = loader_class(
         SeededDataset(plain.dataset, args.seed),
         batch_sampler=DrawBatchSampler(
-            plain.batch_sampler, args.seed, runtime.rank, runtime.world_size, bool(args.aug_repeats)
+            plain.batch_sampler,
+            args.seed,
+            runtime.rank,
+            runtime.world_size,
+            repeated=bool(args.aug_repeats),
+            views=args.teacher_cache_views if args.teacher_cache else None,
         ),
-        collate_fn=SeededCollate(plain.collate_fn, args.seed, runtime.rank, args.mixup_off_epoch),
+        collate_fn=SeededCollate(
+            plain.collate_fn, args.seed, runtime.rank, args.mixup_off_epoch, indexed=bool(args.teacher_cache)
+        ),
         num_workers=plain.num_workers,
         pin_memory=plain.pin_memory,
         worker_init_fn=plain.worker_init_fn,
@@ -100,6 +108,25 @@ def first_batch(loader: Any) -> tuple:
     if isinstance(plain, MultiEpochsDataLoader):
         plain.iterator = None
     return batch
+
+
+def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
+    """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
+    plain = _plain_loader(loader)
+    other = DataLoader(
+        plain.dataset,
+        batch_sampler=ViewBatches(view, indices, batch_size),
+        collate_fn=plain.collate_fn,
+        num_workers=plain.num_workers,
+        pin_memory=plain.pin_memory,
+        worker_init_fn=plain.worker_init_fn,
+        generator=torch.Generator(),
+    )
+    if not isinstance(loader, PrefetchLoader):
+        return other
+    loader = copy.copy(loader)
+    loader.loader = other
+    return loader
 
 
 # Data sets -----------------------------------------------------------------------------------------------------------
@@ -425,6 +452,10 @@ def _create_train_loader(
     if args.train_crop_pad:
         _pad_and_crop(dataset.transform, config['input_size'][1:], args.train_crop_pad)
     if isinstance(dataset, IterableDataset):
+        if args.teacher_cache:
+            raise UsageError(
+                f"--teacher-cache knows images by their index, '{args.dataset}' is a stream without: leave the cache out"
+            )
         _logger.info('The training data is a stream without indices: its augmentation depends on the loader workers.')
     else:
         loader = _seed_loader(loader, args, runtime)

@@ -1,7 +1,8 @@
 """Random draws of the data as functions of what is drawn, not of who draws it.
 
-An image is drawn by (seed, epoch, index, repeat), what is drawn once a batch (order, mixup, cutmix, random erasing) by
-(seed, epoch, batch number, rank). Any number of workers, and a restart, see the same pixels.
+An image is drawn by (seed, view, index, repeat), what is drawn once a batch (order, mixup, cutmix, random erasing) by
+(seed, epoch, batch number, rank). The view is the epoch; with K views, the epoch mod K. Any number of workers, and a
+restart, see the same pixels.
 """
 
 import hashlib
@@ -43,22 +44,38 @@ def kept_rng() -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """One draw of an image: which epoch, which image, the how-many-th time."""
+    """One draw of an image: which view of it, which image, the how-many-th time."""
 
-    epoch: int
+    view: int
     index: Any
     repeat: int
 
 
 class Batch(list):
-    """The draws, or then the samples, of a batch that knows its place in the run."""
+    """The draws, or then the samples, of a batch that knows its place in the run; its samples know their draws."""
 
-    def __init__(self, items: Any, epoch: int, number: int):
+    def __init__(self, items: Any, epoch: int, number: int, draws: Any = ()):
         super().__init__(items)
-        self.epoch, self.number = epoch, number
+        self.epoch, self.number, self.draws = epoch, number, draws
 
     def __reduce__(self) -> tuple:
-        return Batch, (list(self), self.epoch, self.number)
+        return Batch, (list(self), self.epoch, self.number, self.draws)
+
+
+class IndexedTarget(NamedTuple):
+    """The targets of a batch, and which images they are of: what a cached teacher is asked by.
+
+    Loaders pin it and move it to the device as they do a tensor. `index` stays on the host, where it is needed: reading
+    it never waits for the device.
+    """
+
+    target: torch.Tensor
+    index: np.ndarray
+    view: int
+
+    def to(self, *args: Any, **kwargs: Any) -> 'IndexedTarget':
+        """The target as `target.to(...)`."""
+        return self._replace(target=self.target.to(*args, **kwargs))
 
 
 class DrawBatchSampler(Sampler):
@@ -70,11 +87,20 @@ class DrawBatchSampler(Sampler):
         rank: This rank.
         world_size: Number of ranks.
         repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
+        views: Number K of views of each image: epoch e draws view e mod K. None draws a new one each epoch.
     """
 
-    def __init__(self, batch_sampler: Sampler, seed: int, rank: int, world_size: int, repeated: bool):
+    def __init__(
+        self,
+        batch_sampler: Sampler,
+        seed: int,
+        rank: int,
+        world_size: int,
+        repeated: bool,
+        views: int | None = None,
+    ):
         self.batch_sampler, self.sampler, self.seed = batch_sampler, batch_sampler.sampler, seed
-        self.rank, self.world_size, self.repeated = rank, world_size, repeated
+        self.rank, self.world_size, self.repeated, self.views = rank, world_size, repeated, views
         self.epoch = 0
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator = torch.Generator()
@@ -90,17 +116,39 @@ class DrawBatchSampler(Sampler):
                 part.set_epoch(epoch)
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
+        view = epoch % self.views if self.views else epoch
         times = Counter()
         for number, indices in enumerate(self.batch_sampler):
             draws = []
             for index in indices:
-                draws.append(Draw(epoch, index, times[index] * self.world_size + self.rank if self.repeated else 0))
+                draws.append(Draw(view, index, times[index] * self.world_size + self.rank if self.repeated else 0))
                 if self.repeated:
                     times[index] += 1
             yield Batch(draws, epoch, number)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
+
+
+class ViewBatches(Sampler):
+    """Batches of the same view of given images, in their order.
+
+    Args:
+        view: The view.
+        indices: Indices of the images.
+        batch_size: Images in a batch; the last may have fewer.
+    """
+
+    def __init__(self, view: int, indices: np.ndarray, batch_size: int):
+        self.view, self.indices, self.batch_size = view, indices, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, start in enumerate(range(0, len(self.indices), self.batch_size)):
+            indices = self.indices[start : start + self.batch_size].tolist()
+            yield Batch([Draw(self.view, index, 0) for index in indices], self.view, number)
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
 
 
 class SeededDataset(Dataset):
@@ -111,7 +159,7 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, batch: Batch) -> Batch:
         with kept_rng():
-            return Batch([self._load(draw) for draw in batch], batch.epoch, batch.number)
+            return Batch([self._load(draw) for draw in batch], batch.epoch, batch.number, list(batch))
 
     def __getitem__(self, draw: Draw) -> tuple:
         with kept_rng():
@@ -120,7 +168,7 @@ class SeededDataset(Dataset):
     def _load(self, draw: Draw) -> tuple:
         # with scheduled sizes an index is (index, choice of the batch)
         index = draw.index if isinstance(draw.index, int) else draw.index[0]
-        _seed_all(derive_seed(self.seed, draw.epoch, index, draw.repeat))
+        _seed_all(derive_seed(self.seed, draw.view, index, draw.repeat))
         return self.dataset[draw.index]
 
     def __len__(self) -> int:
@@ -128,17 +176,25 @@ class SeededDataset(Dataset):
 
 
 class SeededCollate:
-    """A collate function whose draws (mixup, cutmix) depend on the batch alone; mixing ends at `mixup_off_epoch`."""
+    """A collate function whose draws (mixup, cutmix) depend on the batch alone; mixing ends at `mixup_off_epoch`.
 
-    def __init__(self, collate: Callable, seed: int, rank: int, mixup_off_epoch: int):
+    With `indexed` its targets are `IndexedTarget`s.
+    """
+
+    def __init__(self, collate: Callable, seed: int, rank: int, mixup_off_epoch: int, indexed: bool = False):
         self.collate, self.seed, self.rank, self.mixup_off_epoch = collate, seed, rank, mixup_off_epoch
+        self.indexed = indexed
 
     def __call__(self, batch: Batch) -> Any:
         if isinstance(self.collate, FastCollateMixup):
             self.collate.mixup_enabled = not self.mixup_off_epoch or batch.epoch < self.mixup_off_epoch
         with kept_rng():
             _seed_all(derive_seed(self.seed, batch.epoch, batch.number, self.rank))
-            return self.collate(batch)
+            collated = self.collate(batch)
+        if not self.indexed:
+            return collated
+        input, target = collated
+        return input, IndexedTarget(target, np.array([draw.index for draw in batch.draws]), batch.draws[0].view)
 
 
 class SeededErasing:

@@ -21,8 +21,9 @@ from timm.task import (
 )
 from timm.utils import dispatch_clip_grad
 
+from .cache import TeacherCache
 from .data import Data
-from .draws import seeded_mixup
+from .draws import IndexedTarget, seeded_mixup
 from .errors import UsageError
 from .logs import Progress
 from .runtime import Runtime
@@ -49,6 +50,7 @@ class Trainer:
         args: Run arguments.
         saver: Checkpoint saver on the primary rank, else None.
         wandb: Weights & Biases run on the primary rank with --log-wandb, else None.
+        cache: What the teacher says of the training images with --teacher-cache, else None.
     """
 
     task: TrainingTask
@@ -59,6 +61,7 @@ class Trainer:
     args: argparse.Namespace
     saver: Any = None
     wandb: Any = None
+    cache: TeacherCache | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -139,7 +142,7 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
         need_update = accum.ends_at(i)
         with task.no_sync() if runtime.distributed and not need_update else nullcontext():
             with runtime.autocast():
-                result = task(input, target)
+                result = _forward(trainer, input, target)
             _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update)
         meter.update({k: v for k, v in result.items() if k != 'output'}, size)
         images += size * runtime.world_size
@@ -163,9 +166,19 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
             meter.read()  # never save what a non-finite loss has touched
             if trainer.saver is not None:
                 trainer.saver.save_recovery(epoch, batch_idx=i)
+    if trainer.cache is not None:
+        trainer.cache.flush()
     metrics = meter.read()
     metrics['images_per_s'] = images / (time.perf_counter() - start)
     return metrics
+
+
+def _forward(trainer: Trainer, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> dict[str, torch.Tensor]:
+    """The task's terms; with a cache the teacher runs only where that has no answer yet."""
+    if not isinstance(target, IndexedTarget):
+        return trainer.task(input, target)
+    teacher = trainer.cache(target, lambda: trainer.task.teacher(input))
+    return trainer.task(input, target.target, teacher=teacher)
 
 
 class _Accumulation:
@@ -222,17 +235,22 @@ def create_evaluator(args: argparse.Namespace, runtime: Runtime, loader: Any) ->
     return ClassificationEvaluator(runtime.device, max_samples=limit)
 
 
-def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target: torch.Tensor) -> tuple:
-    args, runtime = trainer.args, trainer.runtime
+def batch_to_device(args: argparse.Namespace, runtime: Runtime, input: Any, target: Any) -> tuple:
+    """A loader's batch where the run computes, in its dtype and memory format (a prefetching loader did the first two)."""
     if args.no_prefetcher:
         input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
         target = target.to(runtime.device)
-        mixup = trainer.data.mixup
-        if mixup is not None:
-            mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-            input, target = seeded_mixup(mixup, input, target, args.seed, epoch, i, runtime.rank)
     if args.channels_last and not isinstance(input, dict):
         input = input.contiguous(memory_format=torch.channels_last)
+    return input, target
+
+
+def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target: torch.Tensor) -> tuple:
+    args, mixup = trainer.args, trainer.data.mixup
+    input, target = batch_to_device(args, trainer.runtime, input, target)
+    if mixup is not None:
+        mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+        input, target = seeded_mixup(mixup, input, target, args.seed, epoch, i, trainer.runtime.rank)
     return input, target
 
 
@@ -287,11 +305,7 @@ def evaluate(
     """
     evaluator = create_evaluator(args, runtime, loader)
     for i, (input, target) in enumerate(loader):
-        if args.no_prefetcher:
-            input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
-            target = target.to(runtime.device)
-        if args.channels_last and not isinstance(input, dict):
-            input = input.contiguous(memory_format=torch.channels_last)
+        input, target = batch_to_device(args, runtime, input, target)
         with runtime.autocast():
             output = model(input)
         if isinstance(output, (tuple, list)):

@@ -21,6 +21,7 @@ from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
 
 from . import checkpoints
 from .args import resolve_lr
+from .cache import TeacherCache
 from .checkpoints import Saver
 from .data import Data, first_batch, set_epoch
 from .engine import Trainer, create_evaluator, evaluate, mean_lr, train_one_epoch
@@ -40,6 +41,7 @@ def create_trainer(
     task: TrainingTask,
     data: Data,
     runtime: Runtime,
+    cache: TeacherCache | None = None,
 ) -> tuple[Trainer, int, int]:
     """Optimizer, resumed state, moving average, compile and DDP, schedule, in this order.
 
@@ -57,9 +59,9 @@ def create_trainer(
         if args.resume:
             checkpoints.resume_ema(args, task)
     if isinstance(task, ProjectorEnsembleTask):
-        _settle_activation(task, data, runtime)
+        _settle_activation(task, data, runtime, cache)
     prepare_task(task, args, runtime)
-    trainer = Trainer(task, data, optimizer, None, runtime, args)
+    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache)
     try:
         trainer.scheduler, num_epochs = create_scheduler_v2(
             optimizer,
@@ -141,14 +143,17 @@ def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Opt
             )
 
 
-def _settle_activation(task: ProjectorEnsembleTask, data: Data, runtime: Runtime) -> None:
+def _settle_activation(
+    task: ProjectorEnsembleTask, data: Data, runtime: Runtime, cache: TeacherCache | None = None
+) -> None:
     """Decide an 'auto' activation on the run's first training batch, the one that epoch 0 will start with."""
     if task.projection.act != 'auto':
         return
-    input, _ = first_batch(data.train)
+    input, target = first_batch(data.train)
     input = input.to(runtime.device, runtime.model_dtype or torch.float32)
     with runtime.autocast():
-        act = task.resolve_act(input)
+        teacher = cache(target, lambda: task.teacher(input)) if cache is not None else None
+        act = task.resolve_act(input, teacher)
     signs = 'all >= 0' if act == 'relu' else 'of both signs'
     _logger.info(f"--pe-act auto is '{act}': the teacher's features on the first training batch are {signs}.")
 
@@ -166,10 +171,10 @@ def check_teacher(
         )
         return
     if args.task == 'multilabel':
-        metrics = validate(lambda x: teacher(x).logits, data, runtime, args, 'Teacher')
+        metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
         _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
         return
-    metrics = validate(lambda x: teacher(x).logits, data, runtime, args, 'Teacher')
+    metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
     chance, images = 1 / num_classes, len(data.eval.dataset)
     if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
@@ -266,7 +271,15 @@ def announce(
     """Print every resolved choice, once."""
     student = unwrap_model(trainer.task.get_eval_model())
     table = start_table(
-        args, trainer.runtime, student, trainer.task, trainer.data, student.num_classes, epochs, teacher
+        args,
+        trainer.runtime,
+        student,
+        trainer.task,
+        trainer.data,
+        student.num_classes,
+        epochs,
+        teacher,
+        trainer.cache,
     )
     _logger.info(f'\n{table}\n{"folder":<16}{folder}\n')
 

@@ -3,6 +3,9 @@
 import difflib
 import logging
 import os
+import re
+import reprlib
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ _logger = logging.getLogger(__name__)
 
 # what a run folder of train_distill holds, the evaluated student first
 RUN_FOLDER_FILES = ('student.safetensors', 'model_best.pth.tar', 'last.pth.tar')
+# how a file of torch.save starts: a zip, before torch 1.6 a pickle of this number
+_ZIP, _OLD_MAGIC = b'PK\x03\x04', torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
 
 
 def check_model_name(name: str, what: str) -> None:
@@ -35,7 +40,7 @@ def check_model_name(name: str, what: str) -> None:
     except ValueError as e:
         raise UsageError(f'{what}: {one_line(e)}') from e
     if source == 'local-dir':
-        if not (Path(model_id) / 'config.json').is_file():
+        if not os.path.isfile(os.path.join(model_id, 'config.json')):
             raise UsageError(f"{what} '{name}': no folder with a config.json at '{model_id}'")
         return
     if source is not None:
@@ -66,8 +71,9 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     check_model_name(name, what)
     if pretrained:
         announce_download(name, what)
+        _check_local_dir(name, what)
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:
         reason = one_line(e)
         if isinstance(e, (TypeError, NotImplementedError)):
@@ -78,11 +84,24 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
                 f'or start from random weights'
             ) from e
         raise UsageError(f"{what}: cannot build '{name}' with {_given(kwargs)}: {reason}") from e
+    if pretrained:
+        check_values(model, model.state_dict(), what, name)
+    return model
+
+
+def _check_local_dir(name: str, what: str) -> None:
+    source, folder = parse_model_name(name)
+    if source == 'local-dir':
+        for file in sorted(Path(folder).iterdir()):
+            if file.suffix in ('.bin', '.pth', '.tar'):  # timm takes one of these, or safetensors
+                _check_file(file, what)
 
 
 def _given(kwargs: dict[str, Any]) -> str:
-    given = {k: v for k, v in kwargs.items() if v is not None and isinstance(v, (str, int, float, bool, tuple, list))}
-    return ', '.join(f'{k}={v}' for k, v in given.items()) or 'no arguments'
+    given = {k: v for k, v in kwargs.items() if isinstance(v, (str, int, float, bool, tuple, list))}
+    return ', '.join(
+        f'{k}={reprlib.repr(v) if isinstance(v, (tuple, list)) else str(v)[:80]}' for k, v in given.items()
+    )
 
 
 def announce_download(name: str, what: str) -> None:
@@ -105,14 +124,46 @@ def find_checkpoint(path: str | os.PathLike, what: str, names: Sequence[str] = R
         UsageError: Nothing there, or a folder that holds none of them.
     """
     found = Path(path)
-    if found.is_dir():
-        for name in names:
-            if (found / name).is_file():
-                return found / name
-        raise UsageError(f"{what}: folder '{path}' holds no checkpoint ({', '.join(names)})")
-    if not found.is_file():
+    if os.path.isdir(found):  # False for names that cannot be, where pathlib raises
+        found = next((found / name for name in names if (found / name).is_file()), None)
+        if found is None:
+            raise UsageError(f"{what}: folder '{path}' holds no checkpoint ({', '.join(names)})")
+    if not os.path.isfile(found):
         raise UsageError(f"{what}: no file '{path}'")
+    _check_file(found, what)
     return found
+
+
+def _check_file(file: Path, what: str) -> None:
+    """Refuse by its first bytes and its table of contents what is no checkpoint, before anything of it is loaded."""
+    try:
+        with open(file, 'rb') as f:
+            start = f.read(32)
+    except OSError as e:
+        raise UsageError(f"{what}: cannot read '{file}' ({e.strerror})") from e
+    if not start:
+        raise UsageError(f"{what}: '{file}' is empty")
+    if file.suffix == '.safetensors':  # that library checks every length by itself
+        return
+    if not start.startswith(_ZIP):
+        if _OLD_MAGIC not in start:
+            raise UsageError(
+                f"{what}: '{file}' is no file of torch.save, it starts with {start[:16]!r} (a safetensors file must be "
+                f'called .safetensors)'
+            )
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+            is_script = any(name.endswith('/constants.pkl') for name in archive.namelist())
+    except Exception as e:  # a damaged table of contents makes zipfile fail in many ways
+        raise UsageError(f"{what}: '{file}' is cut off or damaged ({one_line(e, 120)})") from e
+    if unpacked > 10 * file.stat().st_size:  # torch.save does not compress: this one is made to fill the memory
+        raise UsageError(
+            f"{what}: '{file}' is compressed and would unpack to {unpacked / 2**30:.1f} GB: it is not read"
+        )
+    if is_script:
+        raise UsageError(f"{what}: '{file}' is a TorchScript archive, that is code: give its state_dict()")
 
 
 def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
@@ -131,24 +182,64 @@ def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) ->
     file = find_checkpoint(path, what, RUN_FOLDER_FILES if use_ema else RUN_FOLDER_FILES[1:])
     try:
         state_dict = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
+    except AttributeError:  # timm takes prefixes off what should be names
+        state_dict = None
     except Exception as e:
-        if 'weights_only' in str(e):
-            raise UsageError(
-                f"{what}: '{file}' holds pickled code, only tensors are loaded: re-save it as "
-                f'safetensors or torch.save(model.state_dict(), ...)'
-            ) from e
-        raise UsageError(f"{what}: cannot read '{file}' as a checkpoint ({one_line(e, 160)})") from e
-    tensors = {k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if not tensors or len(tensors) < len(state_dict):
-        raise UsageError(f"{what}: '{file}' is no state_dict: {_some(map(str, state_dict)) or 'it is empty'}")
-    return tensors
+        raise UsageError(f'{what}: {why_unreadable(file, e)}') from e
+    check_state_dict(state_dict, what, file)
+    return state_dict
+
+
+def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike) -> None:
+    """Refuse what is no state_dict, plain tensors by their names.
+
+    Raises:
+        UsageError: With what is odd in it.
+    """
+    if not isinstance(state_dict, dict) or not all(isinstance(k, str) for k in state_dict):
+        raise UsageError(f"{what}: '{file}' is no state_dict: weights by their names")
+    odd = [f'{k} is {_kind(v)}' for k, v in state_dict.items() if _kind(v)]
+    if odd or not state_dict:
+        raise UsageError(f"{what}: '{file}' is no state_dict: {_some(odd) or 'it is empty'}")
+
+
+def why_unreadable(file: str | os.PathLike, error: Exception) -> str:
+    """In words why torch.load or safetensors failed on `file`."""
+    code = re.search(r'unsupported globals?:? (?:GLOBAL )?([\w.]+\w)', f'{error} {error.__cause__}', re.IGNORECASE)
+    if code:
+        return (
+            f"'{file}' holds code ({code[1]}) and is not loaded, only tensors are: re-save it as safetensors or "
+            f'torch.save(model.state_dict(), ...)'
+        )
+    # timm's advice is to load it all the same
+    reason = 'it is damaged' if 'weights_only' in str(error) else one_line(error, 160)
+    return f"cannot read '{file}' as a checkpoint ({reason})"
+
+
+def _kind(value: Any) -> str:
+    """What `value` is in the place of a plain tensor; empty for a plain tensor."""
+    if not isinstance(value, torch.Tensor):
+        return f'a {type(value).__name__}'
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return f'a tensor of {value.layout}, {value.dtype}, on {value.device}'
+    return ''
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
     """Strict `model.load_state_dict` that lists what does not fit.
 
     Raises:
-        UsageError: Missing or unexpected keys, or other shapes.
+        UsageError: See `check_weights`.
+    """
+    check_weights(model, state_dict, what, source)
+    model.load_state_dict(state_dict)
+
+
+def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
+    """Refuse a state_dict that is not one of `model`, with a list of what does not fit.
+
+    Raises:
+        UsageError: Missing or unexpected keys, other shapes, or values that are no weights (see `check_values`).
     """
     own = model.state_dict()
     missing = [k for k in own if k not in state_dict]
@@ -165,7 +256,28 @@ def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: st
     ]
     if problems:
         raise UsageError(f"{what}: '{source}' does not fit {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(state_dict)
+    check_values(model, state_dict, what, source)
+
+
+def check_values(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
+    """Refuse values that no training gives: integers for floats, NaN, and inf in a parameter (buffers may have one).
+
+    Raises:
+        UsageError: With their names.
+    """
+    own, parameters = model.state_dict(), dict(model.named_parameters())
+    kinds, broken = [], []
+    for name, value in state_dict.items():
+        if name in own and own[name].is_floating_point() and not value.is_floating_point():
+            kinds.append(f'{name} {value.dtype} for {own[name].dtype}')
+        elif value.is_floating_point():
+            value = value.float() if value.element_size() == 1 else value  # float8 knows no isnan
+            if (~value.isfinite() if name in parameters else value.isnan()).any():
+                broken.append(name)
+    if kinds:
+        raise UsageError(f"{what}: '{source}' does not fit {type(model).__name__}: {_some(kinds)}")
+    if broken:
+        raise UsageError(f"{what}: '{source}' has {len(broken)} weights that are not finite ({_some(broken)})")
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:

@@ -61,6 +61,7 @@ def start_table(
     num_classes: int,
     epochs: tuple[int, int],
     teacher: Any = None,
+    cache: Any = None,
 ) -> str:
     """Every resolved choice of a run, in one table.
 
@@ -73,6 +74,7 @@ def start_table(
         num_classes: The student's classes.
         epochs: The first epoch, and one past the last.
         teacher: The `Teacher`, or None.
+        cache: The `TeacherCache`, or None.
     """
     size = 'x'.join(map(str, data.config['input_size']))
     columns = [('model', args.model), ('parameters', _count(count_params(student))), ('classes', str(num_classes))]
@@ -95,6 +97,8 @@ def start_table(
     lines = [f'{"":<16}{head[0]:<{width}}{head[1] if teacher is not None else ""}'.rstrip()]
     lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
     lines += [f'{name:<16}{value}' for name, value in _run_rows(args, runtime, task, data, teacher, epochs)]
+    if cache is not None:
+        lines.append(f'{"teacher cache":<16}{cache.describe()}')
     return '\n'.join(lines)
 
 
@@ -176,8 +180,8 @@ class Progress:
         self.bar.update(done - self.bar.n)
         if terms is None:
             return
-        shown = '  '.join(f'{name}: {value:#.4g}' for name, value in terms.items())
-        text = f'{shown}  {images_per_s:.4g} images/s  lr: {lr:.3e}'
+        shown = [*(f'{name}: {value:#.4g}' for name, value in terms.items()), f'{images_per_s:.4g} images/s']
+        text = '  '.join(shown if lr is None else [*shown, f'lr: {lr:.3e}'])
         self.bar.set_postfix_str(text)
         if self.lines:
             left = (time.perf_counter() - self.start) / done * (self.total - done)

@@ -2,15 +2,24 @@
 
 import argparse
 import logging
+import os
 
 import torch
 import torch.nn as nn
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 
+from .args import read_run_settings
 from .checkpoints import resolve_resume
 from .errors import UsageError, one_line
-from .loading import check_model_name, create_timm_model, find_checkpoint, load_weights, read_state_dict
+from .loading import (
+    check_model_name,
+    check_values,
+    create_timm_model,
+    find_checkpoint,
+    load_weights,
+    read_state_dict,
+)
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +39,13 @@ def check_names(args: argparse.Namespace) -> None:
     for flag in ('teacher_checkpoint', 'pretrained_path', 'initial_checkpoint', 'evaluate'):
         if getattr(args, flag):
             find_checkpoint(getattr(args, flag), '--' + flag.replace('_', '-'))
+    for flag in ('class_map', 'class_stats'):
+        path = getattr(args, flag)
+        if path and os.path.exists(path) and not os.path.isfile(path):  # a device would be read without end
+            raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
+    settings = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
+    if args.teacher_checkpoint and os.path.isfile(settings):
+        read_run_settings(settings, '--teacher-checkpoint')
     args.resume = resolve_resume(args)
 
 
@@ -55,7 +71,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
             vars(args),
             **{**args.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})},
         )
-    except ValueError as e:
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything
         raise UsageError(f'--model {args.model}: {one_line(e)}') from e
     # given again below, by the name as the user wrote it
     model_args.pop('model_name')
@@ -73,8 +89,14 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         **({} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
         **model_args,
     }
-    pretrained = args.pretrained or bool(args.pretrained_path)
-    model = create_timm_model(args.model, '--model', pretrained=pretrained, **kwargs)
+    if args.pretrained_path:
+        # read before timm does, for its errors, but for the .npz of JAX that some models convert
+        weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
+        model = create_timm_model(args.model, '--pretrained-path', pretrained=True, **kwargs)
+        if weights:
+            _check_taken(model, weights, args.pretrained_path)
+    else:
+        model = create_timm_model(args.model, '--model', pretrained=args.pretrained, **kwargs)
     if args.initial_checkpoint:
         state_dict = read_state_dict(args.initial_checkpoint, '--initial-checkpoint')
         load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
@@ -82,6 +104,16 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     if args.grad_checkpointing:
         _set_grad_checkpointing(model, args.model)
     return model
+
+
+def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
+    """timm adapts pretrained weights to the model and leaves out the rest: refuse a file of which nothing was taken."""
+    check_values(model, weights, '--pretrained-path', path)
+    own = [v for v in model.state_dict().values() if v.ndim > 1]
+    if not any(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for b in weights.values() for a in own):
+        raise UsageError(
+            f"--pretrained-path: '{path}' does not fit {type(model).__name__}: none of its weights was taken"
+        )
 
 
 def _init_head(model: nn.Module, scale: float | None, bias: float | None) -> None:

@@ -21,7 +21,7 @@ from .errors import UsageError
 from .losses import TEACHER_NORMS, KlLoss, create_feature_loss, kd_loss, normalize_teacher
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
-from .teacher import Teacher, create_teacher
+from .teacher import Teacher, TeacherOutput, create_teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
         tap = FeatureTap(unwrap_model(student_model), student_tap)
+        needs_logits = bool(kd_loss_weight) or target == 'logits'
         self.teacher = _resolve_teacher(
             teacher_model,
             unwrap_model(student_model),
@@ -150,6 +151,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             input_mean,
             input_std,
             self.device,
+            needs_logits,
         )
         _check_dim('student_feature_dim', student_feature_dim, tap.width)
         _check_dim('teacher_feature_dim', teacher_feature_dim, self.teacher.width)
@@ -197,10 +199,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         return unwrap_model(self.trainable_module).projection
 
     @torch.no_grad()
-    def resolve_act(self, input: torch.Tensor) -> str:
-        """Settle an 'auto' activation from a batch `[b, ch, h, w]` (rank 0's is the one that counts); return it."""
+    def resolve_act(self, input: torch.Tensor, teacher: TeacherOutput | None = None) -> str:
+        """Settle an 'auto' activation from a batch `[b, ch, h, w]` (rank 0's is the one that counts); return it.
+
+        What the teacher says of the batch can be given, as in `forward`.
+        """
         if self.projection.act == 'auto':
-            self._settle_act(self.teacher(input).feature)
+            self._settle_act((self.teacher(input) if teacher is None else teacher).feature)
         return self.projection.act
 
     def _settle_act(self, feature: torch.Tensor) -> None:
@@ -267,18 +272,23 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         except RuntimeError as e:
             raise UsageError(f"the checkpoint's projectors are not those of {own.extra_repr()}: {e}") from e
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, teacher: TeacherOutput | None = None
+    ) -> dict[str, torch.Tensor]:
         """One training step's forward.
 
         Args:
             input: Batch `[b, ch, h, w]`, in the normalization `input_mean`, `input_std`; teacher and student see it.
             target: Labels `[b]`, or soft ones `[b, c]`.
+            teacher: What the teacher says of this batch, where that is known already (a cache): features `[b, m]`,
+                logits `[b, c]`, of which those that no loss reads may be None. The teacher is not run then.
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss`, `pe_loss`, and
             with a KD weight `logit_loss`.
         """
-        teacher = self.teacher(input)
+        if teacher is None:
+            teacher = self.teacher(input)
         if self.projection.act == 'auto':
             self._settle_act(teacher.feature)
         logits, projected = self.trainable_module(input)
@@ -305,10 +315,13 @@ def _resolve_teacher(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     device: torch.device,
+    needs_logits: bool,
 ) -> Teacher:
     cfg = getattr(student, 'pretrained_cfg', None) or {}
     mean, std = mean or cfg.get('mean'), std or cfg.get('std')
     if isinstance(teacher, Teacher):
+        if needs_logits and not teacher.needs_logits:
+            raise UsageError('the teacher was made with needs_logits=False, but a loss compares logits: make it with True')
         if mean and std and (tuple(mean), tuple(std)) != (teacher.input_mean, teacher.input_std):
             _logger.info(f'The teacher keeps the input normalization it was made with, {teacher.input_mean}.')
         return teacher
@@ -320,6 +333,7 @@ def _resolve_teacher(
         input_mean=mean,
         input_std=std,
         device=device,
+        needs_logits=needs_logits,
     )
 
 

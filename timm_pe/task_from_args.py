@@ -53,7 +53,10 @@ def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -
         device=runtime.device,
         dtype=resolve_dtype(args.teacher_dtype),
         channels_last=args.channels_last,
+        fold=args.teacher_fold,
     )
+    if teacher.folded:
+        _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
     if runtime.distributed:
         # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
         for tensor in teacher.state_dict().values():

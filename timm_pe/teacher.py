@@ -1,6 +1,7 @@
 """The teacher: any model, found, loaded, frozen and fed as it was trained."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from .errors import UsageError, one_line
+from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
 from .loading import (
     check_model_name,
     classes_in_checkpoint,
@@ -29,16 +31,17 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a batch: its penultimate feature `[b, m]` and its logits `[b, c]`."""
+    """What a teacher says of a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` where they are needed."""
 
     feature: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
 
 
 class Teacher(nn.Module):
     """A frozen model in eval mode that sees the student's batch as it was itself trained to see images.
 
-    The given module is frozen and set to eval mode in place; `train()` leaves it there.
+    The given module is frozen and set to eval mode in place (where norms are folded, a copy of it is); `train()` leaves
+    it there.
 
     Args:
         model: The teacher's network.
@@ -52,9 +55,14 @@ class Teacher(nn.Module):
         device: Where it runs.
         dtype: Its own precision; None leaves the model's and follows autocast.
         channels_last: Run in memory format channels_last.
+        needs_logits: Where False the classifier does not run either, if the network can do without: if on the first batch
+            `forward_head(forward_features(x), pre_logits=True)` gives the feature that is tapped.
+        fold: Fold batch norms into the layers before them (see `fold_batch_norm`), in float32 before any cast to `dtype`.
+            Where that is not exact to rounding, the network stays as it is.
 
     Attributes:
         model: The network.
+        folded: Number of batch norms that were folded.
         width: Width m of its penultimate feature.
         num_classes: Number of its classes, None where the model doesn't tell.
         mean: What its images are normalized with.
@@ -77,16 +85,15 @@ class Teacher(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         channels_last: bool = False,
+        needs_logits: bool = True,
+        fold: bool = False,
     ):
         super().__init__()
         network = unwrap_model(model)
-        self.tap = FeatureTap(network, tap)
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)
-        self.dtype = dtype
-        self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        self.width = self.tap.width
-        self.num_classes: int | None = getattr(network, 'num_classes', None)
+        self.needs_logits = needs_logits
+        # None: not known yet. The network inside a wrapper (compiled, DDP) is not called around it
+        self._has_pre_logits: bool | None = None if model is network else False
+        self._pre_logits = self._run_to_pre_logits
         own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
         channels = own['input_size'][0] if own else 1
         self.mean, self.std = (
@@ -98,6 +105,16 @@ class Teacher(nn.Module):
         )
         self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
         self.input_size = input_size
+        self.folded = 0
+        if fold and model is network:
+            model = network = self._fold(model, tap)
+        self.tap = FeatureTap(network, tap)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)
+        self.dtype = dtype
+        self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.width = self.tap.width
+        self.num_classes: int | None = getattr(network, 'num_classes', None)
         self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
         self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
         self.eval()
@@ -139,6 +156,17 @@ class Teacher(nn.Module):
         self.renormalizes = channels[0] != channels[1] or bool((scale != 1).any() or (shift != 0).any())
         self.register_buffer('scale', scale.float().to(device), persistent=False)
         self.register_buffer('shift', shift.float().to(device), persistent=False)
+
+    def _fold(self, model: nn.Module, tap: str | None) -> nn.Module:
+        """`model` with its batch norms folded, or as it is where that can't be."""
+        height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
+        pixels = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        folded = fold_batch_norm(model, (pixels - mean) / std, tap)
+        if folded is None:
+            return model
+        self.folded = count_batch_norms(model) - count_batch_norms(folded)
+        return folded
 
     def train(self, mode: bool = True) -> 'Teacher':
         """Stay in eval mode: a teacher's dropout and batch statistics never train."""
@@ -188,15 +216,43 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> TeacherOutput:
         x = self.adapt_input(x.detach())
-        if self.dtype is None:
+        with self._own_precision(x.device):
+            if not self.needs_logits and self._can_skip_classifier(x):
+                return TeacherOutput(self._pre_logits(x), None)
             logits = self.model(x)
-        else:
-            with torch.autocast(x.device.type, enabled=False):
-                logits = self.model(x)
-        return TeacherOutput(self.tap.pop(), logits)
+        return TeacherOutput(self.tap.pop(), logits if self.needs_logits else None)
+
+    @torch.no_grad()
+    def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
+        x = self.adapt_input(x.detach())
+        with self._own_precision(x.device):
+            logits = self.model(x)
+        self.tap.pop()
+        return logits
+
+    def _own_precision(self, device: torch.device) -> AbstractContextManager:
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
+
+    def _run_to_pre_logits(self, x: torch.Tensor) -> torch.Tensor:
+        network = unwrap_model(self.model)
+        return network.forward_head(network.forward_features(x), pre_logits=True)
+
+    def _can_skip_classifier(self, x: torch.Tensor) -> bool:
+        """Whether timm's way to the pre-logits gives what the tap reads; found out once, on a batch of the run."""
+        if self._has_pre_logits is None:
+            unwrap_model(self.model)(x)
+            feature = self.tap.pop()
+            rtol = max(1e-4, 4 * torch.finfo(feature.dtype).eps)
+            try:
+                self._has_pre_logits = equal_to_rounding(self._run_to_pre_logits(x), feature, rtol)
+            except (AttributeError, TypeError, RuntimeError, ValueError):
+                self._has_pre_logits = False
+        return self._has_pre_logits
 
     def compile(self, **compile_kwargs: Any) -> 'Teacher':
         """Compile the network (arguments of torch.compile). The tap sits on it already, as it must."""
+        self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
         self.model = torch.compile(self.model, **compile_kwargs)
         return self
 
@@ -223,8 +279,8 @@ def create_teacher(
         num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
         in_chans: Its own number of input channels; None is the architecture's default.
         use_ema: Prefer a checkpoint's EMA weights.
-        needs_logits: Where False, a checkpoint whose classifier has another size than `num_classes` is fine: it is left
-            out and the teacher keeps a random one.
+        needs_logits: Where False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
+            classifier has another size than `num_classes` is fine: the teacher keeps a random one.
         model_kwargs: More arguments for `timm.create_model`.
         what: How to call it in messages.
         **teacher_kwargs: For `Teacher`.
@@ -234,6 +290,7 @@ def create_teacher(
     """
     if isinstance(name_or_module, Teacher):
         return name_or_module
+    teacher_kwargs['needs_logits'] = needs_logits
     if isinstance(name_or_module, DistillationTeacher):
         teacher_kwargs.setdefault('mean', name_or_module.mean_kd.flatten().tolist())
         teacher_kwargs.setdefault('std', name_or_module.std_kd.flatten().tolist())

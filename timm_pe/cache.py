@@ -1,0 +1,525 @@
+"""What the frozen teacher says of each training image, kept in files and read in place of running it.
+
+Augmentation is a function of (seed, view, image), so K views of the images can be asked about once: epoch e trains on view
+e mod K. The folder holds `manifest.json`, all that the answers depend on, and for each view
+
+    view-0.feature.npy   float16 [n, m]; and view-0.logits.npy [n, c] in a run that compares logits
+    view-0.done.npy      uint8 [n], 1 where the row is there
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.utils import unwrap_model
+from torch.utils.data import Dataset
+
+from .data import Data
+from .draws import Draw, IndexedTarget, SeededDataset
+from .errors import UsageError, one_line
+from .runtime import Runtime, describe_precision
+from .teacher import Teacher, TeacherOutput
+
+_logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_FLUSH_EVERY_S = 30.0
+_PIXEL_SAMPLES = 8
+
+
+@dataclass
+class _View:
+    """The open files of one view."""
+
+    number: int
+    rows: dict[str, np.memmap]
+    done: np.memmap
+
+
+class TeacherCache:
+    """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled as rows are asked for.
+
+    Rows are float16. Those that are computed now and those that are read later are the same numbers.
+
+    Args:
+        folder: Where the files are, or will be.
+        manifest: What the rows depend on, JSON values by name; a folder made with others is refused.
+        num_images: n.
+        widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
+        num_views: K. Views do not depend on each other: a folder may have more, or get more later.
+        device: Where rows are wanted.
+
+    Attributes:
+        counts: Rows that each view had when the folder was last looked at.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        manifest: Mapping[str, Any],
+        num_images: int,
+        widths: Mapping[str, int],
+        num_views: int,
+        device: torch.device,
+    ):
+        self.folder = Path(folder)
+        self.manifest = json.loads(json.dumps(manifest, default=str))
+        self.num_images, self.widths, self.num_views, self.device = num_images, dict(widths), num_views, device
+        self.counts = [0] * num_views
+        self._mode: str | None = None
+        self._view: _View | None = None
+        self._pending: list[np.ndarray] = []
+        self._flushed = time.monotonic()
+
+    @property
+    def is_complete(self) -> bool:
+        """All rows of all views are there."""
+        return all(count == self.num_images for count in self.counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows of all views."""
+        return self.num_views * self.num_images * sum(self.widths.values()) * np.dtype(np.float16).itemsize
+
+    def describe(self) -> str:
+        """Sizes, place and state, on one line."""
+        widths = ' + '.join(f'{w:,}' for w in self.widths.values())
+        return (
+            f'{self.num_views} view{"s" * (self.num_views > 1)} x {self.num_images:,} images x '
+            f'{widths if len(self.widths) == 1 else f"({widths})"} float16 = {_format_bytes(self.num_bytes)} in '
+            f'{self.folder}, {sum(self.counts):,} of {self.num_views * self.num_images:,} rows there'
+        )
+
+    # Files --------------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See what is there; nothing is written.
+
+        Raises:
+            UsageError: A folder that is not a cache, one of another run (each difference is named), or damaged files.
+        """
+        self._check_manifest()
+        self.counts = [self._count(view) for view in range(self.num_views)]
+        if self.is_complete:
+            self._mode = 'r'
+
+    def _check_manifest(self) -> None:
+        path = self.folder / 'manifest.json'
+        try:
+            there = json.loads(path.read_text(encoding='utf-8'))
+        except FileNotFoundError:
+            others = [p.name for p in sorted(self.folder.glob('[!.]*'))]
+            if others:
+                raise UsageError(
+                    f"--teacher-cache: '{self.folder}' holds {others[0]} and no manifest.json, so it is no teacher cache: "
+                    f'give another folder'
+                ) from None
+            return
+        except (OSError, ValueError) as e:
+            raise UsageError(
+                f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
+            ) from e
+        there = there if isinstance(there, dict) else {}
+        differences = [
+            f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
+            for name, value in self.manifest.items()
+            if name not in there or there[name] != value
+        ]
+        if differences:
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' was filled by a run that differs from this one: "
+                f'{"; ".join(differences)}: give another folder, or delete it'
+            )
+
+    def _arrays(self, view: int) -> dict[str, tuple[Path, tuple[int, ...], np.dtype]]:
+        """Path, shape and dtype of each file of a view, the flags last."""
+        shapes = {**{name: (self.num_images, width) for name, width in self.widths.items()}, 'done': (self.num_images,)}
+        return {
+            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(np.uint8 if name == 'done' else np.float16))
+            for name, shape in shapes.items()
+        }
+
+    def _has_files(self, view: int) -> bool:
+        return all(path.exists() for path, _, _ in self._arrays(view).values())
+
+    def _count(self, view: int) -> int:
+        if not self._has_files(view):
+            return 0
+        return int(np.count_nonzero(self._open_arrays(view, 'r')['done']))
+
+    def _open_arrays(self, view: int, mode: str) -> dict[str, np.memmap]:
+        return {name: _open_array(*described, mode) for name, described in self._arrays(view).items()}
+
+    def _open(self, view: int) -> _View:
+        if self._view is None or self._view.number != view:
+            self.flush()
+            arrays = self._open_arrays(view, self._mode)
+            self._view = _View(view, done=arrays.pop('done'), rows=arrays)
+        return self._view
+
+    def allocate(self) -> None:
+        """Make the files that are missing, at their full size: a disk that is too small is an error before training.
+
+        Raises:
+            UsageError: They cannot be made; what this call made is gone again.
+        """
+        made = [] if self.folder.exists() else [self.folder]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _lock(self.folder, made):
+                self.look()  # another run may have been faster
+                if not (self.folder / 'manifest.json').exists():
+                    _write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+                for view in range(self.num_views):
+                    if not self._has_files(view):
+                        self._create_files(view, made)
+        except OSError as e:
+            free = _free_bytes(self.folder)
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise UsageError(
+                f"--teacher-cache: cannot make the files of {_format_bytes(self.num_bytes)} in '{self.folder}' "
+                f'({e.strerror or one_line(e)}; {free} free): make room, take fewer --teacher-cache-views, or give another '
+                f'folder'
+            ) from e
+
+    def _create_files(self, view: int, made: list[Path]) -> None:
+        arrays = self._arrays(view)
+        # flags without their rows would call zeros an answer: they go first and come last
+        arrays['done'][0].unlink(missing_ok=True)
+        for path, shape, dtype in arrays.values():
+            _create_array(path, shape, dtype, made)
+
+    def open(self) -> None:
+        """Begin to write what is missing (rows of a complete cache are read without).
+
+        Raises:
+            UsageError: Files that `allocate` should have made cannot be opened.
+        """
+        self.look()
+        self._mode = self._mode or 'r+'
+        self._open(0)
+
+    # Rows ---------------------------------------------------------------------------------------------------------------
+
+    def missing(self, view: int) -> np.ndarray:
+        """Indices of the images whose rows of a view are not there."""
+        return np.flatnonzero(np.asarray(self._open(view).done) == 0)
+
+    def __call__(self, target: IndexedTarget, compute: Callable[[], TeacherOutput]) -> TeacherOutput:
+        """What the teacher says of a batch, in float32 on the device; fields that are not kept are None.
+
+        Nothing here waits for the device unless rows are missing. Before `open` nothing is written.
+
+        Args:
+            target: Which images, in which view.
+            compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
+
+        Raises:
+            UsageError: Values that float16 cannot hold.
+        """
+        if self._mode is None:
+            rows = self._rounded(compute())
+        else:
+            view = self._open(target.view)
+            missing = np.asarray(view.done)[target.index] == 0
+            if missing.any():
+                # the whole batch, for one shape (compile, cuDNN) and one rounding
+                self._keep(view, target.index[missing], {k: v[missing] for k, v in self._rounded(compute()).items()})
+            rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items()}
+        return TeacherOutput(
+            **{name: self._to_device(rows[name]) if name in rows else None for name in TeacherOutput._fields}
+        )
+
+    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(rows)
+        if self.device.type == 'cuda':
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True).float()
+
+    def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
+        rows = {}
+        for name in self.widths:
+            values = getattr(output, name).detach().float().cpu()
+            rows[name] = values.half().numpy()
+            if not np.isfinite(rows[name]).all():
+                message = (
+                    f"--teacher-cache: the teacher's {name} reaches {values.abs().max():.4g}, float16 holds 65504 at most: "
+                    f'leave the cache out'
+                )
+                if dist.is_initialized() and dist.get_rank() > 0:
+                    _logger.error(message)  # this rank alone knows, and one-line errors are those of rank 0
+                raise UsageError(message)
+        return rows
+
+    def _keep(self, view: _View, index: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        for name, values in rows.items():
+            view.rows[name][index] = values
+        self._pending.append(index)
+        if time.monotonic() - self._flushed > _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring rows to the disk, and only then say that they are there: no crash leaves a flag without its row."""
+        self._flushed = time.monotonic()
+        if not self._pending:
+            return
+        for array in self._view.rows.values():
+            array.flush()
+        self._view.done[np.concatenate(self._pending)] = 1
+        self._view.done.flush()
+        self._pending.clear()
+
+
+def _show(value: Any, other: Any) -> str:
+    """A value of a manifest for a message: of the lines of a transform those that the other has not."""
+    lines = isinstance(value, list) and isinstance(other, list) and all(isinstance(v, str) for v in [*value, *other])
+    if lines and sorted(value) != sorted(other):
+        return ' '.join(v for v in value if v not in other) or 'nothing'
+    return str(value)
+
+
+def _format_bytes(number: float) -> str:
+    units = ['B', 'kB', 'MB', 'GB', 'TB']
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        del units[0]
+    return f'{number:.{0 if units[0] == "B" else 1}f} {units[0]}'
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return _format_bytes(shutil.disk_usage(folder).free)
+    except OSError:
+        return 'unknown'
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str) -> np.memmap:
+    try:
+        # to read first: opened for writing, a truncated file would grow to what its header says
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+        if mode != 'r':
+            array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        reason = getattr(e, 'strerror', None) or one_line(e, 120)
+        raise UsageError(f"--teacher-cache: cannot open '{path}' ({reason}): delete it to fill that view anew") from e
+    if getattr(array, 'shape', None) != shape or array.dtype != dtype:
+        raise UsageError(
+            f"--teacher-cache: '{path}' holds {getattr(array, 'dtype', 'no array')} {list(getattr(array, 'shape', []))}, "
+            f'not {dtype} {list(shape)}: delete it to fill that view anew'
+        )
+    return array
+
+
+def _create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, made: list[Path]) -> None:
+    """A file of zeros in numpy's format with all its blocks reserved: a full disk under a memory map would be a SIGBUS."""
+    beside = path.with_name(f'.{path.name}.tmp')
+    made.append(beside)
+    with open(beside, 'wb') as f:
+        header = {'descr': np.lib.format.dtype_to_descr(dtype), 'fortran_order': False, 'shape': shape}
+        np.lib.format.write_array_header_1_0(f, header)
+        f.flush()
+        _reserve(f, int(np.prod(shape)) * dtype.itemsize)
+    os.replace(beside, path)
+    made[-1] = path
+
+
+def _reserve(file: Any, size: int) -> None:
+    if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+        return
+    while size > 0:  # macOS
+        size -= file.write(bytes(min(size, 2**20)))
+
+
+def _write_whole(path: Path, content: bytes, made: list[Path]) -> None:
+    beside = path.with_name(f'.{path.name}.tmp')
+    made.append(beside)
+    beside.write_bytes(content)
+    os.replace(beside, path)
+    made[-1] = path
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, made: list[Path]) -> Iterator[None]:
+    """Another run that makes the same files waits, where system and file system know locks."""
+    path = folder / '.lock'
+    if not path.exists():
+        made.append(path)
+    with open(path, 'wb') as f:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+# The cache of a run ---------------------------------------------------------------------------------------------------
+
+
+def open_teacher_cache(
+    args: argparse.Namespace, teacher: Teacher | None, data: Data, runtime: Runtime
+) -> TeacherCache | None:
+    """The cache that --teacher-cache names, looked at and not yet written to; None without the flag.
+
+    Raises:
+        UsageError: See `TeacherCache.look`; or a cache with missing rows and ranks on several machines.
+    """
+    if not args.teacher_cache:
+        return None
+    widths = {
+        'feature': teacher.width if args.pe_target == 'feature' else 0,
+        'logits': teacher.num_classes if args.kd_loss_weight or args.pe_target == 'logits' else 0,
+    }
+    cache = TeacherCache(
+        args.teacher_cache,
+        create_manifest(args, teacher, data, widths),
+        len(data.train.dataset),
+        {name: width for name, width in widths.items() if width},
+        args.teacher_cache_views,
+        runtime.device,
+    )
+    several = _on_several_machines(runtime)
+    with _ranks_together(runtime):
+        cache.look()
+        if several and not cache.is_complete:
+            raise UsageError(
+                f"--teacher-cache: ranks on several machines can only read a cache, and '{cache.folder}' has "
+                f'{sum(cache.counts):,} of {cache.num_images * cache.num_views:,} rows: fill it on one of them first (python '
+                f'-m timm_pe.precompute, with the same flags)'
+            )
+    return cache
+
+
+def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime: Runtime) -> None:
+    """Make the files that a cache lacks, and open it. A teacher that has nothing left to say leaves the device.
+
+    Raises:
+        UsageError: See `TeacherCache.allocate`.
+    """
+    if cache is None:
+        return
+    with _ranks_together(runtime):
+        if runtime.is_primary and not cache.is_complete:
+            _logger.info(f'Teacher cache: {cache.describe()}.')
+            cache.allocate()
+    with _ranks_together(runtime):
+        cache.open()
+    if cache.is_complete:
+        teacher.to('cpu')
+
+
+def create_manifest(
+    args: argparse.Namespace, teacher: Teacher, data: Data, widths: Mapping[str, int]
+) -> dict[str, Any]:
+    """All that the teacher's answers depend on: its weights and input, the images, their transforms and draws."""
+    dataset = data.train.dataset
+    size = data.config['input_size']
+    height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
+    return {
+        'format': _FORMAT,
+        'teacher': args.teacher,
+        'teacher arguments': args.teacher_kwargs,
+        'teacher weights': hash_weights(unwrap_model(teacher.model)),
+        'teacher input': f'{len(teacher.mean)}x{height}x{width}',
+        'teacher mean': list(teacher.mean),
+        'teacher std': list(teacher.std),
+        'teacher norms folded': teacher.folded,
+        'teacher tap': args.teacher_tap,
+        'teacher precision': str(teacher.dtype or describe_precision(args)).removeprefix('torch.'),
+        'feature width': widths['feature'],
+        'logits': widths['logits'],
+        'image size': list(size),
+        'image precision': args.model_dtype or 'float32',
+        'image mean': list(data.config['mean']),
+        'image std': list(data.config['std']),
+        'images': len(dataset),
+        'image names': hash_names(dataset.dataset),
+        'pixels': hash_pixels(dataset),
+        'transform': _describe_transform(dataset.dataset),
+        'seed': args.seed,
+    }
+
+
+def _describe_transform(dataset: Dataset) -> list[str]:
+    text = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(dataset, 'transform', None)))
+    return [line.strip() for line in text.splitlines()]
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Short SHA-256 of the tensors of a state_dict: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def hash_names(dataset: Dataset) -> str:
+    """Short SHA-256 of what identifies the images of a data set, in their order.
+
+    File names without the root folder; for Hugging Face data their own fingerprint, for torchvision's the labels.
+    """
+    reader = getattr(dataset, 'reader', None)
+    fingerprint = getattr(getattr(reader, 'dataset', None), '_fingerprint', None)
+    if fingerprint:
+        names = [fingerprint]
+    elif hasattr(dataset, 'filenames'):
+        root = str(getattr(reader, 'root', None) or '')
+        # absolute, then cut: a relative path is a normalization a file, seconds for a million
+        names = [str(name).removeprefix(root).lstrip('/') for name in dataset.filenames(absolute=True)]
+    else:
+        labels = getattr(dataset, 'targets', getattr(dataset, 'labels', []))
+        names = [type(dataset).__name__, hashlib.sha256(np.asarray(labels).tobytes()).hexdigest()]
+    return hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
+
+
+def hash_pixels(dataset: SeededDataset) -> str:
+    """Short SHA-256 of a few images as they leave the transform: sees other files of the same names, and other libraries."""
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(dataset) - 1, _PIXEL_SAMPLES, dtype=int).tolist():
+        digest.update(np.ascontiguousarray(dataset[Draw(0, index, 0)][0]))
+    return digest.hexdigest()[:16]
+
+
+def _on_several_machines(runtime: Runtime) -> bool:
+    """Whether ranks do not share one page cache, through which alone they can write to one memory-mapped file."""
+    if not runtime.distributed:
+        return False
+    boot = Path('/proc/sys/kernel/random/boot_id')
+    machines = [None] * runtime.world_size
+    dist.all_gather_object(machines, (platform.node(), boot.read_text() if boot.exists() else ''))
+    return len(set(machines)) > 1
+
+
+@contextlib.contextmanager
+def _ranks_together(runtime: Runtime) -> Iterator[None]:
+    """All ranks go on, or all stop with the error of the first that has one."""
+    failures: list[str | None] = [None]
+    try:
+        yield
+    except UsageError as e:
+        failures = [str(e)]
+    if runtime.distributed:
+        own = failures[0]
+        failures = [None] * runtime.world_size
+        dist.all_gather_object(failures, own)
+    failure = next(filter(None, failures), None)
+    if failure:
+        raise UsageError(failure)
