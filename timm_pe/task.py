@@ -321,7 +321,9 @@ def _resolve_teacher(
     mean, std = mean or cfg.get('mean'), std or cfg.get('std')
     if isinstance(teacher, Teacher):
         if needs_logits and not teacher.needs_logits:
-            raise UsageError('the teacher was made with needs_logits=False, but a loss compares logits: make it with True')
+            raise UsageError(
+                'the teacher was made with needs_logits=False, but a loss compares logits: make it with True'
+            )
         if mean and std and (tuple(mean), tuple(std)) != (teacher.input_mean, teacher.input_std):
             _logger.info(f'The teacher keeps the input normalization it was made with, {teacher.input_mean}.')
         return teacher
