@@ -208,9 +208,10 @@ def test_a_command_gives_its_arguments_again(argv, tmp_path):
 
 
 def test_a_command_says_only_what_is_not_the_default(tmp_path):
-    run = read_runs([make_run(tmp_path, 'a', teacher='resnet34', seed=7, dataset='', data='my data')])[0]
-    assert format_command(command(run)) == (
-        "train-distill 'my data' --teacher resnet34 --model test_vit --seed 7 --experiment a"
+    args = {'dataset': '', 'data': 'my data', 'teacher': 'resnet34', 'amp': True, 'persistent_workers': False}
+    run = read_runs([make_run(tmp_path, 'a', **args)])[0]
+    assert format_command(command(run), width=200) == (
+        "train-distill 'my data' --teacher resnet34 --model test_vit --amp --no-persistent-workers --experiment a"
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import datetime
 import difflib
+import functools
 import importlib.util
 import math
 import operator
@@ -180,6 +181,12 @@ def create_parser() -> Parser:
         if isinstance(action, ParseKwargs):
             action.type = _pair
     return parser
+
+
+@functools.cache
+def _unset() -> Parser:
+    """What flags are that were not given: the parser of a run has what YAML said as its defaults."""
+    return create_parser()
 
 
 def _pair(text: str) -> str:
@@ -492,7 +499,7 @@ def _check_optimizer(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _check_teacher(parser: Parser, args: argparse.Namespace) -> None:
-    unset = create_parser()  # `parser` has what YAML said as its defaults
+    unset = _unset()
 
     def given(names: tuple[str, ...]) -> list[str]:
         return [_flag(n) for n in names if getattr(args, n) != unset.get_default(n)]
@@ -558,7 +565,7 @@ def _check_task(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--target-format needs --task multilabel')
     if args.task == 'multilabel' and (args.kd_model_name or args.aug_splits):
         parser.error('--task multilabel does not go with --kd-model-name or --aug-splits')
-    unset = create_parser()
+    unset = _unset()
     loss = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
     for name in vars(args):
         needed = next((loss_of for prefix, loss_of in _LOSS_OF.items() if name.startswith(prefix)), None)
@@ -602,7 +609,7 @@ def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
             '--naflex-loader does not go with --aug-repeats, --aug-splits, --resplit, --torchscript or --save-images'
         )
     if not args.naflex_loader:
-        unset = create_parser()
+        unset = _unset()
         given = [n for n in vars(args) if n.startswith('naflex_') and getattr(args, n) != unset.get_default(n)]
         if given:
             parser.error(f'{_flag(given[0])} needs --naflex-loader')
@@ -611,7 +618,7 @@ def _check_sizes(parser: Parser, args: argparse.Namespace) -> None:
 def _check_crop(parser: Parser, args: argparse.Namespace) -> None:
     if not args.train_crop_pad:
         return
-    unset = create_parser()
+    unset = _unset()
     for name in ('scale', 'ratio', 'train_crop_mode'):
         if getattr(args, name) != unset.get_default(name):
             parser.error(f'{_flag(name)} is for the crop that --train-crop-pad replaces: give one of the two')

@@ -104,14 +104,15 @@ class LossMeter:
         if self.distributed:
             dist.all_reduce(sums)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
-        step = int(first_bad.min())
-        if step != _NEVER:
+        numbers = torch.cat([sums, first_bad.float()]).tolist()  # all in one transfer: the host waits once
+        totals, count, firsts = numbers[: len(self.names)], numbers[len(self.names)], numbers[len(self.names) + 1 :]
+        step = min(firsts)
+        if step < _NEVER:
             # the terms before their weighted sum: 'loss' is only the culprit where no term is
-            bad = [n for n, s in zip(self.names, first_bad.tolist(), strict=True) if s == step]
+            bad = [n for n, first in zip(self.names, firsts, strict=True) if first == step]
             named = [n for n in bad if n != 'loss'] or bad
-            raise NonFiniteLoss(f'{" and ".join(named)} not finite at batch {step} of the epoch')
-        count = sums[-1].item()
-        return OrderedDict((n, s / count) for n, s in zip(self.names, sums[:-1].tolist(), strict=True))
+            raise NonFiniteLoss(f'{" and ".join(named)} not finite at batch {step:.0f} of the epoch')
+        return OrderedDict((n, total / count) for n, total in zip(self.names, totals, strict=True))
 
 
 def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> OrderedDict[str, float]:

@@ -1,0 +1,147 @@
+"""Hundreds of bad inputs: each ends in one line and exit code 2, nothing runs, nothing is written."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from bad_checkpoints import CANARY
+from bad_inputs import CORPUS, Bad
+from helpers import refused
+
+import train_distill
+
+# the most that one refusal may take
+SECONDS, MEGABYTES = 120, 300
+# refused, but not in one line yet: name -> why
+AWAITED = {
+    '--teacher-mean 0.5 0.5': 'Teacher adds means of other channels than its own',
+    'data of corrupt images': 'timm gives up on images that it cannot read with an error of its own',
+    'data of texts called images': 'timm gives up on images that it cannot read with an error of its own',
+}
+# through the command itself
+REAL = (
+    '--teacher-checkpoint: weights of another architecture',
+    '--teacher-checkpoint: code: os.system',
+    '--teacher-checkpoint: a pipe that nobody fills',
+    '--initial-checkpoint: a pickle bomb',
+    '--initial-checkpoint: cut in the middle',
+    '--pretrained-path: a storage bomb',
+    '--pretrained-path: weights with renamed keys',
+    '--resume: code: exec',
+    '--resume: whose optimizer has other groups',
+    '--evaluate: weights with a NaN',
+    '--evaluate: an endless device',
+    'YAML: a tag that calls os.system',
+    'YAML: a billion laughs in kwargs',
+    'YAML: an endless device',
+    'args.yaml of a run folder: a tag that makes an object',
+    '--model local-dir: weights that are code: exec',
+    'data empty',
+    'a model that clears the terminal',
+    '--epochs 0',
+    '--output: a file',
+)
+
+
+def good_run(images: Path, folder: Path) -> list[str]:
+    """The command line of a good run that writes into `folder`."""
+    return [
+        *(str(images), '--num-classes', '3', '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu'),
+        *('--epochs', '2', '--warmup-epochs', '0', '--output', str(folder / 'output'), '--experiment', 'run'),
+        *('--scale', '0.5', '1.0', '--model', 'test_resnet', '--teacher', 'test_resnet', '--no-teacher-pretrained'),
+    ]
+
+
+def make(bad: Bad, folder: Path) -> list[str]:
+    (folder / 'input').mkdir()
+    return bad.make(folder / 'input')
+
+
+def test_the_corpus_has_at_least_200_different_inputs():
+    assert len({bad.name for bad in CORPUS}) == len(CORPUS) >= 200
+
+
+@pytest.fixture
+def _in_time() -> Iterator[None]:
+    """What hangs fails."""
+
+    def stop(*_):
+        raise TimeoutError(f'no answer after {SECONDS} s')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
+    """The most memory that this process, or any of its children, ever had."""
+    return resource.getrusage(who).ru_maxrss / 1024
+
+
+def case(bad: Bad) -> object:
+    marks = [pytest.mark.xfail(strict=True, reason=AWAITED[bad.name])] if bad.name in AWAITED else []
+    if 'may not be read' in bad.name:
+        marks.append(pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything'))
+    return pytest.param(bad, id=bad.name, marks=marks)
+
+
+@pytest.mark.usefixtures('_in_time')
+@pytest.mark.parametrize('bad', map(case, CORPUS))
+def test_a_bad_input_is_one_line_and_nothing_runs_or_is_written(bad, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = [*good_run(image_folder, tmp_path), *make(bad, tmp_path)]
+    made, memory = sorted(tmp_path.rglob('*')), peak_mb()
+    error = refused(argv, capsys)
+    assert bad.message in error
+    assert error.isprintable()
+    assert len(error) < 1500
+    assert sorted(tmp_path.rglob('*')) == made
+    assert not Path(CANARY).exists()
+    assert peak_mb() - memory < MEGABYTES
+
+
+@pytest.fixture(scope='module')
+def commands(image_folder, tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, bool]]:
+    """What the command says of each of REAL, and whether the folder it ran in is as it was before."""
+    corpus = {bad.name: bad for bad in CORPUS}
+
+    def run(name: str) -> tuple[subprocess.CompletedProcess, bool]:
+        folder = tmp_path_factory.mktemp('command')
+        argv = [*good_run(image_folder, folder), *make(corpus[name], folder)]
+        made = sorted(folder.rglob('*'))
+        done = subprocess.run(
+            [sys.executable, train_distill.__file__, *argv],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        return done, sorted(folder.rglob('*')) == made
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(REAL, pool.map(run, REAL), strict=True))
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_the_command_ends_with_code_2_and_one_line(name, commands):
+    done, untouched = commands[name]
+    errors = [line for line in done.stderr.splitlines() if line.startswith('train_distill: error: ')]
+    assert done.returncode == 2, done.stderr
+    assert [done.stderr.splitlines()[-1]] == errors
+    assert 'Traceback' not in done.stderr
+    assert done.stdout == ''
+    assert next(bad.message for bad in CORPUS if bad.name == name) in errors[0]
+    assert untouched
+
+
+def test_no_command_took_much_memory(commands):
+    assert peak_mb(resource.RUSAGE_CHILDREN) < 1500
