@@ -28,8 +28,9 @@ test-report: $(VENV)/.browser
 data: $(VENV)/.bench
 	$(BIN)/python benchmarks/build_data.py data
 
+# hours on two cores; what is finished is not run again
 bench-accuracy: data
-	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji
+	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji fashion_long
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

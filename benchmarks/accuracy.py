@@ -235,7 +235,10 @@ def summarize(suite: Suite) -> dict[str, Any]:
         }
     return {
         'title': suite.title,
-        'teacher': {'model': suite.teacher['model'], 'top1': teacher and teacher['top1']},
+        'teacher': {
+            'model': suite.teacher.get('architecture', suite.teacher['model']),
+            'top1': teacher and teacher['top1'],
+        },
         'student': suite.student['model'],
         'common': {**suite.common, **suite.student, **suite.overrides},
         'methods': methods,
