@@ -270,7 +270,7 @@ def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_
     run([*small_run, *RESNET, '--epochs', '1', '--device-modules', 'my_device_module'])
     assert sys.modules['my_device_module'].LOADED
     (tmp_path / 'c.yaml').write_text('device_modules: [my_device_module]\n')
-    assert 'imports code' in refused([*small_run, *RESNET, '-c', str(tmp_path / 'c.yaml')], capsys)
+    assert 'device_modules runs code' in refused([*small_run, *RESNET, '-c', str(tmp_path / 'c.yaml')], capsys)
     assert 'cannot import' in refused([*small_run, *RESNET, '--device-modules', 'no_such_module'], capsys)
 
 
