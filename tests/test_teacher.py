@@ -378,3 +378,10 @@ def test_a_teacher_made_without_logits_is_refused_where_a_loss_reads_them():
     teacher = create_teacher(timm.create_model('resnet10t', num_classes=3), needs_logits=False)
     with pytest.raises(UsageError, match='made with needs_logits=False, but a loss compares logits: make it with True'):
         task_of(teacher, kd_loss_weight=1.0)
+
+
+def test_a_mean_of_other_channels_than_the_teachers_own_is_refused():
+    with pytest.raises(UsageError, match='the mean of the teacher has 2 values, it sees 3 channels'):
+        create_teacher(timm.create_model('test_resnet'), mean=(0.5, 0.5))
+    with pytest.raises(UsageError, match='the std of the teacher has 2 values'):
+        create_teacher(timm.create_model('test_resnet'), std=(0.5, 0.5))

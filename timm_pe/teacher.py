@@ -103,6 +103,9 @@ class Teacher(nn.Module):
                 std or own.get('std', IMAGENET_DEFAULT_STD),
             )
         )
+        for name, values in (('mean', self.mean), ('std', self.std)):
+            if own and len(values) != channels:
+                raise UsageError(f'the {name} of the teacher has {len(values)} values, it sees {channels} channels')
         self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
         self.input_size = input_size
         self.folded = 0
