@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry test-report lint format data bench-accuracy clean
+.PHONY: demo test test-contract test-registry test-report lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -31,6 +31,9 @@ data: $(VENV)/.bench
 # hours on two cores; what is finished is not run again
 bench-accuracy: data
 	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji fashion_long
+
+bench-speed: $(VENV)/.bench
+	$(BIN)/python benchmarks/step_time.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,825 @@
+"""What does a step cost? Distillation against its floor, timm's own task and the loop of papers, interleaved.
+
+    python benchmarks/step_time.py                        # `make bench-speed`; --help lists what can be chosen
+
+Each part writes what it found into RESULTS as JSON and as a table, pair by pair: an interrupted benchmark keeps what it has,
+and a part that runs again replaces its own numbers alone.
+
+steps        medians of whole training steps; each round runs every variant once, in rotated order, and ratios are taken
+             within a round, so that a machine that gets slower or faster in between does not count
+memory       peak memory of each variant, in a process of its own: what the allocator gave on CUDA, else how far the resident
+             set rose above the bare imports
+projectors   what q projectors and their loss cost, as a share of a step
+loader       whole epochs from JPEG files: ours (train_distill's loader and engine) against a plain loop over timm's loader
+"""
+
+import argparse
+import copy
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from environment import environment
+from PIL import Image
+from timm.data import create_loader
+from timm.task import FeatureDistillationTask, TrainingTask
+
+from timm_pe import ProjectorEnsemble, ProjectorEnsembleTask, Teacher, TeacherOutput, create_feature_loss
+from timm_pe.args import parse_args
+from timm_pe.cache import allocate_cache, open_teacher_cache
+from timm_pe.data import create_data, create_datasets, set_epoch
+from timm_pe.engine import LossMeter, Trainer, train_one_epoch
+from timm_pe.errors import UsageError
+from timm_pe.fit import create_trainer
+from timm_pe.loading import check_model_name
+from timm_pe.logs import Progress
+from timm_pe.models import create_student
+from timm_pe.runtime import setup_runtime
+from timm_pe.task_from_args import create_run_task, create_run_teacher
+
+ROOT = Path(__file__).resolve().parent
+PAIRS = ('resnet34:resnet18', 'resnet50:mobilenetv1_100', 'vit_small_patch16_224:mobilenetv3_small_100')
+PARTS = ('steps', 'memory', 'projectors', 'loader')
+PROJECTORS = (1, 2, 3, 4, 8)
+CLASSES = 1000
+
+Step = Callable[[int], None]
+
+
+# Variants of a step --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One pair at one batch size.
+
+    Attributes:
+        teacher: timm name of the teacher.
+        student: timm name of the student.
+        batch_size: Images in a batch.
+        image_size: Side of the images in pixels.
+        device: 'cpu' or 'cuda'.
+    """
+
+    teacher: str
+    student: str
+    batch_size: int
+    image_size: int
+    device: str
+
+    def create_model(self, name: str) -> nn.Module:
+        """A model on the device, with the same random weights each time."""
+        torch.manual_seed(0)
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size
+        model = timm.create_model(name, num_classes=CLASSES, **({'img_size': self.image_size} if fixed else {}))
+        return model.to(self.device)
+
+    def create_teacher(self, **kwargs: Any) -> Teacher:
+        """A teacher whose logits nobody needs; the batch is in the student's normalization."""
+        cfg = timm.get_pretrained_cfg(self.student)
+        model = self.create_model(self.teacher)
+        return Teacher(model, cfg.mean, cfg.std, device=self.device, needs_logits=False, **kwargs)
+
+    def as_command_line(self, **kwargs: Any) -> dict[str, Any]:
+        """Arguments that train_distill gives its teacher, and more."""
+        return {'fold': True, 'channels_last': self.device == 'cpu', **kwargs}
+
+    def size(self) -> dict[str, int]:
+        """How big its batches are."""
+        return {'batch_size': self.batch_size, 'image_size': self.image_size}
+
+    def variants(self) -> list[str]:
+        """What is measured of this pair; nothing is said of a folded teacher that has nothing to fold."""
+        folds = self.create_teacher(fold=True).folded > 0
+        return [name for name in VARIANTS if folds or not name.endswith('_folded')]
+
+    @cached_property
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Four random batches of images and labels on the device."""
+        torch.manual_seed(1)
+        shape = (self.batch_size, 3, self.image_size, self.image_size)
+        images = [torch.randn(shape).to(self.device) for _ in range(4)]
+        return [(x, torch.randint(CLASSES, (self.batch_size,)).to(self.device)) for x in images]
+
+
+def create_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """The same for every variant."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+def student_alone(case: Case) -> Step:
+    """Forward, cross-entropy, backward and optimizer: half of the floor."""
+    student, batches = case.create_model(case.student).train(), case.batches
+    optimizer = create_optimizer(student.parameters())
+
+    def step(i: int) -> None:
+        input, target = batches[i % len(batches)]
+        F.cross_entropy(student(input), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def teacher_alone(case: Case) -> Step:
+    """The bare network up to its feature, without any wrapper: the other half."""
+    network, batches = case.create_model(case.teacher).eval().requires_grad_(False), case.batches
+
+    @torch.no_grad()
+    def step(i: int) -> None:
+        network.forward_head(network.forward_features(batches[i % len(batches)][0]), pre_logits=True)
+
+    return step
+
+
+def our_teacher(case: Case, **kwargs: Any) -> Step:
+    """Forward of our teacher."""
+    teacher, batches = case.create_teacher(**kwargs), case.batches
+    return lambda i: teacher(batches[i % len(batches)][0])
+
+
+def our_task(case: Case, **teacher_kwargs: Any) -> ProjectorEnsembleTask:
+    """Our task, by default with the teacher of `ProjectorEnsembleTask(student, teacher)`: float32, nothing folded."""
+    teacher = case.create_teacher(**teacher_kwargs)
+    return ProjectorEnsembleTask(case.create_model(case.student), teacher, device=case.device, verbose=False).train()
+
+
+def task_step(task: TrainingTask, case: Case, teacher: Callable[[int], TeacherOutput] | None = None) -> Step:
+    """A step as the engine makes it: task, backward, optimizer, running means of the losses on the device."""
+    batches, optimizer = case.batches, create_optimizer(task.trainable_module.parameters())
+    meter = LossMeter(torch.device(case.device), distributed=False)
+
+    def step(i: int) -> None:
+        result = task(*batches[i % len(batches)], **({'teacher': teacher(i)} if teacher else {}))
+        result['loss'].backward()
+        optimizer.step()
+        meter.update({k: v for k, v in result.items() if k != 'output'}, case.batch_size)
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(case: Case, **teacher_kwargs: Any) -> Step:
+    """A step of ours with the teacher online."""
+    return task_step(our_task(case, **teacher_kwargs), case)
+
+
+def ours_cached(case: Case) -> Step:
+    """A step of ours with features from a float16 file, mapped into memory, in the place of the teacher's forward."""
+    task, batches = our_task(case), case.batches
+    task.resolve_act(batches[0][0])
+    features = torch.cat([task.teacher(input).feature for input, _ in batches]).cpu().numpy()
+    with tempfile.NamedTemporaryFile(suffix='.npy') as file:
+        np.save(file, features.astype(np.float16))
+        file.flush()
+        rows = np.load(file.name, mmap_mode='r')  # the mapping outlives the file's name
+
+    def read(i: int) -> TeacherOutput:
+        index = np.arange(case.batch_size) + i % len(batches) * case.batch_size
+        return TeacherOutput(torch.from_numpy(rows[index]).to(case.device).float(), None)
+
+    return task_step(task, case, read)
+
+
+def timm_task(case: Case) -> Step:
+    """timm's FeatureDistillationTask with PEFD's weights; it has one projector where the widths differ, and MSE."""
+    task = FeatureDistillationTask(
+        case.create_model(case.student),
+        case.create_model(case.teacher),
+        distill_loss_weight=25.0,
+        task_loss_weight=1.0,
+        device=torch.device(case.device),
+        verbose=False,
+    )
+    return task_step(task.train(), case)
+
+
+class PaperLoop:
+    """A distillation loop as papers come with: projectors one by one, a cosine written out, `.item()` in every step.
+
+    Args:
+        student: Student.
+        teacher: Teacher, both timm models.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        self.student, self.teacher = student.train(), teacher.eval()
+        device = next(student.parameters()).device
+        widths = student.head_hidden_size, teacher.head_hidden_size
+        self.projectors = nn.ModuleList(nn.Linear(*widths) for _ in range(3)).to(device)
+        self.optimizer = create_optimizer([*student.parameters(), *self.projectors.parameters()])
+        self.seen = self.loss_sum = self.ce_sum = self.feature_sum = self.correct = 0.0
+
+    def __call__(self, input: torch.Tensor, target: torch.Tensor) -> None:
+        with torch.no_grad():
+            t = self.teacher.forward_head(self.teacher.forward_features(input), pre_logits=True)
+        maps = self.student.forward_features(input)
+        s = self.student.forward_head(maps, pre_logits=True)
+        logits = self.student.get_classifier()(s)
+        projected = 0
+        for projector in self.projectors:
+            projected = projected + torch.relu(projector(s))
+        projected = projected / len(self.projectors)
+        cosine = (projected * t).sum(1) / (projected.norm(dim=1) * t.norm(dim=1) + 1e-8)
+        feature_loss = (1 - cosine).sum() / len(input)
+        ce = F.cross_entropy(logits, target)
+        loss = ce + 25 * feature_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.seen += len(input)
+        self.loss_sum += loss.item() * len(input)
+        self.ce_sum += ce.item() * len(input)
+        self.feature_sum += feature_loss.item() * len(input)
+        self.correct += (logits.argmax(1) == target).sum().item()
+
+
+def paper_loop(case: Case) -> Step:
+    """See `PaperLoop`."""
+    loop, batches = PaperLoop(case.create_model(case.student), case.create_model(case.teacher)), case.batches
+    return lambda i: loop(*batches[i % len(batches)])
+
+
+VARIANTS: dict[str, Callable[[Case], Step]] = {
+    'student': student_alone,
+    'teacher': teacher_alone,
+    'teacher_folded': lambda case: our_teacher(case, **case.as_command_line()),
+    'teacher_bf16': lambda case: our_teacher(case, **case.as_command_line(dtype=torch.bfloat16)),
+    'ours': ours,
+    'ours_folded': lambda case: ours(case, **case.as_command_line()),
+    'ours_bf16': lambda case: ours(case, **case.as_command_line(dtype=torch.bfloat16)),
+    'ours_cached': ours_cached,
+    'timm': timm_task,
+    'paper': paper_loop,
+}
+LABELS = {
+    'student': 'student alone',
+    'teacher': 'teacher forward alone',
+    'teacher_folded': 'teacher forward, folded',
+    'teacher_bf16': 'teacher forward, bfloat16',
+    'ours': 'ours',
+    'ours_folded': 'ours, folded teacher',
+    'ours_bf16': 'ours, bfloat16 teacher',
+    'ours_cached': 'ours, cached features',
+    'timm': "timm's FeatureDistillationTask",
+    'paper': 'plain loop of papers',
+}
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def measure(steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step in each round; a round runs all of them, in an order that rotates.
+
+    Args:
+        steps: What to run, called with the number of the call.
+        rounds: How often; two more that are not counted come first.
+        device: CUDA is waited for before and after each measurement.
+        repeats: Calls in one measurement.
+    """
+    wait = torch.cuda.synchronize if device.startswith('cuda') else (lambda: None)
+    seconds = {name: [] for name in steps}
+    names = list(steps)
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(-2, rounds):
+            for name in names[r % len(names) :] + names[: r % len(names)]:
+                wait()
+                start = time.perf_counter()
+                for k in range(repeats):
+                    steps[name](max(r, 0) * repeats + k)
+                wait()
+                if r >= 0:
+                    seconds[name].append((time.perf_counter() - start) / repeats)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
+    """Median of the ratios within a round, with a 95 % bootstrap interval of it."""
+    from scipy.stats import bootstrap
+
+    ratios = np.divide(numerator, denominator)
+    if len(ratios) < 2:
+        return {'ratio': float(ratios[0]), 'low': float(ratios[0]), 'high': float(ratios[0])}
+    interval = bootstrap(
+        (ratios,), np.median, confidence_level=0.95, method='percentile', rng=np.random.default_rng(0)
+    ).confidence_interval
+    return {'ratio': float(np.median(ratios)), 'low': float(interval.low), 'high': float(interval.high)}
+
+
+def floor_of(seconds: Mapping[str, Sequence[float]]) -> list[float]:
+    """Student alone plus teacher alone, round by round."""
+    return [s + t for s, t in zip(seconds['student'], seconds['teacher'], strict=True)]
+
+
+def measure_steps(case: Case, rounds: int) -> dict[str, Any]:
+    """Medians of all variants, and their ratios to floor, student, timm's task and the plain loop."""
+    steps = {name: VARIANTS[name](case) for name in case.variants()}
+    seconds = measure(steps, rounds, case.device, repeats=10 if case.device.startswith('cuda') else 1)
+    against = {'floor': floor_of(seconds), **{name: seconds[name] for name in ('student', 'timm', 'paper')}}
+    return {
+        **case.size(),
+        'rounds': rounds,
+        'median_ms': {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
+        'floor_ms': 1e3 * statistics.median(against['floor']),
+        'ratios': {
+            name: {other: ratio(values, of_other) for other, of_other in against.items() if other != name}
+            for name, values in seconds.items()
+        },
+        'ms_of_rounds': {name: [round(1e3 * v, 3) for v in values] for name, values in seconds.items()},
+    }
+
+
+def measure_memory(case: Case, names: Sequence[str], steps: int = 4) -> dict[str, int]:
+    """Peak memory in bytes of each variant with its models, each in a process of its own."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context('forkserver' if 'forkserver' in methods else 'spawn')
+    if context.get_start_method() == 'forkserver':
+        context.set_forkserver_preload(['scipy.stats', 'torchvision', 'timm', 'timm_pe.fit', 'timm_pe.task_from_args'])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        threads = torch.get_num_threads()
+        return {name: pool.submit(_peak_memory, case, name, steps, threads).result() for name in names}
+
+
+def _peak_memory(case: Case, name: str, steps: int, threads: int) -> int:
+    torch.set_num_threads(threads)
+    before = _peak_resident_set()
+    step = VARIANTS[name](case)
+    for i in range(steps):
+        step(i)
+    if case.device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated()
+    return _peak_resident_set() - before
+
+
+def _peak_resident_set() -> int:
+    kilo = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def measure_projectors(case: Case, rounds: int) -> dict[str, Any]:
+    """What q projectors, their loss, its backward and their optimizer cost, as a share of our step at q = 3."""
+    task = our_task(case)
+    widths, batch = (task.projection.in_dim, task.projection.out_dim), case.batch_size
+    torch.manual_seed(0)
+    student, teacher = (torch.rand(batch, width, device=case.device) for width in widths)
+    student.requires_grad_()
+    loss = create_feature_loss('direction')
+
+    def projectors(q: int) -> Step:
+        ensemble = ProjectorEnsemble(*widths, num_projectors=q).to(case.device)
+        optimizer = create_optimizer(ensemble.parameters())
+
+        def run(i: int) -> None:
+            for _ in range(10):
+                loss(ensemble(student), teacher).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                student.grad = None
+
+        return run
+
+    seconds = measure(
+        {'step': task_step(task, case), **{str(q): projectors(q) for q in PROJECTORS}}, rounds, case.device
+    )
+    of_q = {q: [v / 10 for v in seconds[str(q)]] for q in PROJECTORS}
+    medians = {q: 1e3 * statistics.median(values) for q, values in of_q.items()}
+    slope, offset = np.polyfit(list(medians), list(medians.values()), 1)
+    return {
+        **case.size(),
+        'rounds': rounds,
+        'step_ms': 1e3 * statistics.median(seconds['step']),
+        'median_ms': {str(q): ms for q, ms in medians.items()},
+        'share': {str(q): ratio(values, seconds['step']) for q, values in of_q.items()},
+        'eightfold': ratio(of_q[8], of_q[1]),
+        'fit': {
+            'ms_a_projector': slope,
+            'ms_without': offset,
+            'largest_deviation': max(abs(offset + slope * q - ms) / ms for q, ms in medians.items()),
+        },
+    }
+
+
+# From files ----------------------------------------------------------------------------------------------------------
+
+
+def write_pictures(folder: Path, number: int, size: tuple[int, int] = (500, 400)) -> None:
+    """JPEG files of ImageNet's usual size and weight (about 100 KB), in 4 classes, 4 more to validate."""
+    rng = np.random.default_rng(0)
+    for i in range(number + 4):
+        path = folder / ('train' if i < number else 'validation') / str(i % 4) / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # light and shade over the whole picture, texture over a few pixels
+        layers = [(rng.integers(0, 256, (n * 4, n * 5, 3), dtype=np.uint8), w) for n, w in ((2, 0.5), (40, 0.5))]
+        images = [np.asarray(Image.fromarray(layer).resize(size, Image.Resampling.BICUBIC)) * w for layer, w in layers]
+        Image.fromarray(sum(images).astype(np.uint8)).save(path, quality=92)
+
+
+def create_run(argv: Sequence[str]) -> Trainer:
+    """All that train_distill makes of a command line before its first epoch."""
+    args, _ = parse_args(list(argv))
+    runtime = setup_runtime(args)
+    student = create_student(args)
+    data = create_data(args, create_datasets(args, student.in_chans), student, runtime)
+    teacher = create_run_teacher(args, data, runtime)
+    task = create_run_task(args, student, teacher, runtime)
+    cache = open_teacher_cache(args, teacher, data, runtime)
+    trainer, _, _ = create_trainer(args, task, data, runtime, cache)
+    allocate_cache(cache, teacher, runtime)
+    return trainer
+
+
+def our_epoch(trainer: Trainer) -> Step:
+    """An epoch as `fit` runs it."""
+
+    def epoch(i: int) -> None:
+        set_epoch(trainer.data.train, i)
+        train_one_epoch(trainer, i, Progress('', len(trainer.data.train), enabled=False))
+
+    return epoch
+
+
+def create_timm_loader(trainer: Trainer) -> Any:
+    """timm's own loader over the images of a run, with the augmentation that the run has by default."""
+    args, config = trainer.args, trainer.data.config
+    return create_loader(
+        create_datasets(args)[0],
+        input_size=config['input_size'],
+        batch_size=args.batch_size,
+        is_training=True,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        mean=config['mean'],
+        std=config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        persistent_workers=args.persistent_workers,
+        device=trainer.runtime.device,
+    )
+
+
+def plain_epoch(loader: Any, step: Callable[[torch.Tensor, torch.Tensor], None]) -> Step:
+    """An epoch of a plain loop."""
+
+    def epoch(i: int) -> None:
+        for input, target in loader:
+            step(input, target)
+
+    return epoch
+
+
+def plain_student(student: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """The student's training without a teacher, its loss read in every step."""
+    optimizer = create_optimizer(student.train().parameters())
+    losses = []
+
+    def step(input: torch.Tensor, target: torch.Tensor) -> None:
+        loss = F.cross_entropy(student(input), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    return step
+
+
+def measure_loader(case: Case, rounds: int, number: int, workers: int) -> dict[str, Any]:
+    """Images a second of whole epochs, and what seeded draws add to an image's decoding and transforms."""
+    flags = ['--model', case.student, '--teacher', case.teacher, '--no-teacher-pretrained', '--num-classes', '4']
+    flags += ['--img-size', str(case.image_size), '-b', str(case.batch_size), '-j', str(workers), '--smoothing', '0']
+    flags += ['--opt', 'momentum', '--lr', '0.01', '--epochs', '1000', '--warmup-epochs', '0', '--device', case.device]
+    if timm.get_pretrained_cfg(case.teacher).fixed_input_size:
+        flags += ['--teacher-kwargs', f'img_size={case.image_size}']
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / 'pictures'
+        write_pictures(folder, number)
+        ours = create_run([str(folder), *flags])
+        cached = create_run([str(folder), *flags, '--teacher-cache', str(Path(temporary) / 'cache')])
+        alone = plain_student(case.create_model(case.student))
+        paper = PaperLoop(case.create_model(case.student), case.create_model(case.teacher))
+        epochs = {
+            'student': plain_epoch(create_timm_loader(ours), alone),
+            'paper': plain_epoch(create_timm_loader(ours), paper),
+            'ours': our_epoch(ours),
+            'ours_cached': our_epoch(cached),
+        }
+        seconds = measure(epochs, rounds, case.device)
+        images = len(ours.data.train) * case.batch_size
+        seeding = measure_seeding(ours, rounds)
+        size = statistics.mean(path.stat().st_size for path in folder.rglob('*.jpg'))
+    return {
+        **case.size(),
+        'workers': workers,
+        'images_an_epoch': images,
+        'mean_file_bytes': round(size),
+        'rounds': rounds,
+        'images_per_s': {name: images / statistics.median(values) for name, values in seconds.items()},
+        'ratios': {
+            name: {other: ratio(values, seconds[other]) for other in ('student', 'paper') if other != name}
+            for name, values in seconds.items()
+        },
+        'seeded_augmentation': seeding,
+    }
+
+
+class _Same:
+    """A data set whose images cost nothing."""
+
+    def __init__(self, item: tuple, number: int):
+        self.item, self.number = item, number
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.item
+
+    def __len__(self) -> int:
+        return self.number
+
+
+def measure_seeding(trainer: Trainer, rounds: int) -> dict[str, Any]:
+    """Time that seeded draws take of an image, against decoding and transforming it.
+
+    A difference of two loaders' times would drown in noise: the seeded path runs over images that cost nothing, with and
+    without its seeds, and the difference of these is set against the time of real images.
+    """
+    loader = trainer.data.train.loader
+    real, sampler = loader.dataset.dataset, loader.batch_sampler
+    images, item = len(loader) * sampler.batch_sampler.batch_size, real[0]
+    seeded, collate = copy.copy(loader.dataset), copy.copy(loader.collate_fn)
+    seeded.dataset, collate.collate = _Same(item, len(real)), lambda batch: None
+
+    def with_seeds(i: int) -> None:
+        for batch in sampler:
+            collate(seeded.__getitems__(batch))
+
+    def without_seeds(i: int) -> None:
+        for batch in sampler.batch_sampler:
+            collate.collate([seeded.dataset[index] for index in batch])
+
+    def decode(i: int) -> None:
+        for index in range(images):
+            real[index]
+
+    seconds = measure({'with': with_seeds, 'without': without_seeds, 'decode': decode}, rounds, 'cpu')
+    added = np.subtract(seconds['with'], seconds['without'])
+    return {
+        'decode_and_transform_ms': 1e3 * statistics.median(seconds['decode']) / images,
+        'seeding_ms': 1e3 * statistics.median(added) / images,
+        'share': ratio(added, seconds['decode']),
+    }
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def bounds(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each bound with what was measured; it holds when the lower end of the interval is not above it."""
+    found = []
+
+    def check(where: str, what: str, limit: float, measured: Mapping[str, float]) -> None:
+        found.append({'where': where, 'bound': what, 'limit': limit, **measured, 'holds': measured['low'] <= limit})
+
+    for pair, of_batch in results.get('steps', {}).items():
+        for batch, entry in of_batch.items():
+            where, ratios = f'{pair}, batch {batch}', entry['ratios']
+            check(where, 'ours / floor', 1.03, ratios['ours']['floor'])
+            check(where, 'ours / timm', 1.00, ratios['ours']['timm'])
+            check(where, 'ours / plain loop', 1.00, ratios['ours']['paper'])
+            if 'ours_folded' in ratios:
+                check(where, 'ours, folded / timm', 0.97, ratios['ours_folded']['timm'])
+                check(where, 'ours, folded / plain loop', 0.97, ratios['ours_folded']['paper'])
+            if entry['environment']['bfloat16']:
+                check(where, 'ours, bfloat16 / float32 floor', 0.90, ratios['ours_bf16']['floor'])
+            check(where, 'cached / student alone', 1.05, ratios['ours_cached']['student'])
+    for pair, entry in results.get('memory', {}).items():
+        of = entry['peak_bytes']
+        exact = of['ours'] / of['timm']
+        check(pair, 'peak memory, ours / timm', 1.00, {'ratio': exact, 'low': exact, 'high': exact})
+    for pair, entry in results.get('projectors', {}).items():
+        where = f'{pair}, {entry["image_size"]} px'
+        check(where, 'share of 3 projectors', 0.02, entry['share']['3'])
+        check(where, '8 projectors / 1 (linear: at most 8)', 8.0, entry['eightfold'])
+    for pair, entry in results.get('loader', {}).items():
+        check(pair, 'cached epoch / plain epoch of the student', 1.05, entry['ratios']['ours_cached']['student'])
+        check(pair, 'seeding / decode + transform', 0.02, entry['seeded_augmentation']['share'])
+    return found
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a CPU has AVX512-BF16 or AMX; the bound on a bfloat16 teacher is for those."""
+    names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return device == 'cpu' and any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def format_interval(measured: Mapping[str, float]) -> str:
+    """0.981 [0.975, 0.990]"""
+    return f'{measured["ratio"]:.3f} [{measured["low"]:.3f}, {measured["high"]:.3f}]'
+
+
+def format_tables(results: Mapping[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = ['# What a step costs', '']
+    lines += [
+        'Medians; ratios are medians of the ratios within a round, with 95 % bootstrap intervals. The floor is the sum of'
+    ]
+    lines += [
+        'student alone and teacher forward alone. A folded and a bfloat16 teacher are as train_distill makes them.'
+    ]
+    for part, table in _TABLES.items():
+        for key, entry in results.get(part, {}).items():
+            lines += table(key, entry)
+    lines += ['', '## Bounds', '', *_header('where', 'bound', 'limit', 'measured', 'holds')]
+    for b in results['bounds']:
+        cells = (b['where'], b['bound'], f'{b["limit"]:.2f}', format_interval(b), 'yes' if b['holds'] else 'NO')
+        lines.append(_row(cells))
+    return '\n'.join(lines) + '\n'
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f'| {" | ".join(cells)} |'
+
+
+def _header(*names: str) -> list[str]:
+    return [_row(names), '|---' * len(names) + '|']
+
+
+def _title(what: str, pair: str, entry: Mapping[str, Any], *more: str) -> list[str]:
+    size, e = f'batch {entry["batch_size"]}, {entry["image_size"]} px', entry['environment']
+    hardware = e.get('gpu') or f'{e["cpu"]}, {e["threads"]} threads'
+    title = ', '.join([f'{what} {" -> ".join(pair.split(":"))}', size, *more])
+    return ['', f'## {title}', '', f'{hardware}; torch {e["torch"]}, timm {e["timm"]}, {entry["date"]}.', '']
+
+
+def _against(ratios: Mapping[str, Any], others: Iterable[str]) -> list[str]:
+    return [format_interval(ratios[other]) if other in ratios else '' for other in others]
+
+
+def _steps_table(pair: str, of_batch: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for entry in of_batch.values():
+        lines += _title('Step,', pair, entry, f'{entry["rounds"]} rounds')
+        lines += _header('', 'ms', '/ floor', '/ timm', '/ plain loop')
+        for name, ms in entry['median_ms'].items():
+            lines.append(
+                _row([LABELS[name], f'{ms:.1f}', *_against(entry['ratios'][name], ('floor', 'timm', 'paper'))])
+            )
+    return lines
+
+
+def _memory_table(pair: str, entry: Mapping[str, Any]) -> list[str]:
+    rows = [_row([LABELS[name], f'{peak / 1e6:.0f}']) for name, peak in entry['peak_bytes'].items()]
+    return [*_title('Peak memory,', pair, entry), *_header('', 'MB, models included'), *rows]
+
+
+def _projectors_table(pair: str, entry: Mapping[str, Any]) -> list[str]:
+    rows = [_row([q, f'{ms:.2f}', format_interval(entry['share'][q])]) for q, ms in entry['median_ms'].items()]
+    return [*_title('Projectors,', pair, entry), *_header('projectors', 'ms', 'share of a step'), *rows]
+
+
+def _loader_table(pair: str, entry: Mapping[str, Any]) -> list[str]:
+    lines = _title('From JPEG files,', pair, entry, f'{entry["workers"]} workers')
+    lines += _header('', 'images/s', 'time / student alone', 'time / plain loop')
+    for name, speed in entry['images_per_s'].items():
+        lines.append(_row([LABELS[name], f'{speed:.1f}', *_against(entry['ratios'][name], ('student', 'paper'))]))
+    s = entry['seeded_augmentation']
+    lines += [
+        '',
+        f"Student alone and plain loop read through timm's loader. Seeded augmentation takes {s['seeding_ms']:.4f} ms",
+    ]
+    return [*lines, f'of an image, decoding and transforming it {s["decode_and_transform_ms"]:.2f} ms.']
+
+
+_TABLES = {'steps': _steps_table, 'memory': _memory_table, 'projectors': _projectors_table, 'loader': _loader_table}
+
+
+class Results:
+    """The results file; each entry is written as soon as it is there, the others stay.
+
+    Args:
+        path: JSON file; a table goes beside it.
+        device: Device of this run.
+    """
+
+    def __init__(self, path: Path, device: str):
+        self.path, self.device = path, device
+        self.known = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, keys: Sequence[str], entry: dict[str, Any]) -> None:
+        """Put an entry at a path of keys."""
+        here = {
+            **environment(self.device),
+            'threads': torch.get_num_threads(),
+            'bfloat16': has_fast_bfloat16(self.device),
+        }
+        node = self.known
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = {'date': f'{date.today()}', **entry, 'environment': here}
+        self.known['bounds'] = bounds(self.known)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in (
+            (self.path, json.dumps(self.known, indent=2) + '\n'),
+            (self.path.with_suffix('.md'), format_tables(self.known)),
+        ):
+            partial = path.with_name(path.name + '.partial')
+            partial.write_text(text)
+            os.replace(partial, path)
+
+
+def run(args: argparse.Namespace, results: Results) -> None:
+    """Measure what was asked for, part by part."""
+    pairs = [pair.split(':') for pair in args.pairs]
+    cases = {(f'{t}:{s}', b): Case(t, s, b, args.image_size, args.device) for t, s in pairs for b in args.batch_sizes}
+    if 'steps' in args.parts:
+        for (pair, batch), case in cases.items():
+            print(f'{pair}, batch {batch}', flush=True)
+            entry = measure_steps(case, args.rounds)
+            results.add(['steps', pair, str(batch)], entry)
+    if 'memory' in args.parts:
+        for teacher, student in pairs:
+            case = Case(teacher, student, max(args.batch_sizes), args.image_size, args.device)
+            print(f'{teacher}:{student}, memory', flush=True)
+            names = [name for name in case.variants() if not name.startswith('teacher')]
+            entry = {'peak_bytes': measure_memory(case, names), **case.size()}
+            results.add(['memory', f'{teacher}:{student}'], entry)
+    teacher, student = pairs[0]
+    if 'projectors' in args.parts:
+        print(f'{teacher}:{student}, projectors', flush=True)
+        case = Case(teacher, student, min(args.batch_sizes), args.projector_image_size, args.device)
+        results.add(['projectors', f'{teacher}:{student}'], measure_projectors(case, min(args.rounds, 10)))
+    if 'loader' in args.parts:
+        print(f'{teacher}:{student}, from files', flush=True)
+        case = Case(teacher, student, min(args.batch_sizes), args.image_size, args.device)
+        entry = measure_loader(case, min(args.rounds, 12), args.images, args.workers)
+        results.add(['loader', f'{teacher}:{student}'], entry)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark.
+
+    Args:
+        argv: Command line; None takes that of the process.
+    """
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog='step_time.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--pairs', nargs='+', metavar='TEACHER:STUDENT', default=PAIRS, help='timm names')
+    add('--batch-sizes', nargs='+', type=int, metavar='N', default=[32, 256] if cuda else [16, 32])
+    add('--image-size', type=int, metavar='N', default=224 if cuda else 96, help='side in pixels')
+    add('--rounds', type=int, metavar='N', default=30)
+    add('--parts', nargs='+', choices=PARTS, default=PARTS, help='these alone')
+    add('--projector-image-size', type=int, metavar='N', default=224, help='for the part projectors')
+    add('--images', type=int, metavar='N', default=2048 if cuda else 96, help='JPEG files of the part loader')
+    add('--workers', type=int, metavar='N', default=8 if cuda else 1, help='loader processes of the part loader')
+    add('--device', default='cuda' if cuda else 'cpu')
+    add(
+        '--output', type=Path, metavar='FILE', default=ROOT / 'results' / 'step_time.json', help='JSON; a .md beside it'
+    )
+    args = parser.parse_args(argv)
+    for name in ('rounds', 'batch_sizes', 'image_size', 'projector_image_size', 'images'):
+        least = min(np.atleast_1d(getattr(args, name)))
+        if least < 1:
+            parser.error(f'--{name.replace("_", "-")} must be 1 or more, got {least}')
+    logging.getLogger('timm_pe').setLevel(logging.WARNING)
+    try:
+        for pair in args.pairs:
+            if pair.count(':') != 1:
+                raise UsageError(f"--pairs takes TEACHER:STUDENT, got '{pair}'")
+            for name in pair.split(':'):
+                check_model_name(name, '--pairs')
+        results = Results(args.output, args.device)
+        run(args, results)
+    except UsageError as e:
+        parser.error(str(e))
+    except KeyboardInterrupt:
+        parser.exit(130, f'interrupted: {args.output} has what was measured before\n')
+    print(args.output.with_suffix('.md').read_text())
+
+
+if __name__ == '__main__':
+    main()
