@@ -19,11 +19,13 @@ CLASSES = ('ant', 'bee', 'cat')
 
 @pytest.fixture(autouse=True)
 def _fresh_logging():
-    """A run sets up the root logger: give it back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    """A run sets up the root logger, and a benchmark ours: give them back."""
+    root, ours = logging.getLogger(), logging.getLogger('timm_pe')
+    handlers, levels = list(root.handlers), (root.level, ours.level)
     yield
-    root.handlers, root.level = handlers, level
+    root.handlers = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope='session')

@@ -18,6 +18,7 @@ from helpers import refused
 
 import train_distill
 
+pytestmark = pytest.mark.filterwarnings('ignore')  # what torch warns of while the bad files are made
 # the most that one refusal may take
 SECONDS, MEGABYTES = 120, 300
 # refused, but not in one line yet: name -> why

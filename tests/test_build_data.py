@@ -551,6 +551,7 @@ def test_a_fetched_package_is_unpacked_and_cleared_away(tool, tmp_path, monkeypa
         gzip.compress(struct.pack('>HBB1I', 0, 9, 1, 4) + b'1234'),
         gzip.compress(struct.pack('>HBB1I', 0, 8, 1, 5) + b'12345')[:-9],
     ],
+    ids=['no gzip', 'empty', 'half a header', 'too few bytes', 'not of bytes', 'a cut stream'],
 )
 def test_what_is_no_idx_file_is_refused(content, tmp_path):
     (tmp_path / 'x.gz').write_bytes(content)

@@ -187,9 +187,11 @@ def test_a_teacher_folds_only_when_asked_and_on_a_copy():
 
 def test_folding_leaves_the_module_of_the_user_as_it_was():
     model = create('resnet10t')
+    before = copy.deepcopy(model.state_dict())
     create_teacher(model, fold=True, dtype=torch.bfloat16)
     assert model.training
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
 
 
 def test_a_folded_teacher_without_logits_follows_its_own_input_size_and_named_tap():
@@ -218,12 +220,12 @@ def test_weights_are_folded_before_they_lose_precision():
     model = create('resnet34')
     x = torch.randn(4, 3, 64, 64)
     exact = create_teacher(copy.deepcopy(model))(x).feature
+    weights = {k: v.bfloat16() for k, v in create_teacher(model, fold=True).model.state_dict().items()}
     folded = create_teacher(model, fold=True, dtype=torch.bfloat16)
     plain = create_teacher(copy.deepcopy(model), dtype=torch.bfloat16)
     assert folded(x).feature.dtype == torch.bfloat16
     error, of_plain = ((t(x).feature.float() - exact).norm() for t in (folded, plain))
     assert error < 1.2 * of_plain
-    weights = {k: v.bfloat16() for k, v in create_teacher(copy.deepcopy(model), fold=True).model.state_dict().items()}
     assert all(torch.equal(v, weights[k]) for k, v in folded.model.state_dict().items())
 
 

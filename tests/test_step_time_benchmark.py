@@ -190,7 +190,7 @@ def tiny(tmp_path):
 def test_the_benchmark_writes_every_number_with_its_bounds_and_a_table(bench, tiny, tmp_path, capsys):
     bench.main([*tiny, '--parts', 'steps', 'projectors', 'loader'])
     results = json.loads((tmp_path / 'r' / 'step_time.json').read_text())
-    pair = 'cifar_resnet8:cifar_resnet8'
+    pair = 'cifar_resnet8:cifar_resnet8@32'
     steps = results['steps'][pair]['4']
     assert set(steps['median_ms']) == set(bench.VARIANTS)
     assert {'cpu', 'cores', 'torch', 'timm', 'threads'} <= set(steps['environment'])
@@ -240,14 +240,22 @@ def test_an_interrupted_benchmark_keeps_what_it_has_and_other_parts_stay(bench, 
     assert e.value.code == 130
     assert 'has what was measured before' in capsys.readouterr().err
     results = json.loads(path.read_text())
-    assert list(results['steps']['cifar_resnet8:cifar_resnet8']) == ['4']
+    assert list(results['steps']['cifar_resnet8:cifar_resnet8@32']) == ['4']
     assert results['memory']['a:b']['environment']['cpu'] == 'old'
+
+
+def test_a_pair_may_name_its_image_size(bench):
+    assert bench.read_pair('resnet34:resnet18@224', 96) == ('resnet34', 'resnet18', 224)
+    assert bench.read_pair('resnet34:resnet18', 96) == ('resnet34', 'resnet18', 96)
+    for pair in bench.PAIRS:
+        bench.read_pair(pair, 96)
 
 
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        (['--pairs', 'resnet34'], "--pairs takes TEACHER:STUDENT, got 'resnet34'"),
+        (['--pairs', 'resnet34'], "--pairs takes TEACHER:STUDENT or TEACHER:STUDENT@SIZE, got 'resnet34'"),
+        (['--pairs', 'resnet34:resnet18@x'], "got 'resnet34:resnet18@x'"),
         (['--pairs', 'resnet34:resnt18'], "unknown model 'resnt18', did you mean resnet18"),
         (['--rounds', '0'], '--rounds must be 1 or more, got 0'),
         (['--batch-sizes', '0'], '--batch-sizes must be 1 or more, got 0'),

@@ -6,7 +6,6 @@ import datetime
 import difflib
 import functools
 import importlib.util
-import math
 import operator
 import os
 import reprlib
@@ -18,7 +17,6 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from PIL import Image
 from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, world_info_from_env
 
@@ -73,7 +71,7 @@ _CHOICES = {
     'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
     'interpolation': ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
     'train_interpolation': ('', 'random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
-    'input_img_mode': (None, *Image.MODES),
+    'input_img_mode': (None, 'L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV'),  # of 8 bits
     'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'),
 }
 _AT_LEAST = {
@@ -106,6 +104,14 @@ _AT_LEAST = {
     'cooldown_epochs': 0,
     'mixup_off_epoch': 0,
     'recount': 1,
+    'train_num_samples': 1,
+    'val_num_samples': 1,
+    'epoch_repeats': 0,
+    'aug_repeats': 0,
+    'patience_epochs': 0,
+    'warmup_lr': 0,
+    'min_lr': 0,
+    'decay_rate': 0,
     'start_epoch': 0,
     'lr': 0,
     'lr_base_size': 1,
@@ -129,7 +135,7 @@ _AT_MOST = {
 _RUN_CODE = ('device_modules', 'dataset_trust_remote_code')
 # bytes of a YAML file, and values in what it gives for one flag
 _MAX_YAML, _MAX_VALUES = 2**17, 10_000
-_PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing', 'model_ema_decay', 'bce_target_thresh')  # fmt: skip
+_PROBABILITIES = ('hflip', 'vflip', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'drop', 'drop_path', 'drop_block', 'smoothing', 'model_ema_decay', 'bce_target_thresh', 'layer_decay', 'multilabel_threshold')  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -409,8 +415,8 @@ def _odd_value(given: Any) -> str:
                 return f'holds a control character: {reprlib.repr(value)}'
             if len(value) > 4096:
                 return 'is longer than 4,096 characters'
-        elif isinstance(value, float) and not math.isfinite(value):
-            return f'must be a finite number, got {value}'
+        elif isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
+            return f'must be a finite number (of float32), got {value}'
         elif isinstance(value, int) and abs(value) >= 2**63:
             return 'must be under 2**63'
         elif not isinstance(value, (int, float, datetime.date, type(None))):
@@ -449,6 +455,17 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'--seed must be under 2**32, got {args.seed}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct must be above 0 and at most 1, got {args.crop_pct}')
+    for name, value in args.pretrained_cfg_overlay.items():
+        share = isinstance(value, (int, float)) and 0 < value <= 1
+        if (name == 'crop_pct' and not share) or (name == 'interpolation' and value not in _CHOICES[name]):
+            parser.error(f'--pretrained-cfg-overlay {name} cannot be {value!r}')
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] == args.cutmix_minmax[1]:
+        parser.error(f'--cutmix-minmax must be two rising shares from 0 to 1, got {args.cutmix_minmax[0]} twice')
+    if args.device.startswith('meta'):
+        parser.error('--device meta computes nothing: give cuda or cpu')
+    for name in ('train_split', 'val_split'):
+        if not args.dataset and (os.path.isabs(getattr(args, name)) or '..' in getattr(args, name).split('/')):
+            parser.error(f'{_flag(name)} names a folder in that of the data set, got {getattr(args, name)!r}')
     _check_compile(parser, args)
     for name in _PROBABILITIES:
         value = getattr(args, name)
@@ -635,6 +652,8 @@ def _check_mixing(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f'--mixup and --cutmix mix pairs, {flag} must be even, got {odd[0]}')
     if mixing and args.aug_splits:
         parser.error('--mixup and --cutmix do not go with --aug-splits')
+    if args.aug_splits and args.no_prefetcher:
+        parser.error('--aug-splits does not go with --no-prefetcher, which does not take the splits of an image apart')
     if args.aug_splits == 1 or args.aug_splits < 0:
         parser.error(f'--aug-splits must be 0, or 2 and more, got {args.aug_splits}')
     if (args.jsd_loss or args.loss == 'jsd') and not args.aug_splits:

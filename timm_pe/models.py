@@ -6,6 +6,7 @@ import os
 
 import torch
 import torch.nn as nn
+from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 
@@ -97,6 +98,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
             _check_taken(model, weights, args.pretrained_path)
     else:
         model = create_timm_model(args.model, '--model', pretrained=args.pretrained, **kwargs)
+    _check_classifier(model, args)
     if args.initial_checkpoint:
         state_dict = read_state_dict(args.initial_checkpoint, '--initial-checkpoint')
         load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
@@ -104,6 +106,15 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     if args.grad_checkpointing:
         _set_grad_checkpointing(model, args.model)
     return model
+
+
+def _check_classifier(model: nn.Module, args: argparse.Namespace) -> None:
+    if not hasattr(model, 'num_classes') or not hasattr(model, 'get_classifier'):
+        raise UsageError(f'--model {args.model}: a {type(model).__name__} is no classifier, see --model-kwargs')
+    if args.input_img_mode and len(Image.new(args.input_img_mode, (1, 1)).getbands()) != model.in_chans:
+        raise UsageError(
+            f'--input-img-mode {args.input_img_mode} does not give the {model.in_chans} channels of the student'
+        )
 
 
 def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
