@@ -5,7 +5,7 @@
 Each part writes what it found into RESULTS as JSON and as a table, pair by pair: an interrupted benchmark keeps what it has,
 and a part that runs again replaces its own numbers alone.
 
-steps        medians of whole training steps; each round runs every variant once, in rotated order, and ratios are taken
+steps        medians of whole training steps; each round runs every variant once, in random order, and ratios are taken
              within a round, so that a machine that gets slower or faster in between does not count
 memory       peak memory of each variant, in a process of its own: what the allocator gave on CUDA, else how far the resident
              set rose above the bare imports
@@ -291,7 +291,7 @@ LABELS = {
 
 
 def measure(steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs all of them, in an order that rotates.
+    """Seconds of each step in each round; a round runs all of them, each time in another random order.
 
     Args:
         steps: What to run, called with the number of the call.
@@ -301,12 +301,12 @@ def measure(steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 
     """
     wait = torch.cuda.synchronize if device.startswith('cuda') else (lambda: None)
     seconds = {name: [] for name in steps}
-    names = list(steps)
+    names, order = list(steps), np.random.default_rng(0)
     gc.collect()
     gc.disable()
     try:
         for r in range(-2, rounds):
-            for name in names[r % len(names) :] + names[: r % len(names)]:
+            for name in order.permutation(names).tolist():
                 wait()
                 start = time.perf_counter()
                 for k in range(repeats):
@@ -766,7 +766,7 @@ def read_pair(pair: str, image_size: int) -> tuple[str, str, int]:
 
 
 def run(args: argparse.Namespace, pairs: Sequence[tuple[str, str, int]], results: Results) -> None:
-    """Measure what was asked for, part by part; projectors and loader with the first pair alone."""
+    """Measure what was asked for, part by part; projectors with the first pair alone."""
 
     def save(part: str, case: Case, entry: dict[str, Any], *more: str) -> None:
         results.add([part, f'{case.teacher}:{case.student}@{case.image_size}', *more], entry)
@@ -784,13 +784,13 @@ def run(args: argparse.Namespace, pairs: Sequence[tuple[str, str, int]], results
             case = start('memory', *pair, max(args.batch_sizes))
             names = [name for name in case.variants() if not name.startswith('teacher')]
             save('memory', case, {**case.size(), 'peak_bytes': measure_memory(case, names)})
-    teacher, student, size = pairs[0]
     if 'projectors' in args.parts:
-        case = start('projectors', teacher, student, args.projector_image_size, min(args.batch_sizes))
-        save('projectors', case, measure_projectors(case, min(args.rounds, 10)))
+        case = start('projectors', *pairs[0][:2], args.projector_image_size, min(args.batch_sizes))
+        save('projectors', case, measure_projectors(case, args.rounds))
     if 'loader' in args.parts:
-        case = start('loader', teacher, student, size, min(args.batch_sizes))
-        save('loader', case, measure_loader(case, min(args.rounds, 12), args.images, args.workers))
+        for pair in pairs:
+            case = start('loader', *pair, min(args.batch_sizes))
+            save('loader', case, measure_loader(case, args.rounds, args.images, args.workers))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -816,7 +816,7 @@ def main(argv: list[str] | None = None) -> None:
     add('--rounds', type=int, metavar='N', default=30)
     add('--parts', nargs='+', choices=PARTS, default=PARTS, help='these alone')
     add('--projector-image-size', type=int, metavar='N', default=224, help='for the part projectors')
-    add('--images', type=int, metavar='N', default=2048 if cuda else 96, help='JPEG files of the part loader')
+    add('--images', type=int, metavar='N', default=2048 if cuda else 64, help='JPEG files of the part loader')
     add('--workers', type=int, metavar='N', default=8 if cuda else 1, help='loader processes of the part loader')
     add('--device', default='cuda' if cuda else 'cpu')
     add(
