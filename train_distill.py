@@ -9,13 +9,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
 from timm_pe.args import exit_with_error, parse_args
 from timm_pe.cache import allocate_cache, open_teacher_cache
 from timm_pe.data import check_data, create_data, create_datasets
-from timm_pe.engine import NonFiniteLoss
-from timm_pe.errors import UsageError
+from timm_pe.errors import RunError, UsageError, one_line
 from timm_pe.fit import (
     announce,
     check_teacher,
@@ -25,21 +25,43 @@ from timm_pe.fit import (
     is_finished,
     open_run_folder,
 )
+from timm_pe.interrupts import Interrupted
 from timm_pe.logs import setup_logging
 from timm_pe.models import check_names, create_student
+from timm_pe.nonfinite import NonFiniteLoss
 from timm_pe.runtime import setup_runtime
 from timm_pe.task_from_args import create_run_task, create_run_teacher
+
+OUT_OF_MEMORY = (
+    'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
+    '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
+)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake ends the run with one line and exit code 2, a loss that diverged with one line and code 1."""
+    """One line in place of a traceback.
+
+    Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
+    """
     try:
         yield
     except UsageError as e:
-        exit_with_error(str(e))
+        exit_with_error(one_line(e, limit=2000))
     except NonFiniteLoss as e:
         exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1)
+    except RunError as e:
+        exit_with_error(one_line(e, limit=2000), code=1)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1)
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):  # torch has no type of its own for this on a CPU
+            raise
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1)
+    except Interrupted as e:
+        exit_with_error(
+            f'{e}: the same command with --resume auto --experiment NAME goes on there', code=128 + e.signum
+        )
     except KeyboardInterrupt:
         exit_with_error(
             'interrupted: --resume auto --experiment NAME continues from the last checkpoint, if any', code=130

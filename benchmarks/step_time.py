@@ -47,8 +47,8 @@ from timm.task import FeatureDistillationTask, TrainingTask
 from timm_pe import ProjectorEnsemble, ProjectorEnsembleTask, Teacher, TeacherOutput, create_feature_loss
 from timm_pe.args import parse_args
 from timm_pe.cache import allocate_cache, open_teacher_cache
-from timm_pe.data import create_data, create_datasets, set_epoch
-from timm_pe.engine import LossMeter, Trainer, train_one_epoch
+from timm_pe.data import create_data, create_datasets
+from timm_pe.engine import LossMeter, Trainer, train_one_epoch, zeroes_late
 from timm_pe.errors import UsageError
 from timm_pe.fit import create_trainer
 from timm_pe.loading import check_model_name
@@ -135,9 +135,10 @@ def student_alone(case: Case) -> Step:
 
     def step(i: int) -> None:
         input, target = batches[i % len(batches)]
-        F.cross_entropy(student(input), target).backward()
-        optimizer.step()
+        loss = F.cross_entropy(student(input), target)
         optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     return step
 
@@ -168,14 +169,17 @@ def our_task(case: Case, **teacher_kwargs: Any) -> ProjectorEnsembleTask:
 def task_step(task: TrainingTask, case: Case, teacher: Callable[[int], TeacherOutput] | None = None) -> Step:
     """A step as the engine makes it: task, backward, optimizer, running means of the losses on the device."""
     batches, optimizer = case.batches, create_optimizer(task.trainable_module.parameters())
-    meter = LossMeter(torch.device(case.device), distributed=False)
+    meter, late_zero = LossMeter(torch.device(case.device), distributed=False), zeroes_late(torch.device(case.device))
 
     def step(i: int) -> None:
         result = task(*batches[i % len(batches)], **({'teacher': teacher(i)} if teacher else {}))
+        if late_zero:
+            optimizer.zero_grad()
         result['loss'].backward()
         optimizer.step()
         meter.update({k: v for k, v in result.items() if k != 'output'}, case.batch_size)
-        optimizer.zero_grad()
+        if not late_zero:
+            optimizer.zero_grad()
 
     return step
 
@@ -458,7 +462,6 @@ def our_epoch(trainer: Trainer) -> Step:
     """An epoch as `fit` runs it."""
 
     def epoch(i: int) -> None:
-        set_epoch(trainer.data.train, i)
         train_one_epoch(trainer, i, Progress('', len(trainer.data.train), enabled=False))
 
     return epoch

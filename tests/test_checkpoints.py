@@ -45,7 +45,7 @@ def test_a_worse_student_at_the_number_of_the_best_epoch_does_not_replace_it(mak
         fill(model, epoch)
         saver.save_checkpoint(epoch, metric)
     again, model = make_saver()
-    again.load_state_dict_from_checkpoint(str(tmp_path / 'last.pth.tar'))
+    again.continue_from(str(tmp_path / 'last.pth.tar'))
     fill(model, 7)
     again.save_checkpoint(1, 5.0)
     assert student(tmp_path) == [1.0] * 3

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_pe.engine import LossMeter, NonFiniteLoss, _Accumulation, evaluate
+from timm_pe.engine import LossMeter, _Accumulation, evaluate
+from timm_pe.nonfinite import NonFiniteLoss
 
 
 def steps(num_batches, accum, yielded):

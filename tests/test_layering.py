@@ -7,7 +7,7 @@ import timm_pe
 
 ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
-    0: {'tap', 'projectors', 'losses', 'errors', 'version'},
+    0: {'tap', 'projectors', 'losses', 'errors', 'files', 'version'},
     1: {'task', 'teacher', 'fold', 'loading', 'draws', 'zoo'},
     2: {
         'args_timm',
@@ -21,6 +21,10 @@ FLOORS = {
         'checkpoints',
         'logs',
         'cache',
+        'interrupts',
+        'nonfinite',
+        'run_state',
+        'unreadable',
     },
     3: {'demo', 'analysis', 'plots', 'report', 'precompute'},
 }

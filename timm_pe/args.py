@@ -237,6 +237,7 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--pe-teacher-norm', metavar='NAME', type=str, default='none', choices=list(TEACHER_NORMS), help=f"normalization of the teacher's feature before the loss: {', '.join(TEACHER_NORMS)}")
     add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of plain logit distillation next to it')
     add('--train-crop-pad', metavar='N', type=int, default=0, help='in place of the random resized crop: resize to --img-size, pad by N pixels and crop at random (CIFAR recipes: 4)')
+    add('--nonfinite', type=str, default='stop', choices=('stop', 'skip'), help='what a loss or gradient that is NaN or infinite does: stop the run, or skip the update and say so')
     add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)')
 # fmt: on
 

@@ -1,12 +1,14 @@
 """Checkpoints in timm's format, and the student as safetensors. Every file is written beside and moved into place."""
 
 import argparse
+import contextlib
 import glob
 import logging
 import os
 import reprlib
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 import torch.nn as nn
@@ -16,7 +18,9 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import UsageError, one_line
+from .files import replaced, sync_file
 from .loading import check_state_dict, check_weights, find_checkpoint, why_unreadable
+from .run_state import RunState
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +43,9 @@ class Saver(CheckpointSaver):
         scaler: AMP loss scaler or None.
         decreasing: A lower metric is better.
         evaluated_model: Gives the module whose weights were evaluated (the EMA's if on).
+
+    Attributes:
+        run: Where the run is, stored in the checkpoints.
     """
 
     def __init__(
@@ -63,10 +70,23 @@ class Saver(CheckpointSaver):
             max_history=args.checkpoint_hist,
         )
         self.evaluated_model = evaluated_model
-        self.has_student = False
+        self.run: RunState | None = None
+        self._last_is_there = False
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        if self._last_is_there:
+            return
+        try:
+            super()._save(save_path, epoch, metric)
+            sync_file(save_path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(save_path)
+            raise
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
+        if not self._last_is_there:
+            os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
         beside = dst + '.tmp'
@@ -78,30 +98,53 @@ class Saver(CheckpointSaver):
             shutil.copy2(src, beside)
         os.replace(beside, dst)
 
+    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict:
+        """timm's bookkeeping, and where the run is."""
+        return {**super().state_dict(epoch, metric), 'run': vars(self.run) if self.run else None}
+
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
         """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
         best_before = self.best_metric
         best_metric, best_epoch = super().save_checkpoint(epoch, metric)
-        if self.best_metric != best_before or not self.has_student:
-            save_student(self.evaluated_model(), os.path.join(self.checkpoint_dir, 'student.safetensors'))
-            self.has_student = True
+        student = os.path.join(self.checkpoint_dir, 'student.safetensors')
+        # without any metric the student is the newest; a fresh run replaces that of an old one
+        if self.best_metric != best_before or self.best_metric is None or not os.path.exists(student):
+            save_student(self.evaluated_model(), student)
+        for path in recovery_files(self.recovery_dir):  # what `last` holds now is further
+            os.unlink(path)
         return best_metric, best_epoch
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue a folder's history; its best student is there already."""
-        super().load_state_dict(state_dict)
-        self.has_student = os.path.exists(os.path.join(self.checkpoint_dir, 'student.safetensors'))
-        # those of the process before us are ours to clean: keep the newest, as an undisturbed run would
-        *older, self.curr_recovery_file = sorted(recovery_files(self.recovery_dir), key=os.path.getmtime) or ['']
-        for path in older:
-            os.unlink(path)
+    def continue_from(self, path: str) -> None:
+        """Continue the history of a folder from one of its checkpoints, whose weights the model has."""
+        saved = load_checkpoint_metadata(path).get('saver') or {}
+        is_last = os.path.basename(path) == 'last.pth.tar'
+        epoch, metric = saved.get('pending', (None, None))
+        self.load_state_dict({**saved, 'pending': (None, None)} if is_last else saved)
+        # those of the process before us are ours to clean
+        for other in recovery_files(self.recovery_dir):
+            if not os.path.samefile(other, path):
+                os.unlink(other)
+            else:
+                self.curr_recovery_file = other
+        if is_last and epoch is not None:
+            # what follows on the writing of `last` is done again: a kill may have come in the midst of it
+            self._last_is_there = True
+            self.save_checkpoint(epoch, metric)
+            self._last_is_there = False
 
 
 def save_student(model: nn.Module, path: str) -> None:
     """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in unwrap_model(model).state_dict().items()}
-    save_file(tensors, path + '.tmp', metadata={'format': 'pt'})
-    os.replace(path + '.tmp', path)
+    with replaced(path) as beside:
+        save_file(tensors, beside, metadata={'format': 'pt'})
+
+
+def remove_half_written(folder: str) -> None:
+    """Remove what a process that was killed was writing in a run folder."""
+    for pattern in ('*.tmp', 'tmp.pth.tar', 'recovery_tmp.pth.tar'):
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            os.unlink(path)
 
 
 def recovery_files(folder: str) -> list[str]:
@@ -112,8 +155,8 @@ def recovery_files(folder: str) -> list[str]:
 def resolve_resume(args: argparse.Namespace) -> str:
     """The training checkpoint that --resume means.
 
-    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, `last`
-    or `recovery`, and '' where there is none yet.
+    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, and ''
+    where there is none yet.
 
     Raises:
         UsageError: No such checkpoint.
@@ -121,8 +164,10 @@ def resolve_resume(args: argparse.Namespace) -> str:
     if args.resume != 'auto':
         return find_resume(args) if args.resume else ''
     folder = os.path.join(args.output or os.path.join('output', 'train'), args.experiment)
-    files = [os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)]
-    for path in sorted(filter(os.path.isfile, files), key=os.path.getmtime, reverse=True):
+    # the last epoch's is `last` by another name: the one before it is for a file that the disk has lost
+    kept = glob.glob(os.path.join(glob.escape(folder), 'checkpoint-*.pth.tar'))
+    files = [os.path.join(folder, 'last.pth.tar'), *recovery_files(folder), *kept]
+    for path in sorted(filter(os.path.isfile, files), key=lambda path: os.stat(path).st_mtime_ns, reverse=True):
         try:
             _read(path)
         except UsageError as e:
@@ -140,11 +185,12 @@ def find_resume(args: argparse.Namespace) -> str:
 
 def resume(
     args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, runtime: Runtime
-) -> int | None:
+) -> tuple[int | None, RunState | None]:
     """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
 
     Returns:
-        The epoch to start with, None where the checkpoint names none.
+        The epoch to start with, None where the checkpoint names none; and where exactly the run was, None where the
+        checkpoint is not of train_distill or the optimizer is fresh.
 
     Raises:
         UsageError: No such checkpoint, unreadable, or of another model, optimizer or projectors.
@@ -162,6 +208,7 @@ def resume(
                 f'new ones on its student'
             )
         _logger.info(f"'{path}' holds no projectors: they start new.")
+    run = None if args.no_resume_opt else _run_state(checkpoint, path)
     try:
         epoch = resume_task_checkpoint(
             task,
@@ -174,8 +221,22 @@ def resume(
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
     if epoch is not None and os.path.basename(path).startswith('recovery-'):
-        epoch -= 1  # saved in the middle of that epoch: it is trained again
-    return epoch
+        epoch -= 1  # saved in that epoch, not after it
+    return epoch, run
+
+
+def _run_state(checkpoint: dict, path: str) -> RunState | None:
+    run = (checkpoint.get('saver') or {}).get('run')
+    if run is None:
+        return None
+    if not isinstance(run, dict) or set(run) != {f.name for f in fields(RunState)}:
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
+    state = RunState(**run)
+    if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
+        raise UsageError(
+            f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
+        )
+    return state
 
 
 def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:

@@ -3,9 +3,11 @@
 import argparse
 import copy
 import difflib
+import functools
 import io
 import logging
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,9 @@ from torchvision import transforms
 from .args import resolve_dtype
 from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import UsageError, one_line
+from .interrupts import ignore_in_worker
 from .runtime import Runtime
+from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
 
@@ -84,27 +88,49 @@ def _seed_loader(loader: Any, args: argparse.Namespace, runtime: Runtime) -> Any
     return loader
 
 
-def _plain_loader(loader: Any) -> Any:
+def plain_loader(loader: Any) -> Any:
+    """The DataLoader under a prefetcher."""
     return loader.loader if isinstance(loader, PrefetchLoader) else loader
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell all parts of a training loader which epoch comes next."""
-    plain = _plain_loader(loader)
-    batches = getattr(plain, 'batch_sampler', None)
-    if isinstance(plain, MultiEpochsDataLoader):
+def set_epoch(loader: Any, epoch: int, start: int = 0) -> bool:
+    """Tell all parts of a training loader which epoch comes next, and with which batch.
+
+    Returns:
+        Whether it will begin with batch `start`; a loader that cannot begins with the first.
+    """
+    plain = plain_loader(loader)
+    batches, erasing = getattr(plain, 'batch_sampler', None), getattr(loader, 'random_erasing', None)
+    multi_epochs = isinstance(plain, MultiEpochsDataLoader)
+    if multi_epochs:
         # its one iterator is ahead of us and counts epochs by itself once it runs
         batches = batches.sampler if plain.iterator is None else None
-    for part in (batches, loader.dataset, getattr(loader, 'random_erasing', None)):
+    for part in (batches, loader.dataset, erasing):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
+    seeks = isinstance(batches, DrawBatchSampler) and not multi_epochs
+    for part in (batches, erasing) if seeks else ():
+        if part is not None:
+            part.set_epoch(epoch, start)
+    return seeks
+
+
+def epoch_batches(loader: Any, epoch: int, start: int = 0) -> Iterator[tuple[int, tuple]]:
+    """The batches of an epoch from number `start` on, with their numbers.
+
+    A loader that can only begin at the beginning draws those before, and they are passed over.
+    """
+    first = start if set_epoch(loader, epoch, start) else 0
+    for i, batch in enumerate(loader, first):
+        if i >= start:
+            yield i, batch
 
 
 def first_batch(loader: Any) -> tuple:
     """The batch that epoch 0 will start with; the loader is as if it had not been drawn."""
     set_epoch(loader, 0)
     batch = next(iter(loader))
-    plain = _plain_loader(loader)
+    plain = plain_loader(loader)
     if isinstance(plain, MultiEpochsDataLoader):
         plain.iterator = None
     return batch
@@ -112,7 +138,7 @@ def first_batch(loader: Any) -> tuple:
 
 def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
     """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
-    plain = _plain_loader(loader)
+    plain = plain_loader(loader)
     other = DataLoader(
         plain.dataset,
         batch_sampler=ViewBatches(view, indices, batch_size),
@@ -181,6 +207,11 @@ _KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
 
 
 def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
+    dataset = _open_dataset(args, split, is_training, in_chans)
+    return CountingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
+
+
+def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
     if in_chans not in (1, 3) and not args.input_img_mode:
         raise UsageError(f'the student has {in_chans} input channels: say with --input-img-mode how images become that')
     mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
@@ -348,7 +379,20 @@ def create_data(
     train, mixup = None, None
     if datasets[0] is not None:
         train, mixup = _create_train_loader(args, datasets[0], config, student.num_classes, runtime)
-    return Data(train, _create_eval_loader(args, datasets[1], config, runtime), mixup, config)
+    evaluation = _create_eval_loader(args, datasets[1], config, runtime)
+    plain_loader(
+        evaluation
+    ).generator = torch.Generator()  # else its workers' seed is drawn from the run's random state
+    for loader in filter(None, (train, evaluation)):
+        plain = plain_loader(loader)
+        plain.worker_init_fn = functools.partial(_init_worker, plain.worker_init_fn)
+    return Data(train, evaluation, mixup, config)
+
+
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    ignore_in_worker()
+    if init is not None:
+        init(worker)
 
 
 def _check_target(dataset: Dataset) -> None:

@@ -101,16 +101,17 @@ class DrawBatchSampler(Sampler):
     ):
         self.batch_sampler, self.sampler, self.seed = batch_sampler, batch_sampler.sampler, seed
         self.rank, self.world_size, self.repeated, self.views = rank, world_size, repeated, views
-        self.epoch = 0
+        self.epoch = self.start = 0
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator = torch.Generator()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is; without a word it is the one after the last."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Say which epoch the next iteration is, and its first batch; without a word it is the one after the last."""
+        self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, self.epoch = self.epoch, self.epoch + 1
+        start, self.start = self.start, 0
         for part in (self.batch_sampler, self.sampler):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
@@ -124,7 +125,8 @@ class DrawBatchSampler(Sampler):
                 draws.append(Draw(view, index, times[index] * self.world_size + self.rank if self.repeated else 0))
                 if self.repeated:
                     times[index] += 1
-            yield Batch(draws, epoch, number)
+            if number >= start:
+                yield Batch(draws, epoch, number)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -207,8 +209,9 @@ class SeededErasing:
         self.erasing, self.seed, self.rank = erasing, seed, rank
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.number = epoch, 0
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Say which epoch the next batch is of, and its number."""
+        self.epoch, self.number = epoch, start
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         devices = [input.device] if input.device.type == 'cuda' else []

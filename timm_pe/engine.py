@@ -5,9 +5,9 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,19 +22,18 @@ from timm.task import (
 from timm.utils import dispatch_clip_grad
 
 from .cache import TeacherCache
-from .data import Data
+from .data import Data, epoch_batches
 from .draws import IndexedTarget, seeded_mixup
 from .errors import UsageError
+from .interrupts import Interrupted, Interrupts
 from .logs import Progress
-from .runtime import Runtime
+from .nonfinite import NonFiniteLoss, UpdateGuard, check_finite, describe_nonfinite
+from .run_state import RunState, run_settings, take_rank_state, take_schedule
+from .runtime import Runtime, on_primary
 
 _logger = logging.getLogger(__name__)
 
 _NEVER = 2**31 - 1
-
-
-class NonFiniteLoss(RuntimeError):
-    """A loss term became NaN or infinite; the message names the term and the step."""
 
 
 @dataclass
@@ -51,6 +50,10 @@ class Trainer:
         saver: Checkpoint saver on the primary rank, else None.
         wandb: Weights & Biases run on the primary rank with --log-wandb, else None.
         cache: What the teacher says of the training images with --teacher-cache, else None.
+        guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
+        interrupts: Signals that ask the run to stop.
+        images: Number and hash of the training images.
+        resumed: Where the run was when the checkpoint of --resume was written.
     """
 
     task: TrainingTask
@@ -62,11 +65,53 @@ class Trainer:
     saver: Any = None
     wandb: Any = None
     cache: TeacherCache | None = None
+    guard: UpdateGuard | None = None
+    interrupts: Interrupts = field(default_factory=lambda: Interrupts(distributed=False))
+    images: dict[str, Any] = field(default_factory=dict)
+    resumed: RunState | None = None
 
     @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps in an epoch; the batches left over at its end make a smaller one."""
-        return -(-len(self.data.train) // self.args.grad_accum_steps)
+        return self.updates_after(len(self.data.train))
+
+    def updates_after(self, batches: int) -> int:
+        """Optimizer steps in the first batches of an epoch."""
+        return -(-batches // self.args.grad_accum_steps)
+
+    def state(self, epoch: int, batch: int, losses: Mapping[str, Any] | None = None, **more: Any) -> RunState:
+        """Where the run is; to be called on all ranks.
+
+        Args:
+            epoch: The epoch.
+            batch: How many of its batches are trained.
+            losses: Sums of its losses so far, where it is not through.
+            **more: What else is known, see `RunState`.
+        """
+        return RunState(
+            epoch,
+            batch,
+            settings=run_settings(self.args, len(self.data.train), self.runtime.world_size),
+            data=self.images,
+            schedule=take_schedule(self.scheduler),
+            ranks=take_rank_state(self.task, self.runtime, losses),
+            **more,
+        )
+
+    def save_recovery(self, state: RunState) -> None:
+        """Write a recovery checkpoint of weights that are finite; to be called on all ranks.
+
+        Raises:
+            NonFiniteLoss: They are not; nothing is written.
+            RunError: It cannot be written; those before are whole.
+        """
+        check_finite(self.task, self.runtime)
+
+        def save() -> None:
+            self.saver.run = state
+            self.saver.save_recovery(state.epoch, batch_idx=state.batch - 1)
+
+        on_primary(self.runtime, save, 'a recovery checkpoint')
 
 
 class LossMeter:
@@ -74,24 +119,50 @@ class LossMeter:
 
     Also remembers the first step at which each term was not finite. Reading synchronizes with the device, and with the
     other ranks.
+
+    Args:
+        device: Where the terms are.
+        distributed: Read those of all ranks.
+        skip: Leave batches with a term that is not finite out, and do not raise.
+
+    Attributes:
+        bad: With `skip`, what was not finite and where first, as of the last reading.
     """
 
-    def __init__(self, device: torch.device, distributed: bool):
-        self.device, self.distributed = device, distributed
+    def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
+        self.device, self.distributed, self.skip = device, distributed, skip
+        self.bad = ''
         self.names: list[str] = []
         self.steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What was added up, to go on from with `load_state`."""
+        return {'names': self.names, 'steps': self.steps, 'sums': self.sums.cpu()} if self.names else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was added up before."""
+        if state:
+            self._start(state['names'])
+            self.steps = state['steps']
+            self.sums.copy_(state['sums'])
+
+    def _start(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.sums = torch.zeros(len(self.names) + 1, device=self.device, dtype=torch.float32)
+        self.first_bad = torch.full((len(self.names),), _NEVER, device=self.device, dtype=torch.int64)
 
     def update(self, terms: dict[str, torch.Tensor], batch_size: int) -> None:
         """Add one batch's terms (scalars on the device)."""
         values = torch.stack([v.detach().float() for v in terms.values()])
         if not self.names:
-            self.names = list(terms)
-            self.sums = torch.zeros(len(values) + 1, device=self.device, dtype=torch.float32)
-            self.first_bad = torch.full((len(values),), _NEVER, device=self.device, dtype=torch.int64)
+            self._start(terms)
+        finite = torch.isfinite(values)
+        self.first_bad = torch.minimum(self.first_bad, torch.where(finite, _NEVER, self.steps))
+        if self.skip:
+            values = torch.where(finite.all(), values, 0)
+            batch_size = batch_size * finite.all()
         self.sums[:-1] += values * batch_size
         self.sums[-1] += batch_size
-        here = torch.where(torch.isfinite(values), _NEVER, self.steps)
-        self.first_bad = torch.minimum(self.first_bad, here)
         self.steps += 1
 
     def read(self) -> OrderedDict[str, float]:
@@ -110,40 +181,52 @@ class LossMeter:
         if step < _NEVER:
             # the terms before their weighted sum: 'loss' is only the culprit where no term is
             bad = [n for n, first in zip(self.names, firsts, strict=True) if first == step]
-            named = [n for n in bad if n != 'loss'] or bad
-            raise NonFiniteLoss(f'{" and ".join(named)} not finite at batch {step:.0f} of the epoch')
-        return OrderedDict((n, total / count) for n, total in zip(self.names, totals, strict=True))
+            self.bad = describe_nonfinite(bad, int(step))
+            if not self.skip:
+                raise NonFiniteLoss(self.bad)
+        return OrderedDict((n, total / max(count, 1)) for n, total in zip(self.names, totals, strict=True))
 
 
-def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> OrderedDict[str, float]:
-    """Train one epoch.
+def train_one_epoch(
+    trainer: Trainer, epoch: int, progress: Progress, start: int = 0, losses: Mapping[str, Any] | None = None
+) -> OrderedDict[str, float]:
+    """Train one epoch, or the rest of one.
 
     Args:
         trainer: What to train with.
         epoch: Number of the epoch, from 0.
         progress: Where to show it.
+        start: The first batch, from 0.
+        losses: Sums of the losses of the batches before.
 
     Returns:
         Mean of the loss and of each of its raw terms, and images_per_s.
 
     Raises:
         NonFiniteLoss: See `LossMeter.read`.
+        Interrupted: The run was asked to stop before the last batch, and has written a recovery checkpoint.
     """
     task, args, runtime = trainer.task, trainer.args, trainer.runtime
     task.train()
-    meter = LossMeter(runtime.device, runtime.distributed)
+    meter = LossMeter(runtime.device, runtime.distributed, skip=trainer.guard is not None)
+    meter.load_state(losses or {})
     num_batches = len(trainer.data.train)
     accum = _Accumulation(num_batches, args.grad_accum_steps)
-    update = epoch * trainer.updates_per_epoch
-    images, start = 0, time.perf_counter()
+    update = epoch * trainer.updates_per_epoch + trainer.updates_after(start)
+    images, began, recovery_due = 0, time.perf_counter(), False
+    late_zero = zeroes_late(runtime.device)
     trainer.optimizer.zero_grad()
-    for i, (input, target) in enumerate(trainer.data.train):
+    for i, (input, target) in epoch_batches(trainer.data.train, epoch, start):
         input, target = _to_device(trainer, epoch, i, input, target)
         size = batch_size(input)
         need_update = accum.ends_at(i)
+        if trainer.guard is not None and accum.starts_at(i):
+            trainer.guard.before_forward()
         with task.no_sync() if runtime.distributed and not need_update else nullcontext():
             with runtime.autocast():
                 result = _forward(trainer, input, target)
+            if late_zero and accum.starts_at(i):
+                trainer.optimizer.zero_grad()
             _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update)
         meter.update({k: v for k, v in result.items() if k != 'output'}, size)
         images += size * runtime.world_size
@@ -152,26 +235,43 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
             update += 1
             if last and hasattr(trainer.optimizer, 'sync_lookahead'):
                 trainer.optimizer.sync_lookahead()  # passes over parameters without a gradient: before zero_grad
-            trainer.optimizer.zero_grad()
+            if not late_zero or last:
+                trainer.optimizer.zero_grad()
             task.update_ema(step=update)
             if args.synchronize_step and runtime.device.type == 'cuda':
                 torch.cuda.synchronize()
             if trainer.scheduler is not None:
                 trainer.scheduler.step_update(num_updates=update, metric=None)
         if last or (i + 1) % args.log_interval == 0:
-            progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), mean_lr(trainer.optimizer))
+            progress.update(i + 1, meter.read(), images / (time.perf_counter() - began), mean_lr(trainer.optimizer))
+            if trainer.guard is not None:
+                trainer.guard.say(meter.bad)
             _save_images(trainer, input, i)
         else:
             progress.update(i + 1)
-        if args.recovery_interval and (last or (i + 1) % args.recovery_interval == 0):
-            meter.read()  # never save what a non-finite loss has touched
-            if trainer.saver is not None:
-                trainer.saver.save_recovery(epoch, batch_idx=i)
+        recovery_due |= bool(args.recovery_interval) and (i + 1) % args.recovery_interval == 0
+        if need_update and not last:  # after the last batch it is for the caller to see
+            signum = trainer.interrupts.requested()
+            if signum or recovery_due:
+                meter.read()  # never save what a non-finite loss has touched
+                trainer.save_recovery(trainer.state(epoch, i + 1, meter.state()))
+                recovery_due = False
+            if signum:
+                raise Interrupted(signum, f'after batch {i + 1} of {num_batches} of epoch {epoch}')
     if trainer.cache is not None:
         trainer.cache.flush()
     metrics = meter.read()
-    metrics['images_per_s'] = images / (time.perf_counter() - start)
+    metrics['images_per_s'] = images / (time.perf_counter() - began)
     return metrics
+
+
+def zeroes_late(device: torch.device) -> bool:
+    """Whether to free gradients just before the backward that makes new ones, not after the step.
+
+    A CPU's allocator would give the memory back to the system in between, and page it in again: up to 5 % of a step. A
+    GPU's keeps it, and there the activations of the next forward can have it.
+    """
+    return device.type == 'cpu'
 
 
 def _forward(trainer: Trainer, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> dict[str, torch.Tensor]:
@@ -187,6 +287,9 @@ class _Accumulation:
 
     def __init__(self, num_batches: int, steps: int):
         self.num_batches, self.steps = num_batches, steps
+
+    def starts_at(self, i: int) -> bool:
+        return i % self.steps == 0
 
     def ends_at(self, i: int) -> bool:
         return i + 1 >= self.num_batches or (i + 1) % self.steps == 0
@@ -270,9 +373,13 @@ def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
             create_graph=getattr(optimizer, 'is_second_order', False),
             need_update=need_update,
         )
+        if need_update and trainer.guard is not None:
+            trainer.guard.after_backward()
         return
     loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
     if need_update:
+        if trainer.guard is not None:
+            trainer.guard.after_backward()
         if parameters is not None:
             dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
         optimizer.step()
@@ -291,6 +398,7 @@ def evaluate(
     runtime: Runtime,
     args: argparse.Namespace,
     progress: Progress,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> OrderedDict[str, float]:
     """Metrics (in percent) and loss of `model` over a validation loader, over all ranks.
 
@@ -300,6 +408,7 @@ def evaluate(
         runtime: Device, ranks, precision.
         args: Run arguments.
         progress: Where to show it.
+        after_batch: Called after each batch.
 
     Raises:
         UsageError: Labels that the model has no class for.
@@ -318,4 +427,5 @@ def evaluate(
             raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
         evaluator.update(output, target)
         progress.update(i + 1)
+        after_batch()
     return evaluator.compute(distributed=runtime.distributed)

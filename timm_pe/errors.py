@@ -1,4 +1,4 @@
-"""The one exception type for what a user can put right."""
+"""The exception types that the command line prints as one line."""
 
 
 class UsageError(ValueError):
@@ -8,7 +8,17 @@ class UsageError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though it was started right: the message says why, what is safe and what to do.
+
+    The command line prints it as one line and exits with code 1.
+    """
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of `error` on one line, cut to `limit` characters."""
-    text = ' '.join(str(error).split()) or type(error).__name__
+    """The message of `error` on one line, cut to `limit` characters; of an error in a loader's worker, its own words."""
+    text = str(error)
+    if 'Original Traceback (most recent call last)' in text:
+        text = text.rstrip().rsplit('\n', 1)[-1].split(': ', 1)[-1]
+    text = ' '.join(text.split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + '...'

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -15,23 +15,30 @@ import torch.nn as nn
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
+from timm.utils import distribute_bn, get_outdir, unwrap_model
+from torch.utils.data import IterableDataset
 
 from . import checkpoints
 from .args import resolve_lr
-from .cache import TeacherCache
+from .cache import TeacherCache, hash_names
 from .checkpoints import Saver
-from .data import Data, first_batch, set_epoch
+from .data import Data, first_batch, plain_loader
 from .engine import Trainer, create_evaluator, evaluate, mean_lr, train_one_epoch
 from .errors import UsageError, one_line
+from .files import replaced
+from .interrupts import Interrupted, Interrupts
 from .loading import load_weights, read_state_dict
-from .logs import Progress, start_table, start_wandb, write_summary
+from .logs import Progress, cut_summary, start_table, start_wandb, write_summary
 from .models import place_student
-from .runtime import Runtime, prepare_task
+from .nonfinite import UpdateGuard, check_finite
+from .run_state import RunState, restore_rank_state, restore_schedule, run_settings
+from .runtime import Runtime, on_primary, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
+from .unreadable import describe_unreadable
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ def create_trainer(
     """
     args.lr = resolve_lr(args, runtime.world_size)
     optimizer = _create_optimizer(args, task)
-    start_epoch = checkpoints.resume(args, task, optimizer, runtime) if args.resume else None
+    start_epoch, state = checkpoints.resume(args, task, optimizer, runtime) if args.resume else (None, None)
     if args.resume and not args.no_resume_opt:
         _announce_resumed_settings(args, optimizer)
     if args.model_ema:
@@ -59,9 +66,12 @@ def create_trainer(
         if args.resume:
             checkpoints.resume_ema(args, task)
     if isinstance(task, ProjectorEnsembleTask):
-        _settle_activation(task, data, runtime, cache)
+        _look_at_first_batch(task, data, runtime, cache)
     prepare_task(task, args, runtime)
-    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache)
+    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=_describe_images(data))
+    trainer.resumed = _accept_state(trainer, state)
+    if args.nonfinite == 'skip':
+        trainer.guard = UpdateGuard(task.get_trainable_module(), scales=runtime.scaler is not None)
     try:
         trainer.scheduler, num_epochs = create_scheduler_v2(
             optimizer,
@@ -82,12 +92,48 @@ def create_trainer(
             f'All {num_epochs} epochs are warmup (--warmup-epochs {args.warmup_epochs}): the learning rate never reaches '
             f'{args.lr:.4g}.'
         )
-    if trainer.scheduler is not None and start_epoch > 0:
-        if args.sched_on_updates:
-            trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
-        else:
-            trainer.scheduler.step(start_epoch)
+    if trainer.scheduler is not None and (start_epoch > 0 or trainer.resumed):
+        _resume_schedule(trainer, start_epoch)
     return trainer, start_epoch, num_epochs
+
+
+def _resume_schedule(trainer: Trainer, start_epoch: int) -> None:
+    scheduler, state = trainer.scheduler, trainer.resumed
+    restore_schedule(scheduler, state.schedule if state else {})
+    if trainer.args.sched_on_updates:
+        batches = state.batch if state and not state.validated else 0
+        scheduler.step_update(start_epoch * trainer.updates_per_epoch + trainer.updates_after(batches))
+    elif not isinstance(scheduler, PlateauLRScheduler):
+        scheduler.step(start_epoch)
+    elif not state or state.validated:
+        scheduler.step(start_epoch, state.metric if state else None)
+
+
+def _describe_images(data: Data) -> dict[str, Any]:
+    dataset = getattr(plain_loader(data.train).dataset, 'dataset', None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return {}
+    return {'number': len(dataset), 'names': hash_names(dataset)}
+
+
+def _accept_state(trainer: Trainer, state: RunState | None) -> RunState | None:
+    """What of a checkpoint's state holds for this run; where something in it has changed, say what follows."""
+    if state is None or trainer.args.start_epoch is not None:
+        return None
+    if state.data != trainer.images:
+        _logger.warning(
+            f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
+            f'{state.data.get("names")} then, {trainer.images.get("number")} of hash {trainer.images.get("names")} now.'
+        )
+    if state.validated:
+        return state
+    settings = run_settings(trainer.args, len(trainer.data.train), trainer.runtime.world_size)
+    changed = [k for k, v in settings.items() if state.settings.get(k) != v]
+    if not changed and state.data == trainer.images:
+        return state
+    why = ', '.join(f'{k.replace("_", " ")} {state.settings.get(k)} then and {settings[k]} now' for k in changed)
+    _logger.warning(f'Epoch {state.epoch} starts again from its first batch: {why or "other images"}.')
+    return None
 
 
 def _check_epochs(args: argparse.Namespace, num_epochs: int) -> None:
@@ -143,16 +189,26 @@ def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Opt
             )
 
 
-def _settle_activation(
+def _look_at_first_batch(
     task: ProjectorEnsembleTask, data: Data, runtime: Runtime, cache: TeacherCache | None = None
 ) -> None:
-    """Decide an 'auto' activation on the run's first training batch, the one that epoch 0 will start with."""
-    if task.projection.act != 'auto':
-        return
+    """Ask the teacher about the batch that epoch 0 will start with: is it sound, and what does it make of an 'auto' activation?
+
+    Raises:
+        UsageError: A feature or logit that is not finite.
+    """
     input, target = first_batch(data.train)
     input = input.to(runtime.device, runtime.model_dtype or torch.float32)
     with runtime.autocast():
-        teacher = cache(target, lambda: task.teacher(input)) if cache is not None else None
+        teacher = cache(target, lambda: task.teacher(input)) if cache is not None else task.teacher(input)
+        for what, values in (('features', teacher.feature), ('logits', teacher.logits)):
+            if values is not None and not torch.isfinite(values).all():
+                raise UsageError(
+                    f"the teacher's {what} on the first training batch are not finite: are its weights right, is "
+                    f'--teacher-dtype wide enough?'
+                )
+        if task.projection.act != 'auto':
+            return
         act = task.resolve_act(input, teacher)
     signs = 'all >= 0' if act == 'relu' else 'of both signs'
     _logger.info(f"--pe-act auto is '{act}': the teacher's features on the first training batch are {signs}.")
@@ -184,13 +240,22 @@ def check_teacher(
         )
 
 
-def validate(model: Any, data: Data, runtime: Runtime, args: argparse.Namespace, what: str) -> OrderedDict[str, float]:
+def validate(
+    model: Any,
+    data: Data,
+    runtime: Runtime,
+    args: argparse.Namespace,
+    what: str,
+    after_batch: Callable[[], None] = lambda: None,
+) -> OrderedDict[str, float]:
     """`evaluate` over the validation split, with its progress shown."""
     progress = Progress(what, len(data.eval), runtime.is_primary)
     try:
-        return evaluate(model, data.eval, runtime, args, progress)
+        metrics = evaluate(model, data.eval, runtime, args, progress, after_batch)
     finally:
         progress.close()
+    _say_unreadable(data.eval, len(data.eval.dataset), runtime)
+    return metrics
 
 
 def default_metric(args: argparse.Namespace) -> str:
@@ -241,7 +306,8 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
     size = trainer.data.config['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
-    with open(os.path.join(folder, 'args.yaml'), 'w', encoding='utf-8') as f:
+    checkpoints.remove_half_written(folder)
+    with replaced(os.path.join(folder, 'args.yaml')) as path, open(path, 'w', encoding='utf-8') as f:
         f.write(args_text)
     task = trainer.task
     with_ema = task.has_ema() and not args.model_ema_force_cpu
@@ -255,11 +321,14 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
         evaluated_model=lambda: task.get_eval_model(ema=with_ema),
     )
     same_folder = (
-        args.resume and start_epoch > 0 and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+        args.resume
+        and (start_epoch > 0 or trainer.resumed)
+        and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
     )
     if same_folder:
-        trainer.saver.load_state_dict_from_checkpoint(args.resume)
-    trim_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
+        trainer.saver.continue_from(args.resume)
+        _finish_milestone(trainer, start_epoch)
+    cut_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
     if args.log_wandb:
         trainer.wandb = start_wandb(args, folder)
     return folder
@@ -285,48 +354,104 @@ def announce(
 
 
 def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> None:
-    """Train, validate and save, epoch by epoch.
+    """Train, validate and save, epoch by epoch; a resumed run goes on at the batch where it was.
 
     Args:
         trainer: What to train with.
         start_epoch: First epoch, from 0.
         num_epochs: One past the last.
         folder: The run's folder, used on the primary rank.
+
+    Raises:
+        Interrupted: A signal asked the run to stop; a checkpoint of where it stopped is written.
+        RunError: It cannot go on; checkpoints written before are whole.
     """
     args, runtime = trainer.args, trainer.runtime
-    metric_names = create_evaluator(args, runtime, trainer.data.eval).metric_names
     metric_name = args.eval_metric or default_metric(args)
     stop = args.stop_epoch or num_epochs
-    milestones = args.save_epochs or []
-    best = (None, None)
     began = time.perf_counter()
-    for epoch in range(start_epoch, stop):
-        set_epoch(trainer.data.train, epoch)
-        progress = Progress(f'Train {epoch}/{num_epochs - 1}', len(trainer.data.train), runtime.is_primary)
-        try:
-            train_metrics = train_one_epoch(trainer, epoch, progress)
-        finally:
-            progress.close()
-        lr = mean_lr(trainer.optimizer)
-        _share_bn(trainer)
-        due = (epoch + 1) % args.val_interval == 0 or epoch == stop - 1 or epoch + 1 in milestones
-        eval_metrics = _validate_task(trainer, epoch, num_epochs) if due else None
-        metric = eval_metrics[metric_name] if eval_metrics else None
-        if runtime.is_primary:
-            shown = eval_metrics or dict.fromkeys(metric_names, '')
-            write_summary(os.path.join(folder, 'summary.csv'), epoch, train_metrics, shown, lr)
-            if trainer.wandb is not None:
-                trainer.wandb.log(flat_metrics(epoch, train_metrics, eval_metrics or {}, lr))
-            best = trainer.saver.save_checkpoint(epoch, metric=metric)
-            if epoch + 1 in milestones:
-                trainer.saver.save_milestone(epoch + 1)
-        if trainer.scheduler is not None:
-            trainer.scheduler.step(epoch + 1, metric)
+    losses = restore_rank_state(trainer.resumed, trainer.task, runtime) if trainer.resumed else {}
+    state = trainer.resumed if trainer.resumed and not trainer.resumed.validated else None
+    best = (None, None)
+    with Interrupts(runtime.distributed) as trainer.interrupts:
+        for epoch in range(start_epoch, stop):
+            if state is None or not state.train_metrics:
+                state = _train(trainer, epoch, num_epochs, state.batch if state else 0, losses)
+            due = (epoch + 1) % args.val_interval == 0 or epoch == stop - 1 or epoch + 1 in (args.save_epochs or [])
+            eval_metrics = _validate_task(trainer, state, num_epochs) if due else None
+            metric = eval_metrics[metric_name] if eval_metrics else None
+            best = _save_epoch(trainer, state, eval_metrics, metric, folder)
+            if trainer.scheduler is not None:
+                trainer.scheduler.step(epoch + 1, metric)
+            state, losses = None, {}
     if runtime.is_primary and best[0] is not None:
         _logger.info(
             f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {time.perf_counter() - began:.0f} s. '
             f"The student: '{os.path.join(folder, 'student.safetensors')}'."
         )
+
+
+def _train(trainer: Trainer, epoch: int, num_epochs: int, start: int, losses: Mapping[str, Any]) -> RunState:
+    """An epoch's training, or the rest of it; gives where the run is after it."""
+    args, runtime, num_batches = trainer.args, trainer.runtime, len(trainer.data.train)
+    progress = Progress(f'Train {epoch}/{num_epochs - 1}', num_batches, runtime.is_primary)
+    try:
+        metrics = train_one_epoch(trainer, epoch, progress, start, losses)
+    finally:
+        progress.close()
+    _say_unreadable(trainer.data.train, (num_batches - start) * args.batch_size * runtime.world_size, runtime)
+    _share_bn(trainer)
+    state = trainer.state(epoch, num_batches, train_metrics=dict(metrics))
+    if args.recovery_interval:
+        trainer.save_recovery(state)
+    _stop_if_asked(trainer, state)
+    return state
+
+
+def _stop_if_asked(trainer: Trainer, state: RunState) -> None:
+    signum = trainer.interrupts.requested()
+    if signum:
+        trainer.save_recovery(state)
+        raise Interrupted(signum, f'after epoch {state.epoch}, before its validation was through')
+
+
+def _say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
+    said = describe_unreadable(loader.dataset, images, runtime.distributed)
+    if said:
+        _logger.warning(said)
+
+
+def _save_epoch(
+    trainer: Trainer,
+    state: RunState,
+    eval_metrics: Mapping[str, float] | None,
+    metric: float | None,
+    folder: str,
+) -> tuple[float | None, int | None]:
+    """An epoch's row in summary.csv and its checkpoints; gives the best metric and its epoch on the primary rank."""
+    args, runtime, epoch = trainer.args, trainer.runtime, state.epoch
+    check_finite(trainer.task, runtime)
+    state = trainer.state(epoch, state.batch, train_metrics=state.train_metrics, validated=True, metric=metric)
+    lr = mean_lr(trainer.optimizer)
+    best = [(None, None)]
+
+    def save() -> None:
+        metric_names = create_evaluator(args, runtime, trainer.data.eval).metric_names
+        shown = eval_metrics or dict.fromkeys(metric_names, '')
+        write_summary(os.path.join(folder, 'summary.csv'), epoch, state.train_metrics, shown, lr)
+        if trainer.wandb is not None:
+            trainer.wandb.log(flat_metrics(epoch, state.train_metrics, eval_metrics or {}, lr))
+        trainer.saver.run = state
+        best[0] = trainer.saver.save_checkpoint(epoch, metric=metric)
+        _finish_milestone(trainer, epoch + 1)
+
+    on_primary(runtime, save, 'the checkpoint of an epoch')
+    return best[0]
+
+
+def _finish_milestone(trainer: Trainer, completed: int) -> None:
+    if completed in (trainer.args.save_epochs or []):
+        trainer.saver.save_milestone(completed)
 
 
 def _share_bn(trainer: Trainer) -> None:
@@ -338,11 +463,14 @@ def _share_bn(trainer: Trainer) -> None:
                 distribute_bn(module, runtime.world_size, args.dist_bn == 'reduce')
 
 
-def _validate_task(trainer: Trainer, epoch: int, num_epochs: int) -> OrderedDict[str, float]:
+def _validate_task(trainer: Trainer, state: RunState, num_epochs: int) -> OrderedDict[str, float]:
     """Validate the weights, and where there is a moving average that too; its metrics are the ones that count."""
-    task, args = trainer.task, trainer.args
+    task, args, epoch = trainer.task, trainer.args, state.epoch
+    # ranks of a stream may differ in their numbers of batches: they are not asked together
+    is_stream = isinstance(trainer.data.eval.dataset, IterableDataset)
+    ask = (lambda: None) if is_stream else (lambda: _stop_if_asked(trainer, state))
     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
         model = task.get_eval_model(ema=ema).eval()
-        metrics = validate(model, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test')
+        metrics = validate(model, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test', ask)
         _logger.info(f'Test{" (EMA)" if ema else ""} {epoch}/{num_epochs - 1}: {format_metrics(metrics)}')
     return metrics

@@ -1,19 +1,22 @@
 """What a run says: the start table, progress, summary.csv."""
 
 import argparse
+import contextlib
 import csv
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.utils import setup_default_logging, update_summary, world_info_from_env
+from timm.utils import setup_default_logging, trim_summary, update_summary, world_info_from_env
 from tqdm import tqdm
 
+from .files import replaced
 from .runtime import Runtime, describe_precision
 
 _logger = logging.getLogger(__name__)
@@ -222,7 +225,26 @@ def write_summary(
     """Append an epoch to summary.csv; an epoch without validation has empty metrics."""
     columns = ['epoch', *(f'train_{k}' for k in train_metrics), *(f'eval_{k}' for k in eval_metrics), 'lr']
     _move_aside_other_columns(path, columns)
-    update_summary(epoch, train_metrics, eval_metrics, filename=path, lr=lr)
+    with _changed(path) as changed:
+        update_summary(epoch, train_metrics, eval_metrics, filename=changed, lr=lr)
+
+
+def cut_summary(path: str, start_epoch: int) -> None:
+    """Drop the rows of summary.csv from an epoch on: a resumed run writes them again."""
+    if os.path.exists(path):
+        with _changed(path) as changed:
+            trim_summary(changed, start_epoch)
+
+
+@contextlib.contextmanager
+def _changed(path: str) -> Iterator[str]:
+    """A copy to change, which then takes the place of the file at once."""
+    with replaced(path) as copy:
+        if os.path.exists(path):
+            shutil.copyfile(path, copy)
+        else:
+            open(copy, 'w').close()
+        yield copy
 
 
 def _move_aside_other_columns(path: str, columns: list[str]) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, init_distributed_device, random_seed, set_jit_fuser
 
 from .args import resolve_dtype
-from .errors import UsageError, one_line
+from .errors import RunError, UsageError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -89,6 +91,33 @@ def setup_runtime(args: argparse.Namespace) -> Runtime:
         scaler=NativeScaler(device.type) if args.amp and amp_dtype == torch.float16 and device.type == 'cuda' else None,
         model_dtype=model_dtype,
     )
+
+
+def on_primary(runtime: Runtime, write: Callable[[], None], what: str) -> None:
+    """Let the primary rank write something; to be called on all ranks, and where it fails all of them know.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    failure = [None]
+    if runtime.is_primary:
+        try:
+            write()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch's own file writer raises RuntimeError
+            failure = [f'cannot write {what}: {_why(e)}']
+    if runtime.distributed:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise RunError(f'{failure[0]}; what was written before is whole')
+
+
+def _why(error: BaseException) -> str:
+    cause = error
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else one_line(error)
 
 
 def describe_precision(args: argparse.Namespace) -> str:

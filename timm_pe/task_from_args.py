@@ -6,7 +6,6 @@ import os
 
 import torch.distributed as dist
 import torch.nn as nn
-import yaml
 from timm.loss import create_classification_loss
 from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from timm.task import (
@@ -18,7 +17,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from .args import resolve_dtype
+from .args import read_run_settings, resolve_dtype
 from .data import Data, mixing_active, resolve_smoothing
 from .errors import UsageError, one_line
 from .loading import announce_download
@@ -70,11 +69,10 @@ def _take_run_folder_settings(args: argparse.Namespace) -> None:
     path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
     if not args.teacher_checkpoint or not os.path.isfile(path):
         return
-    with open(path, encoding='utf-8') as f:
-        run = yaml.safe_load(f)
-    args.teacher_mean = args.teacher_mean or run.get('mean')
-    args.teacher_std = args.teacher_std or run.get('std')
-    model_kwargs = {**(run.get('model_kwargs') or {}), 'in_chans': run.get('in_chans'), 'global_pool': run.get('gp')}
+    run = read_run_settings(path, '--teacher-checkpoint')
+    args.teacher_mean = args.teacher_mean or run['mean']
+    args.teacher_std = args.teacher_std or run['std']
+    model_kwargs = {**(run['model_kwargs'] or {}), 'in_chans': run['in_chans'], 'global_pool': run['gp']}
     args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
 
 

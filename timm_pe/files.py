@@ -1,0 +1,29 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+def sync_file(path: str | os.PathLike) -> None:
+    """Wait until a file is on the disk, not only in memory."""
+    with open(path, 'rb') as f:
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike) -> Iterator[str]:
+    """Give a name beside `path` to write to; once the block ends well and its bytes are on the disk, it becomes `path`.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is as it was.
+    """
+    beside = f'{os.fspath(path)}.tmp'
+    try:
+        yield beside
+        sync_file(beside)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise

@@ -1,0 +1,66 @@
+"""SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop, and did so with a checkpoint.
+
+    Attributes:
+        signum: The signal; the command line exits with 128 + signum, as shells do.
+    """
+
+    def __init__(self, signum: int, where: str):
+        super().__init__(f'stopped by {signal.Signals(signum).name} {where}')
+        self.signum = signum
+
+
+class Interrupts:
+    """While it is entered, the first signal is kept for `requested`; a second SIGINT stops at once.
+
+    Args:
+        distributed: Ask the other ranks too.
+    """
+
+    def __init__(self, distributed: bool):
+        self.distributed = distributed
+        self.signum = 0
+        self.group = None
+
+    def __enter__(self) -> 'Interrupts':
+        if self.distributed and dist.get_backend() != 'gloo':
+            self.group = dist.new_group(backend='gloo')  # hosts among themselves: no waiting for the devices
+        # Python lets only the main thread choose what a signal does
+        here = SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self.before = {number: signal.signal(number, self._handle) for number in here}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def requested(self) -> int:
+        """The signal that any rank got, 0 for none. All ranks must ask the same number of times."""
+        if not self.distributed:
+            return self.signum
+        signum = torch.tensor(self.signum)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        return int(signum)
+
+
+def ignore_in_worker() -> None:
+    """Let a loader's worker live through signals to the whole process group: the run stops by itself, and it with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,149 @@
+"""Where exactly a run is: what a checkpoint holds besides timm's entries, so that a resumed run ends bit for bit the same.
+
+It is the entry 'run' of the saver's state. Random states are tensors and integers, so that the file still loads with
+weights_only.
+"""
+
+import argparse
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """A moment of a run.
+
+    Attributes:
+        epoch: Epoch that is trained, or was last.
+        batch: Batches of it that are trained; `settings['batches']` once all are.
+        validated: The epoch is finished, its validation and its checkpoint too.
+        metric: What the epoch was ranked by, where it was validated.
+        train_metrics: Training metrics of the epoch once all its batches are trained.
+        settings: What the number of a batch depends on.
+        data: Number and hash of the training images.
+        schedule: State of a plateau schedule, which follows from no number.
+        ranks: For each rank its random states, sums of losses, and buffers where ranks have their own.
+    """
+
+    epoch: int
+    batch: int = 0
+    validated: bool = False
+    metric: float | None = None
+    train_metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_settings(args: argparse.Namespace, num_batches: int, world_size: int) -> dict[str, Any]:
+    """What must be equal for batch k of an epoch to be the same batch."""
+    return {
+        'ranks': world_size,
+        'batch_size': args.batch_size,
+        'grad_accum_steps': args.grad_accum_steps,
+        'batches': num_batches,
+        'seed': args.seed,
+    }
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    numpy = np.random.get_state(legacy=False)
+    key = numpy['state']['key'].astype(np.int64)
+    states = {
+        'python': random.getstate(),
+        'numpy': {**numpy, 'state': {'key': torch.from_numpy(key), 'pos': numpy['state']['pos']}},
+        'torch': torch.get_rng_state(),
+    }
+    if device.type == 'cuda':
+        states['cuda'] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = states['python']
+    random.setstate((version, tuple(internal), gauss))
+    numpy = states['numpy']
+    key = numpy['state']['key'].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, 'state': {'key': key, 'pos': numpy['state']['pos']}})
+    torch.set_rng_state(states['torch'])
+    if device.type == 'cuda' and 'cuda' in states:
+        torch.cuda.set_rng_state(states['cuda'], device)
+
+
+def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Buffers of the trained module and of its moving average: with batch norms each rank has its own in between."""
+    modules = {'module': task.get_trainable_module(), 'ema': task.get_trainable_module(ema=True)}
+    return {
+        f'{which}.{name}': buffer
+        for which, module in modules.items()
+        if module is not None
+        for name, buffer in unwrap_model(module).named_buffers()
+    }
+
+
+def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, Any] | None = None) -> list[dict]:
+    """What belongs to each rank, from all of them; to be called on all."""
+    own = {'random': _random_states(runtime.device), 'losses': dict(losses or {})}
+    if not runtime.distributed:
+        return [own]
+    own['buffers'] = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
+    ranks = [None] * runtime.world_size
+    dist.all_gather_object(ranks, own)
+    return ranks
+
+
+def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> Mapping[str, Any]:
+    """Put random states and buffers of this rank back.
+
+    Returns:
+        Its sums of losses.
+    """
+    if len(state.ranks) != runtime.world_size:
+        _logger.warning(
+            f'The checkpoint is of {len(state.ranks)} ranks, these are {runtime.world_size}: random states start anew.'
+        )
+        return {}
+    own = state.ranks[runtime.rank]
+    buffers = _buffers(task)
+    with torch.no_grad():
+        for name, value in own.get('buffers', {}).items():
+            if name in buffers:  # the moving average may be new
+                buffers[name].copy_(value)
+    _set_random_states(own['random'], runtime.device)
+    return own['losses']
+
+
+def take_schedule(scheduler: Any) -> dict[str, Any]:
+    """State of a plateau schedule; the values of any other are a function of the epoch or the update."""
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return {}
+    return {
+        'plateau': scheduler.lr_scheduler.state_dict(),
+        'restore_lr': scheduler.restore_lr,
+        'lr': [group['lr'] for group in scheduler.optimizer.param_groups],
+    }
+
+
+def restore_schedule(scheduler: Any, schedule: Mapping[str, Any]) -> None:
+    """Put back what `take_schedule` took."""
+    if not schedule or not isinstance(scheduler, PlateauLRScheduler):
+        return
+    scheduler.lr_scheduler.load_state_dict(schedule['plateau'])
+    scheduler.restore_lr = schedule['restore_lr']
+    for group, lr in zip(scheduler.optimizer.param_groups, schedule['lr'], strict=True):
+        group['lr'] = lr
