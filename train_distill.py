@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
         task = create_run_task(args, student, teacher, runtime)
         cache = open_teacher_cache(args, teacher, data, runtime)
         trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime, cache)
-        if is_finished(args, start_epoch, num_epochs):
+        if is_finished(args, trainer, start_epoch, num_epochs):
             return
         check_teacher(args, teacher, data, student.num_classes, runtime)
         allocate_cache(cache, teacher, runtime)

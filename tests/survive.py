@@ -42,7 +42,7 @@ VARIANTS = {
     'plateau': ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--checkpoint-hist', '2'],
     'workers': ['-j', '2', '--persistent-workers', '--save-epochs', '2', '--mixup', '0.2'],
 }
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*[signal.SIGKILL] * 4, signal.SIGTERM, signal.SIGINT)
 
 
 def write_images(root: Path, train: int = 24, validation: int = 6) -> Path:
@@ -112,7 +112,8 @@ def disturb(argv: list[str], said: Path, seconds: float, rng: random.Random) -> 
         code = wait(pid, rng.uniform(0, seconds))
         if code is None:
             signum = rng.choice(SIGNALS)
-            os.kill(pid, signum)
+            # a terminal and a scheduler signal the loader's workers too
+            (os.killpg if rng.random() < 0.5 else os.kill)(pid, signum)
             code = wait(pid)
             if code != 0:
                 expected = (-signal.SIGKILL,) if signum == signal.SIGKILL else (128 + signum, -signum)
@@ -178,7 +179,7 @@ def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[
     stops: dict[str, int] = {}
     runs, until = 0, time.monotonic() + 60 * minutes
     alone: dict[str, float] = {}
-    while sum(stops.values()) < kills or time.monotonic() < until:
+    while stops.get('SIGKILL', 0) < kills or time.monotonic() < until:
         variant = variants[runs % len(variants)]
         argv = [str(images), *COMMON, *VARIANTS[variant], '--output', str(folder)]
         if variant not in alone:
@@ -197,7 +198,7 @@ def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[
 def main() -> None:
     """Survive, and print what there was to survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--kills', type=int, default=50, metavar='N', help='stops at least')
+    parser.add_argument('--kills', type=int, default=50, metavar='N', help='SIGKILLs at least')
     parser.add_argument('--minutes', type=float, default=0, metavar='N', help='at least so long')
     parser.add_argument('--seed', type=int, default=0, metavar='N')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))

@@ -89,6 +89,8 @@ class Saver(CheckpointSaver):
             os.replace(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return  # to rename one name of a file to another does nothing
         beside = dst + '.tmp'
         if os.path.exists(beside):
             os.unlink(beside)
@@ -106,13 +108,22 @@ class Saver(CheckpointSaver):
         """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
         best_before = self.best_metric
         best_metric, best_epoch = super().save_checkpoint(epoch, metric)
-        student = os.path.join(self.checkpoint_dir, 'student.safetensors')
         # without any metric the student is the newest; a fresh run replaces that of an old one
-        if self.best_metric != best_before or self.best_metric is None or not os.path.exists(student):
-            save_student(self.evaluated_model(), student)
+        due = self.best_metric != best_before or self.best_metric is None or not os.path.exists(self._student)
+        if due and not (self._last_is_there and self._student_is_newer()):
+            save_student(self.evaluated_model(), self._student)
         for path in recovery_files(self.recovery_dir):  # what `last` holds now is further
             os.unlink(path)
         return best_metric, best_epoch
+
+    @property
+    def _student(self) -> str:
+        return os.path.join(self.checkpoint_dir, 'student.safetensors')
+
+    def _student_is_newer(self) -> bool:
+        """Than `last`, after which it is written."""
+        last = os.path.join(self.checkpoint_dir, 'last.pth.tar')
+        return os.path.exists(self._student) and os.stat(self._student).st_mtime_ns > os.stat(last).st_mtime_ns
 
     def continue_from(self, path: str) -> None:
         """Continue the history of a folder from one of its checkpoints, whose weights the model has."""

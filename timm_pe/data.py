@@ -32,7 +32,7 @@ from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing
 from .errors import UsageError, one_line
 from .interrupts import ignore_in_worker
 from .runtime import Runtime
-from .unreadable import CountingImageDataset
+from .unreadable import CountingImageDataset, forget_unreadable
 
 _logger = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ def first_batch(loader: Any) -> tuple:
     """The batch that epoch 0 will start with; the loader is as if it had not been drawn."""
     set_epoch(loader, 0)
     batch = next(iter(loader))
+    forget_unreadable(loader.dataset)
     plain = plain_loader(loader)
     if isinstance(plain, MultiEpochsDataLoader):
         plain.iterator = None

@@ -34,7 +34,7 @@ from .loading import load_weights, read_state_dict
 from .logs import Progress, cut_summary, start_table, start_wandb, write_summary
 from .models import place_student
 from .nonfinite import UpdateGuard, check_finite
-from .run_state import RunState, restore_rank_state, restore_schedule, run_settings
+from .run_state import RunState, check_rank_state, restore_rank_state, restore_schedule, run_settings
 from .runtime import Runtime, on_primary, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
@@ -125,11 +125,12 @@ def _accept_state(trainer: Trainer, state: RunState | None) -> RunState | None:
             f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
             f'{state.data.get("names")} then, {trainer.images.get("number")} of hash {trainer.images.get("names")} now.'
         )
+    check_rank_state(state, trainer.runtime)
     if state.validated:
         return state
     settings = run_settings(trainer.args, len(trainer.data.train), trainer.runtime.world_size)
     changed = [k for k, v in settings.items() if state.settings.get(k) != v]
-    if not changed and state.data == trainer.images:
+    if state.train_metrics or (not changed and state.data == trainer.images):
         return state
     why = ', '.join(f'{k.replace("_", " ")} {state.settings.get(k)} then and {settings[k]} now' for k in changed)
     _logger.warning(f'Epoch {state.epoch} starts again from its first batch: {why or "other images"}.')
@@ -143,12 +144,15 @@ def _check_epochs(args: argparse.Namespace, num_epochs: int) -> None:
             raise UsageError(f'--{name} must be from 1 to the {num_epochs} epochs of the schedule, got {wrong[0]}')
 
 
-def is_finished(args: argparse.Namespace, start_epoch: int, num_epochs: int) -> bool:
-    """Whether --resume auto found nothing left to train."""
-    finished = args.resume_auto and start_epoch >= (args.stop_epoch or num_epochs)
-    if finished:
-        _logger.info(f'--resume auto: the run is finished after {start_epoch} epochs.')
-    return finished
+def is_finished(args: argparse.Namespace, trainer: Trainer, start_epoch: int, num_epochs: int) -> bool:
+    """Whether --resume auto found nothing left to train; a kill may have left files of the last epoch to write."""
+    if not args.resume_auto or start_epoch < (args.stop_epoch or num_epochs):
+        return False
+    if trainer.runtime.is_primary and args.resume:
+        trainer.saver = _create_saver(args, trainer, os.path.dirname(args.resume))
+        _continue_folder(args, trainer, start_epoch)
+    _logger.info(f'--resume auto: the run is finished after {start_epoch} epochs.')
+    return True
 
 
 def _announce_resumed_settings(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
@@ -309,9 +313,24 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
     checkpoints.remove_half_written(folder)
     with replaced(os.path.join(folder, 'args.yaml')) as path, open(path, 'w', encoding='utf-8') as f:
         f.write(args_text)
+    trainer.saver = _create_saver(args, trainer, folder)
+    same_folder = (
+        args.resume
+        and (start_epoch > 0 or trainer.resumed)
+        and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+    )
+    if same_folder:
+        _continue_folder(args, trainer, start_epoch)
+    cut_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
+    if args.log_wandb:
+        trainer.wandb = start_wandb(args, folder)
+    return folder
+
+
+def _create_saver(args: argparse.Namespace, trainer: Trainer, folder: str) -> Saver:
     task = trainer.task
     with_ema = task.has_ema() and not args.model_ema_force_cpu
-    trainer.saver = Saver(
+    return Saver(
         folder,
         task,
         trainer.optimizer,
@@ -320,18 +339,12 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
         decreasing=args.eval_metric == 'loss',
         evaluated_model=lambda: task.get_eval_model(ema=with_ema),
     )
-    same_folder = (
-        args.resume
-        and (start_epoch > 0 or trainer.resumed)
-        and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
-    )
-    if same_folder:
-        trainer.saver.continue_from(args.resume)
-        _finish_milestone(trainer, start_epoch)
-    cut_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
-    if args.log_wandb:
-        trainer.wandb = start_wandb(args, folder)
-    return folder
+
+
+def _continue_folder(args: argparse.Namespace, trainer: Trainer, start_epoch: int) -> None:
+    trainer.saver.continue_from(args.resume)
+    if os.path.basename(args.resume) == 'last.pth.tar':
+        _save_milestone(trainer, start_epoch)
 
 
 def announce(
@@ -431,7 +444,9 @@ def _save_epoch(
     """An epoch's row in summary.csv and its checkpoints; gives the best metric and its epoch on the primary rank."""
     args, runtime, epoch = trainer.args, trainer.runtime, state.epoch
     check_finite(trainer.task, runtime)
-    state = trainer.state(epoch, state.batch, train_metrics=state.train_metrics, validated=True, metric=metric)
+    state = trainer.state(
+        epoch, len(trainer.data.train), train_metrics=state.train_metrics, validated=True, metric=metric
+    )
     lr = mean_lr(trainer.optimizer)
     best = [(None, None)]
 
@@ -443,13 +458,13 @@ def _save_epoch(
             trainer.wandb.log(flat_metrics(epoch, state.train_metrics, eval_metrics or {}, lr))
         trainer.saver.run = state
         best[0] = trainer.saver.save_checkpoint(epoch, metric=metric)
-        _finish_milestone(trainer, epoch + 1)
+        _save_milestone(trainer, epoch + 1)
 
     on_primary(runtime, save, 'the checkpoint of an epoch')
     return best[0]
 
 
-def _finish_milestone(trainer: Trainer, completed: int) -> None:
+def _save_milestone(trainer: Trainer, completed: int) -> None:
     if completed in (trainer.args.save_epochs or []):
         trainer.saver.save_milestone(completed)
 

@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -61,6 +62,19 @@ class Interrupts:
 
 
 def ignore_in_worker() -> None:
-    """Let a loader's worker live through signals to the whole process group: the run stops by itself, and it with it."""
+    """Let a loader's worker live through signals that a terminal or a scheduler sends to all processes of a run.
+
+    The run itself finishes its step with the batches that the workers owe it, and ends them: from it, SIGTERM counts.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -18,6 +18,8 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
+from .draws import kept_rng
+from .errors import UsageError, one_line
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -105,6 +107,20 @@ def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, A
     ranks = [None] * runtime.world_size
     dist.all_gather_object(ranks, own)
     return ranks
+
+
+def check_rank_state(state: RunState, runtime: Runtime) -> None:
+    """Refuse random states that cannot be put back, before anything is written.
+
+    Raises:
+        UsageError: They are not what `take_rank_state` gives.
+    """
+    try:
+        if len(state.ranks) == runtime.world_size:
+            with kept_rng():
+                _set_random_states(state.ranks[runtime.rank]['random'], torch.device('cpu'))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
+        raise UsageError(f'--resume: the random states in the checkpoint do not fit: {one_line(e)}') from e
 
 
 def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> Mapping[str, Any]:

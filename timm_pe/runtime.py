@@ -117,7 +117,9 @@ def _why(error: BaseException) -> str:
     cause = error
     while cause.__context__ is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return cause.strerror if isinstance(cause, OSError) and cause.strerror else one_line(error)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return f'is the disk full? ({one_line(error)})'  # the file writers of torch and safetensors keep the reason to themselves
 
 
 def describe_precision(args: argparse.Namespace) -> str:

@@ -82,6 +82,17 @@ class CountingImageDataset(ImageDataset):
         return number, self.filename(first) if number else ''
 
 
+def forget_unreadable(dataset: Any) -> tuple[int, str]:
+    """Begin to count anew; gives the count so far and the name of the first.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+    """
+    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset.take_count() if hasattr(dataset, 'take_count') else (0, '')
+
+
 def describe_unreadable(dataset: Any, images: int, distributed: bool) -> str:
     """What to say of the images that could not be read in a pass over a data set; '' where there was none.
 
@@ -93,9 +104,7 @@ def describe_unreadable(dataset: Any, images: int, distributed: bool) -> str:
     Raises:
         RunError: They were more than a tenth.
     """
-    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    number, first = dataset.take_count() if hasattr(dataset, 'take_count') else (0, '')
+    number, first = forget_unreadable(dataset)
     if distributed:
         counts: list = [None] * dist.get_world_size()
         dist.all_gather_object(counts, (number, first))

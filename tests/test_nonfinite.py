@@ -1,0 +1,168 @@
+"""NaN and infinity: named, never saved, and with --nonfinite skip passed over on the device."""
+
+import re
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn as nn
+from helpers import refused, run, summary
+from survive import COMMON, write_images
+
+from timm_pe import engine
+from timm_pe.engine import LossMeter
+from timm_pe.nonfinite import NonFiniteLoss, UpdateGuard
+from timm_pe.teacher import Teacher, TeacherOutput
+
+NAN = float('nan')
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('nonfinite') / 'images')
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    argv = [str(images), *COMMON, '--epochs', '2', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    return [*argv, '--experiment', 'run']
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Make the images of given batches (counted over the run) NaN."""
+
+    def at(*batches):
+        to_device, count = engine._to_device, iter(range(10_000))
+
+        def poisoned(*args):
+            input, target = to_device(*args)
+            return (input * NAN if next(count) in batches or not batches else input), target
+
+        monkeypatch.setattr(engine, '_to_device', poisoned)
+
+    return at
+
+
+def test_a_run_stops_at_a_loss_that_is_not_finite_and_saves_nothing_of_it(command, tmp_path, poison, capsys):
+    poison(13)
+    error = refused(command, capsys, code=1)
+    assert 'not finite at batch 4 of the epoch' in error
+    assert 'checkpoints written before are good' in error
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
+    student = safetensors.torch.load_file(tmp_path / 'run' / 'student.safetensors')
+    assert all(torch.isfinite(v).all() for v in student.values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize('accumulate', ['1', '3'])
+def test_skip_goes_on_with_weights_and_statistics_that_are_finite(accumulate, command, tmp_path, poison, capsys):
+    poison(4, 13)
+    said = run([*command, '--nonfinite', 'skip', '--grad-accum-steps', accumulate], capsys)
+    assert len(re.findall(r'--nonfinite skip left out 1 of the last \d updates: .* not finite at batch 4', said)) == 2
+    rows = summary(tmp_path / 'run')
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert all(float(row['train_loss']) < 100 for row in rows)
+    student = safetensors.torch.load_file(tmp_path / 'run' / 'student.safetensors')
+    assert all(torch.isfinite(v).all() for v in student.values() if v.is_floating_point())
+
+
+def test_skip_ends_a_run_of_which_nothing_is_left(command, poison, capsys):
+    poison()
+    error = refused([*command, '--nonfinite', 'skip'], capsys, code=1)
+    assert re.search(r'not finite at batch 0 of the epoch, and so all of the last \d updates', error)
+
+
+def test_skip_without_anything_to_skip_trains_the_same_weights(command, tmp_path):
+    run(command)
+    run([*command, '--nonfinite', 'skip', '--experiment', 'skip'])
+    a, b = ((tmp_path / name / 'student.safetensors').read_bytes() for name in ('run', 'skip'))
+    assert a == b
+
+
+def test_weights_that_the_last_gradient_made_infinite_are_not_saved(command, tmp_path, monkeypatch, capsys):
+    backward, calls = engine._backward, []
+
+    def overflow(trainer, *args):
+        backward(trainer, *args)
+        calls.append(1)
+        if len(calls) == 18:  # the last of the second epoch
+            trainer.task.trainable_module.student.fc.bias.data[0] = float('inf')
+
+    monkeypatch.setattr(engine, '_backward', overflow)
+    error = refused([*command, '--recovery-interval', '0'], capsys, code=1)
+    assert 'weights not finite after the last step' in error
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
+
+
+def test_a_teacher_that_says_nan_is_refused_before_anything_is_written(command, tmp_path, monkeypatch, capsys):
+    forward = Teacher.forward
+
+    def nan(self, x):
+        return TeacherOutput(forward(self, x).feature * NAN, None)
+
+    monkeypatch.setattr(Teacher, 'forward', nan)
+    for act in ('auto', 'relu'):
+        error = refused([*command, '--pe-act', act], capsys)
+        assert "the teacher's features on the first training batch are not finite" in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_teacher_is_suspected_where_the_loss_on_the_labels_is_finite():
+    meter = LossMeter(torch.device('cpu'), distributed=False)
+    meter.update({'loss': torch.tensor(NAN), 'task_loss': torch.tensor(1.0), 'pe_loss': torch.tensor(NAN)}, 4)
+    with pytest.raises(NonFiniteLoss, match='pe_loss not finite at batch 0 .* look at the teacher'):
+        meter.read()
+
+
+def test_a_skipping_meter_leaves_whole_batches_out():
+    meter = LossMeter(torch.device('cpu'), distributed=False, skip=True)
+    for pe, task, size in ((1.0, 2.0, 4), (NAN, 50.0, 4), (3.0, 4.0, 2)):
+        meter.update({'task_loss': torch.tensor(task), 'pe_loss': torch.tensor(pe)}, size)
+    assert meter.read() == {'task_loss': pytest.approx(16 / 6), 'pe_loss': pytest.approx(10 / 6)}
+    assert meter.bad.startswith('pe_loss not finite at batch 1')
+
+
+def test_a_meter_goes_on_from_its_state():
+    terms = [{'loss': torch.tensor(float(i))} for i in range(6)]
+    whole, first, second = (LossMeter(torch.device('cpu'), distributed=False) for _ in range(3))
+    for i, term in enumerate(terms):
+        whole.update(term, i + 1)
+        (first if i < 3 else second).update(term, i + 1) if i < 3 else None
+    second.load_state(first.state())
+    for i in range(3, 6):
+        second.update(terms[i], i + 1)
+    assert second.read() == whole.read()
+    assert second.steps == 6
+
+
+def test_the_guard_zeroes_gradients_and_puts_running_statistics_back():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    guard = UpdateGuard(model, scales=False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for factor, dropped in ((NAN, 1), (1.0, 1), (float('inf'), 2)):
+        guard.before_forward()
+        (model(torch.randn(4, 3, 8, 8)) * factor).sum().backward()
+        running = model[1].running_mean.clone()
+        guard.after_backward()
+        assert int(guard.dropped) == dropped
+        gradients = [p.grad for p in model.parameters()]
+        if factor == 1.0:
+            assert any(g.abs().sum() > 0 for g in gradients)
+            assert torch.equal(model[1].running_mean, running)
+        else:
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+            assert not torch.equal(model[1].running_mean, running)
+        model.zero_grad()
+    assert not torch.equal(model[1].running_mean, before['1.running_mean'])
+
+
+def test_the_guard_never_waits_for_the_device(monkeypatch):
+    model = nn.Linear(3, 2)
+    guard = UpdateGuard(model, scales=False)
+    reads = []
+    for name in ('item', '__bool__', '__int__', '__float__', 'tolist'):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: reads.append(name))
+    guard.before_forward()
+    model(torch.randn(4, 3)).sum().backward()
+    guard.after_backward()
+    assert not reads

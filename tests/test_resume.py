@@ -1,0 +1,379 @@
+"""A run that is stopped and resumed ends bit for bit as one that was left alone."""
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import load, refused, run, summary
+from survive import COMMON, VARIANTS, compare, write_images
+from timm.utils import CheckpointSaver
+
+from timm_pe import checkpoints, draws, fit
+from timm_pe.interrupts import Interrupts, ignore_in_worker
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('resume') / 'images')
+
+
+@pytest.fixture(scope='module')
+def alone(images, tmp_path_factory):
+    """Folder and command line of a run of each variant that was left alone; made once."""
+    made = {}
+
+    def of(variant):
+        if variant not in made:
+            output = tmp_path_factory.mktemp('alone')
+            argv = [str(images), *COMMON, *VARIANTS[variant]]
+            run([*argv, '--output', str(output), '--experiment', 'run'])
+            made[variant] = output / 'run', argv
+        return made[variant]
+
+    return of
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Let a signal come before the n-th time that the run looks for one."""
+
+    def at(number, signum=signal.SIGTERM):
+        asked = []
+
+        def requested(self):
+            asked.append(1)
+            return signum if len(asked) == number else 0
+
+        monkeypatch.setattr(Interrupts, 'requested', requested)
+        return asked
+
+    return at
+
+
+# 9 batches an epoch: the run looks after each update but the last, after the epoch, and after each batch of validation
+@pytest.mark.parametrize('number', [1, 8, 9, 10, 12, 30])
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'workers'])
+def test_a_run_stopped_anywhere_ends_bit_equal_to_one_left_alone(
+    variant, number, alone, tmp_path, stop_at, capsys, monkeypatch
+):
+    folder, argv = alone(variant)
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    stop_at(number)
+    assert 'stopped by SIGTERM' in refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    run(argv)
+    assert compare(folder, tmp_path / 'run') == []
+
+
+@pytest.mark.parametrize('number', [3, 10])
+def test_workers_go_on_at_the_same_batch(number, alone, tmp_path, stop_at, capsys, monkeypatch):
+    folder, argv = alone('workers')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    stop_at(number)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    run(argv)
+    assert compare(folder, tmp_path / 'run') == []
+
+
+def test_a_loader_that_cannot_begin_in_the_middle_passes_over_what_was_trained(
+    images, tmp_path, stop_at, capsys, monkeypatch
+):
+    argv = [str(images), *COMMON, '-j', '1', '--use-multi-epochs-loader', '--reprob', '0.5', '--output', str(tmp_path)]
+    run([*argv, '--experiment', 'alone'])
+    stop_at(5)
+    refused([*argv, '--experiment', 'run', '--resume', 'auto'], capsys, code=143)
+    monkeypatch.undo()
+    run([*argv, '--experiment', 'run', '--resume', 'auto'])
+    assert compare(tmp_path / 'alone', tmp_path / 'run') == []
+
+
+def test_only_the_batches_that_are_left_are_read(images, tmp_path, stop_at, capsys, monkeypatch):
+    argv = [str(images), *COMMON, '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    argv += ['--experiment', 'run', '--resume', 'auto']
+    stop_at(6)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    read, loads = [], draws.SeededDataset.__getitems__
+    monkeypatch.setattr(
+        draws.SeededDataset, '__getitems__', lambda self, batch: (read.append(batch.number), loads(self, batch))[1]
+    )
+    run(argv)
+    assert read == [0, 1, 6, 7, 8]  # the first two, one of them ahead, are for a look at the teacher
+
+
+@pytest.mark.parametrize(
+    ('more', 'why'),
+    [
+        (['-b', '6'], r'batch size 8 then and 6 now'),
+        (['--seed', '7'], r'seed 42 then and 7 now'),
+        (['--grad-accum-steps', '3'], r'grad accum steps 1 then and 3 now'),
+    ],
+)
+def test_where_a_batch_is_another_the_epoch_starts_again(more, why, alone, tmp_path, stop_at, capsys, monkeypatch):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    stop_at(14)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    said = run([*argv, *more], capsys)
+    assert re.search(rf'Epoch 1 starts again from its first batch: .*{why}', said)
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
+
+
+def test_changed_training_images_are_warned_about(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / 'images')
+    argv = [str(tmp_path / 'images'), *COMMON, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '1'])
+    assert 'have changed' not in run([*argv, '--stop-epoch', '2'], capsys)
+    (tmp_path / 'images' / 'train' / 'ant' / '0.png').unlink()
+    said = run([*argv, '--stop-epoch', '3'], capsys)
+    assert re.search(
+        r'training images have changed since the checkpoint: 72 of hash \w+ then, 71 of hash \w+ now', said
+    )
+
+
+def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, tmp_path, stop_at, capsys, monkeypatch):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    monkeypatch.setattr(checkpoints.Saver, 'state_dict', lambda *args: CheckpointSaver.state_dict(*args))
+    stop_at(14)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    assert re.search(r'epochs +4 of 9 batches, warmup 1, starting at 1', run(argv, capsys))
+
+
+def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    checkpoint = load(folder / 'last.pth.tar')
+    for run_state in ('x', {'epoch': 1}, {**checkpoint['saver']['run'], 'batch': -1}):
+        checkpoint['saver']['run'] = run_state
+        torch.save(checkpoint, tmp_path / 'last.pth.tar')
+        argv_of = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
+        assert 'is no training checkpoint' in refused(argv_of, capsys)
+
+
+def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    checkpoint = load(folder / 'checkpoint-1.pth.tar')
+    checkpoint['saver']['run']['ranks'][0]['random']['torch'] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(checkpoint, tmp_path / 'c.pth.tar')
+    argv = [*argv, '--output', str(tmp_path / 'out'), '--experiment', 'run', '--resume', str(tmp_path / 'c.pth.tar')]
+    assert 'random states' in refused(argv, capsys)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_checkpoint_with_random_states_loads_with_weights_only(alone):
+    ranks = load(alone('plain')[0] / 'last.pth.tar')['saver']['run']['ranks']
+    assert set(ranks[0]['random']) == {'python', 'numpy', 'torch'}
+
+
+# Signals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_is_kept_until_asked_for_and_handlers_are_given_back():
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with Interrupts(distributed=False) as interrupts:
+        assert interrupts.requested() == 0
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.requested() == signal.SIGUSR1
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_second_interrupt_from_the_keyboard_stops_at_once():
+    with Interrupts(distributed=False):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(('signum', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_the_exit_code_is_128_and_the_number_of_the_signal(signum, code, images, tmp_path, stop_at, capsys):
+    stop_at(1, signum)
+    said = refused([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'], capsys, code=code)
+    assert f'stopped by {signum.name} after batch 1 of 9 of epoch 0' in said
+    assert '--resume auto' in said
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it runs."""
+
+
+WRITES = [(os, 'replace'), (os, 'link'), (os, 'unlink'), (os, 'remove'), (torch, 'save')]
+
+
+def test_a_kill_before_any_change_of_a_file_loses_nothing(alone, tmp_path, monkeypatch, capsys):
+    folder, argv = alone('plateau')
+    argv = [*argv, '--resume', 'auto', '--output', str(tmp_path)]
+    changes = []
+
+    def count(change):
+        def counted(*args, **kwargs):
+            changes.append(change)
+            if len(changes) == deadly:
+                raise Killed
+            return change(*args, **kwargs)
+
+        return counted
+
+    deadly = 0
+    with monkeypatch.context() as patch:
+        for module, name in WRITES:
+            patch.setattr(module, name, count(getattr(module, name)))
+        run([*argv, '--experiment', 'counted'])
+    number = len(changes)
+    assert number > 40
+    for deadly in range(1, number, 3):
+        name = f'killed-{deadly}'
+        changes.clear()
+        with monkeypatch.context() as patch:
+            for module, of in WRITES:
+                patch.setattr(module, of, count(getattr(module, of)))
+            patch.setattr('contextlib.suppress', _nothing_after_a_kill)
+            with pytest.raises(Killed):
+                run([*argv, '--experiment', name])
+        run([*argv, '--experiment', name])
+        assert compare(folder, tmp_path / name) == [], deadly
+        shutil.rmtree(tmp_path / name)
+    capsys.readouterr()
+
+
+class _nothing_after_a_kill:
+    """In place of contextlib.suppress: what would tidy up after an error does not, as after a kill."""
+
+    def __init__(self, *errors):
+        self.errors = errors
+
+    def __enter__(self):
+        raise Killed
+
+    def __exit__(self, *error):
+        return False
+
+
+def test_runs_killed_at_random_moments_end_bit_equal():
+    argv = [sys.executable, str(TESTS / 'survive.py'), '--kills', '8', '--variants', 'averaged', 'workers']
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_folders_that_differ_are_told_apart(alone, tmp_path):
+    folder, _ = alone('plain')
+    shutil.copytree(folder, tmp_path / 'copy')
+    assert compare(folder, tmp_path / 'copy') == []
+    checkpoint = load(tmp_path / 'copy' / 'last.pth.tar')
+    name = next(iter(checkpoint['state_dict']))
+    checkpoint['state_dict'][name].view(-1)[0] += 1e-7
+    torch.save(checkpoint, tmp_path / 'copy' / 'last.pth.tar')
+    (tmp_path / 'copy' / 'model_best.pth.tar').unlink()
+    assert compare(folder, tmp_path / 'copy') == ['only in one: model_best.pth.tar', f'last.pth.tar/state_dict/{name}']
+
+
+# Disks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk():
+    """Files of this process end at so many bytes: the system refuses what comes after."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('what', ['a recovery checkpoint', 'the checkpoint of an epoch'])
+def test_a_full_disk_ends_the_run_with_one_line_and_older_files_whole(what, alone, tmp_path, full_disk, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '1'])
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'run').iterdir()}
+    full_disk(300_000)
+    without = ['--recovery-interval', '0'] if what == 'the checkpoint of an epoch' else []
+    error = refused([*argv, *without], capsys, code=1)
+    assert f'cannot write {what}: is the disk full?' in error
+    assert 'what was written before is whole' in error
+    full_disk(resource.RLIM_INFINITY)
+    after = {p.name: p.read_bytes() for p in (tmp_path / 'run').iterdir()}
+    ignored = {'args.yaml', 'summary.csv'}
+    assert {k: v for k, v in after.items() if k not in ignored} == {k: v for k, v in before.items() if k not in ignored}
+    run(argv)
+    assert compare(folder, tmp_path / 'run') == []
+
+
+def test_a_full_disk_under_the_summary_ends_the_run_with_the_rows_so_far(alone, tmp_path, monkeypatch, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    run([*argv, '--stop-epoch', '1'])
+    with monkeypatch.context() as patch:
+        patch.setattr('timm_pe.logs.update_summary', full)
+        assert 'No space left on device' in refused(argv, capsys, code=1)
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
+    run(argv)
+    assert compare(folder, tmp_path / 'run') == []
+
+
+# What else happens in days ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError()]
+)
+def test_out_of_memory_says_what_needs_less(error, images, tmp_path, monkeypatch, capsys):
+    def train(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(fit, 'train_one_epoch', train)
+    said = refused([str(images), *COMMON, '--output', str(tmp_path)], capsys, code=1)
+    assert 'out of memory: a smaller --batch-size' in said
+
+
+def test_a_cpu_out_of_memory_is_out_of_memory_too(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, 'train_one_epoch', lambda *args: torch.empty(2**50, dtype=torch.float64))
+    said = refused([str(images), *COMMON, '--output', str(tmp_path)], capsys, code=1)
+    assert 'out of memory: a smaller --batch-size' in said
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Data of which a worker gives its pid."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a system without sigwaitinfo')
+def test_a_worker_lives_through_signals_of_others_and_ends_with_its_run():
+    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=lambda worker: ignore_in_worker())
+    batches = iter(loader)
+    (worker,) = multiprocessing.active_children()
+    assert int(next(batches)) == worker.pid
+    for signum in ('TERM', 'INT', 'USR1'):
+        subprocess.run(['kill', f'-{signum}', str(worker.pid)], check=True)
+    for _ in range(50):  # more than were fetched ahead
+        next(batches)
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0
+    del batches
