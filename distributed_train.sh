@@ -25,6 +25,8 @@ if [[ "${NNODES:-1}" != 1 ]]; then
 else
     where=(--standalone)
 fi
+# ranks that are restarted would else read the addresses of those that died (pytorch/pytorch#135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 python="${PYTHON:-python}"
 command -v "$python" >/dev/null || python=python3
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node="$num_processes" \

@@ -40,10 +40,9 @@ def rank_one(launcher: int) -> int | None:
 
 
 def start(argv: list[str], log: Path) -> subprocess.Popen:
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=5']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'MAX_RESTARTS': '5', 'PYTHON': sys.executable}
     with open(log, 'wb') as f:
-        return subprocess.Popen([*torchrun, str(ROOT / 'train_distill.py'), *argv], stdout=f, stderr=f, env=env)
+        return subprocess.Popen([str(ROOT / 'distributed_train.sh'), '2', *argv], stdout=f, stderr=f, env=env)
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds the ranks in /proc')
