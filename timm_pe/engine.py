@@ -5,9 +5,9 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .draws import IndexedTarget, seeded_mixup
 from .errors import UsageError
 from .logs import Progress
 from .runtime import Runtime
+from .trackers import StepCurves, TeacherAgreement, Trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Trainer:
         runtime: Device, ranks, precision.
         args: Run arguments.
         saver: Checkpoint saver on the primary rank, else None.
-        wandb: Weights & Biases run on the primary rank with --log-wandb, else None.
+        trackers: Trackers on the primary rank, none on the others.
+        agreement: Measures agreement with the teacher for the trackers, where that costs nothing, else None.
         cache: What the teacher says of the training images with --teacher-cache, else None.
     """
 
@@ -60,7 +62,8 @@ class Trainer:
     runtime: Runtime
     args: argparse.Namespace
     saver: Any = None
-    wandb: Any = None
+    trackers: Trackers = field(default_factory=Trackers)
+    agreement: TeacherAgreement | None = None
     cache: TeacherCache | None = None
 
     @property
@@ -136,15 +139,18 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
     accum = _Accumulation(num_batches, args.grad_accum_steps)
     update = epoch * trainer.updates_per_epoch
     images, start = 0, time.perf_counter()
+    curves = _step_curves(trainer, epoch)
     trainer.optimizer.zero_grad()
     for i, (input, target) in enumerate(trainer.data.train):
         input, target = _to_device(trainer, epoch, i, input, target)
+        curves.keep_samples(input)
         size = batch_size(input)
         need_update = accum.ends_at(i)
         with task.no_sync() if runtime.distributed and not need_update else nullcontext():
             with runtime.autocast():
                 result = _forward(trainer, input, target)
-            _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update)
+            measure = curves.measure_norm if need_update and curves.wants_norm(i) else None
+            _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update, measure)
         meter.update({k: v for k, v in result.items() if k != 'output'}, size)
         images += size * runtime.world_size
         last = i + 1 == num_batches
@@ -159,7 +165,9 @@ def train_one_epoch(trainer: Trainer, epoch: int, progress: Progress) -> Ordered
             if trainer.scheduler is not None:
                 trainer.scheduler.step_update(num_updates=update, metric=None)
         if last or (i + 1) % args.log_interval == 0:
-            progress.update(i + 1, meter.read(), images / (time.perf_counter() - start), mean_lr(trainer.optimizer))
+            shown = meter.read(), images / (time.perf_counter() - start), mean_lr(trainer.optimizer)
+            progress.update(i + 1, *shown)
+            curves.log(i, update, images, *shown)
             _save_images(trainer, input, i)
         else:
             progress.update(i + 1)
@@ -255,11 +263,36 @@ def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target
     return input, target
 
 
-def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
+def _step_curves(trainer: Trainer, epoch: int) -> StepCurves:
+    args, config = trainer.args, trainer.data.config
+    return StepCurves(
+        trainer.trackers,
+        trainer.task,
+        epoch,
+        len(trainer.data.train),
+        log_interval=args.log_interval,
+        accum_steps=args.grad_accum_steps,
+        mean=config['mean'],
+        std=config['std'],
+    )
+
+
+def _after(first: Callable[[], None], values: Iterable) -> Iterator:
+    first()
+    yield from values
+
+
+def _backward(
+    trainer: Trainer, loss: torch.Tensor, need_update: bool, measure: Callable[[], None] | None = None
+) -> None:
+    """Backward, and with `need_update` the optimizer step; `measure` is called on its gradients before clipping."""
     args, optimizer = trainer.args, trainer.optimizer
     parameters = None
     if args.clip_grad is not None:
         parameters = trainer.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+        if measure is not None:
+            # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
+            parameters = _after(measure, parameters)
     if trainer.runtime.scaler is not None:
         trainer.runtime.scaler(
             loss,
@@ -270,12 +303,14 @@ def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
             create_graph=getattr(optimizer, 'is_second_order', False),
             need_update=need_update,
         )
-        return
-    loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
-    if need_update:
-        if parameters is not None:
-            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-        optimizer.step()
+    else:
+        loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
+        if need_update:
+            if parameters is not None:
+                dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+            optimizer.step()
+    if measure is not None and args.clip_grad is None:
+        measure()
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:

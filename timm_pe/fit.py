@@ -18,6 +18,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, get_outdir, trim_summary, unwrap_model
+from torch.utils.data import IterableDataset
 
 from . import checkpoints
 from .args import resolve_lr
@@ -27,11 +28,12 @@ from .data import Data, first_batch, set_epoch
 from .engine import Trainer, create_evaluator, evaluate, mean_lr, train_one_epoch
 from .errors import UsageError, one_line
 from .loading import load_weights, read_state_dict
-from .logs import Progress, start_table, start_wandb, write_summary
+from .logs import Progress, start_table, write_summary
 from .models import place_student
 from .runtime import Runtime, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
+from .trackers import TeacherAgreement, is_tracked, log_epoch, start_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -160,21 +162,28 @@ def _settle_activation(
 
 def check_teacher(
     args: argparse.Namespace, teacher: Teacher | None, data: Data, num_classes: int, runtime: Runtime
-) -> None:
-    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing."""
+) -> TeacherAgreement | None:
+    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing.
+
+    Returns:
+        For a run with trackers, what the student's validations can be compared with.
+    """
     if teacher is None or not args.teacher_eval:
-        return
+        return None
     if teacher.num_classes != num_classes:
         _logger.info(
             f'Teacher: its {teacher.num_classes} classes are not the {num_classes} of the data, so its accuracy cannot be '
             f'checked.'
         )
-        return
+        return None
     if args.task == 'multilabel':
         metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
         _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
-        return
-    metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
+        return None
+    # the images of a stream come in no fixed order
+    agreement = TeacherAgreement() if is_tracked(args) and not isinstance(data.eval.dataset, IterableDataset) else None
+    forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
+    metrics = validate(forward, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
     chance, images = 1 / num_classes, len(data.eval.dataset)
     if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
@@ -182,6 +191,7 @@ def check_teacher(
             f'THE TEACHER IS AT CHANCE LEVEL (top-1 {metrics["top1"]:.2f} % of {num_classes} classes): were its weights '
             f'loaded, are the classes in its order?'
         )
+    return agreement
 
 
 def validate(model: Any, data: Data, runtime: Runtime, args: argparse.Namespace, what: str) -> OrderedDict[str, float]:
@@ -228,6 +238,8 @@ def open_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, 
     if trainer.runtime.is_primary:
         try:
             folder = _make_run_folder(args, args_text, trainer, start_epoch)
+        except UsageError as e:
+            failure = [str(e)]
         except OSError as e:
             failure = [f"--output: cannot write into '{args.output or 'output/train'}' ({e.strerror})"]
     if trainer.runtime.distributed:
@@ -241,6 +253,10 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
     size = trainer.data.config['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
+    same_folder = bool(
+        args.resume and start_epoch > 0 and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+    )
+    trainer.trackers = start_trackers(args, folder, resumed=same_folder)
     with open(os.path.join(folder, 'args.yaml'), 'w', encoding='utf-8') as f:
         f.write(args_text)
     task = trainer.task
@@ -254,14 +270,9 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
         decreasing=args.eval_metric == 'loss',
         evaluated_model=lambda: task.get_eval_model(ema=with_ema),
     )
-    same_folder = (
-        args.resume and start_epoch > 0 and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
-    )
     if same_folder:
         trainer.saver.load_state_dict_from_checkpoint(args.resume)
     trim_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
-    if args.log_wandb:
-        trainer.wandb = start_wandb(args, folder)
     return folder
 
 
@@ -315,8 +326,10 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
         if runtime.is_primary:
             shown = eval_metrics or dict.fromkeys(metric_names, '')
             write_summary(os.path.join(folder, 'summary.csv'), epoch, train_metrics, shown, lr)
-            if trainer.wandb is not None:
-                trainer.wandb.log(flat_metrics(epoch, train_metrics, eval_metrics or {}, lr))
+            if trainer.trackers:
+                row = flat_metrics(epoch, train_metrics, eval_metrics or {}, lr)
+                agreement = trainer.agreement.percent if trainer.agreement and due else None
+                log_epoch(trainer.trackers, trainer.task, (epoch + 1) * trainer.updates_per_epoch, row, agreement)
             best = trainer.saver.save_checkpoint(epoch, metric=metric)
             if epoch + 1 in milestones:
                 trainer.saver.save_milestone(epoch + 1)
@@ -343,6 +356,9 @@ def _validate_task(trainer: Trainer, epoch: int, num_epochs: int) -> OrderedDict
     task, args = trainer.task, trainer.args
     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
         model = task.get_eval_model(ema=ema).eval()
-        metrics = validate(model, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test')
+        forward = model if trainer.agreement is None else trainer.agreement.compare(model)
+        metrics = validate(forward, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test')
+        if trainer.agreement is not None:
+            trainer.agreement.finish(trainer.runtime.distributed)
         _logger.info(f'Test{" (EMA)" if ema else ""} {epoch}/{num_epochs - 1}: {format_metrics(metrics)}')
     return metrics
