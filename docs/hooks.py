@@ -23,6 +23,14 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Show the YAML files themselves below the table of recipes."""
+    if page.file.src_uri != 'recipes.md':
+        return markdown
+    recipes = sorted((ROOT / 'hparams').glob('*.yaml'))
+    return markdown + ''.join(f'\n## {r.stem}\n\n```yaml\n{r.read_text()}```\n' for r in recipes)
+
+
 def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept = []
     for entry in entries:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.machinery
 import importlib.util
+import os
 import struct
 import sys
 import types
@@ -16,10 +17,12 @@ import torch
 import yaml
 from helpers import refused, run, summary, tensorboard_curves
 from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from torch.nn.utils import get_total_norm
 
 from timm_pe import ProjectorEnsembleTask, engine
 from timm_pe.args import parse_args
 from timm_pe.engine import _backward
+from timm_pe.errors import UsageError
 from timm_pe.trackers import (
     StepCurves,
     TeacherAgreement,
@@ -55,6 +58,8 @@ def tracked(image_folder, tmp_path_factory) -> Path:
         for name, value in {**SECRETS, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}.items():
             patch.setenv(name, value)
         patch.delenv('TRACKIO_DIR', raising=False)
+        for name in [n for n in sys.modules if n.split('.')[0] == 'trackio']:  # it remembers its folder
+            patch.delitem(sys.modules, name)
         run([*argv, '--stop-epoch', '1'])
         run(argv)
     return output / 'run'
@@ -207,22 +212,34 @@ def test_steps_between_the_points_never_read_from_the_device(trackers, monkeypat
     curves.measure_norm()
 
 
-def test_a_tracked_epoch_reads_one_number_more_at_each_point_and_no_other(small_run, monkeypatch):
-    counts, one_epoch, item = [], engine.train_one_epoch, torch.Tensor.item
+def test_a_tracked_epoch_measures_and_reads_one_number_more_at_each_point_and_none_between(small_run, monkeypatch):
+    reads, norms, one_epoch, item = [], [], engine.train_one_epoch, torch.Tensor.item
 
     def counted(*args):
-        read = []
+        reads.append(0)
+        norms.append(0)
+
+        def read(tensor):
+            reads[-1] += 1
+            return item(tensor)
+
+        def measure(gradients):
+            norms[-1] += 1
+            return get_total_norm(gradients)
+
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, 'item', lambda tensor: read.append(1) or item(tensor))
-            metrics = one_epoch(*args)
-        counts.append(len(read))
-        return metrics
+            patch.setattr(torch.Tensor, 'item', read)
+            patch.setattr('timm_pe.trackers.get_total_norm', measure)
+            return one_epoch(*args)
 
     monkeypatch.setattr('timm_pe.fit.train_one_epoch', counted)
-    for more in ([], ['--log-tb']):
-        # plain SGD: optimizers that count their steps read them
-        run([*small_run, *PAIR, '--epochs', '1', '--opt', 'momentum', *more])
-    assert counts[1] - counts[0] <= 2 * (1 + 1 + len(AT_STEPS))  # 2 points; tensorboard itself looks at each value
+    tracker = Recorder()
+    for trackers in (Trackers(), Trackers([tracker])):
+        monkeypatch.setattr('timm_pe.fit.start_trackers', lambda *_, trackers=trackers, **__: trackers)
+        run([*small_run, *PAIR, '--epochs', '1', '--log-interval', '3'])
+    assert len([step for step, values in tracker.points if 'step/loss' in values]) == 2
+    assert norms == [0, 2]
+    assert reads[1] - reads[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -327,12 +344,12 @@ def test_the_weighted_terms_of_a_task_add_up_to_its_loss(create):
 
 def test_agreement_is_the_share_of_images_on_which_both_name_the_same_class():
     torch.manual_seed(0)
-    batches = [torch.randn(4, 3), torch.randn(2, 3)]
+    batches, noise = [torch.randn(40, 3), torch.randn(24, 3)], torch.randn(64, 3)
     agreement = TeacherAgreement()
     with torch.inference_mode():
         recorded = agreement.record(lambda x: x)
         assert all(recorded(b) is b for b in batches)
-        for student in (lambda x: x * 2, lambda x: (-x, None)):
+        for student in (lambda x: x * 2, lambda x: (x + noise[: len(x)], None)):
             compared = agreement.compare(student)
             for b in batches:
                 compared(b)
@@ -392,6 +409,23 @@ def test_wandb_gets_timms_flags(monkeypatch, tmp_path):
     assert not [k for k in kept.config if k.startswith('wandb')]
 
 
+def test_trackio_that_was_loaded_before_says_where_it_writes(monkeypatch, tmp_path, caplog):
+    calls = []
+    fake = SimpleNamespace(TRACKIO_DIR='/elsewhere', init=lambda **kwargs: calls.append(kwargs), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, 'trackio', fake)
+    monkeypatch.delenv('TRACKIO_DIR', raising=False)
+    args = SimpleNamespace(log_tb=False, log_wandb=False, log_trackio=True, seed=1)
+    start_trackers(args, str(tmp_path / 'name'), resumed=True).close()
+    assert "trackio was loaded before and keeps writing to '/elsewhere'" in caplog.text
+    assert (calls[0]['name'], calls[0]['resume'], calls[0]['config']['seed']) == ('name', 'allow', 1)
+    assert 'TRACKIO_DIR' not in os.environ
+    caplog.clear()
+    monkeypatch.setenv('TRACKIO_DIR', '/elsewhere')
+    start_trackers(args, str(tmp_path / 'name'), resumed=False).close()
+    assert caplog.text == ''
+    assert calls[1]['resume'] == 'never'
+
+
 def test_a_tracker_that_does_not_start_ends_the_run_with_one_line_before_it_writes_anything(
     small_run, tmp_path, monkeypatch, capsys
 ):
@@ -402,6 +436,19 @@ def test_a_tracker_that_does_not_start_ends_the_run_with_one_line_before_it_writ
     said = refused([*small_run, *PAIR, '--log-wandb'], capsys)
     assert '--log-wandb does not start: No API key configured. Use `wandb login` (WANDB_MODE=offline needs' in said
     assert list((tmp_path / 'run').iterdir()) == []
+
+
+def test_where_one_tracker_does_not_start_those_before_it_are_closed_as_failed(monkeypatch, tmp_path):
+    first = Recorder()
+
+    def broken(*_):
+        raise RuntimeError('no network')
+
+    kinds = {'log_tb': lambda *_: first, 'log_wandb': broken}
+    monkeypatch.setattr('timm_pe.trackers.TRACKERS', {flag: (kind, '', '') for flag, kind in kinds.items()})
+    with pytest.raises(UsageError, match='^--log-wandb does not start: no network'):
+        start_trackers(SimpleNamespace(log_tb=True, log_wandb=True), str(tmp_path), resumed=False)
+    assert first.closed == [True]
 
 
 @pytest.mark.parametrize(
