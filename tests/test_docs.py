@@ -9,6 +9,7 @@ import re
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.sax.saxutils import escape
 
 import pytest
@@ -241,10 +242,34 @@ def test_the_api_page_names_everything_that_is_public():
     assert set(timm_pe.__all__) - {'__version__'} <= named
 
 
-def test_the_chart_of_the_results_page_shows_every_method_that_is_compared_with_the_student_alone(tmp_path):
+@pytest.fixture(scope='module')
+def hooks():
+    """docs/hooks.py, which belongs to no package."""
     spec = importlib.util.spec_from_file_location('docs_hooks', ROOT / 'docs' / 'hooks.py')
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_navigation_leaves_out_pages_that_are_not_there_and_those_that_would_show_no_file(hooks, tmp_path):
+    for name in ('a.md', 'benchmarks/results/accuracy.md', 'benchmarks/results/none.md'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    kept = [{'A': 'a.md'}, {'B': [{'C': 'benchmarks/results/accuracy.md'}]}]
+    there = [{'A': 'a.md'}, {'D': 'd.md'}, {'B': [*kept[1]['B'], {'E': 'benchmarks/results/none.md'}]}]
+    assert hooks._without_missing(tmp_path, there) == kept
+
+
+def test_the_page_of_recipes_shows_each_file(hooks):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri='recipes.md'))
+    shown = hooks.on_page_markdown('table', page)
+    for recipe in (ROOT / 'hparams').glob('*.yaml'):
+        assert f'```yaml\n{recipe.read_text()}```' in shown
+    page.file.src_uri = 'index.md'
+    assert hooks.on_page_markdown('home', page) == 'home'
+
+
+def test_the_chart_of_the_results_page_shows_every_method_that_is_compared_with_the_student_alone(hooks, tmp_path):
     results = json.loads(hooks.RESULTS.read_text())
     path = tmp_path / 'figures' / 'accuracy.svg'
     hooks.draw_accuracy(results, path)

@@ -193,16 +193,15 @@ class Recorder:
         self.closed.append(failed)
 
 
-def curves_of(trackers, task=None, num_batches=10, log_interval=4, accum=1):
-    return StepCurves(trackers, task, 2, num_batches, log_interval, accum, mean=(0.5,) * 3, std=(0.25,) * 3)
+def curves_of(trackers, task=None, optimizer=None, num_batches=10, log_interval=4, accum=1):
+    return StepCurves(trackers, task, optimizer, 2, num_batches, log_interval, accum, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 @pytest.mark.parametrize('trackers', [Trackers(), Trackers([Recorder()])])
 def test_steps_between_the_points_never_read_from_the_device(trackers, monkeypatch):
     model = torch.nn.Linear(3, 2)
     model(torch.randn(4, 3)).sum().backward()
-    task = SimpleNamespace(get_trainable_module=lambda: model)
-    curves = curves_of(trackers, task)
+    curves = curves_of(trackers, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     for name in ('item', 'tolist', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail('a host sync in the step'))
     curves.keep_samples(torch.randn(4, 3, 8, 8))
@@ -259,16 +258,13 @@ def test_the_norm_is_that_of_the_gradient_before_clipping(clip):
     model = torch.nn.Linear(4, 3)
     x = torch.randn(5, 4)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(model(x).pow(2).sum(), model.parameters())]).norm()
-    task = SimpleNamespace(
-        get_trainable_module=lambda: model, get_clip_parameters=lambda exclude_head: model.parameters()
-    )
     trainer = SimpleNamespace(
-        task=task,
+        task=SimpleNamespace(get_clip_parameters=lambda exclude_head: model.parameters()),
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         args=SimpleNamespace(clip_grad=clip, clip_mode='norm'),
         runtime=SimpleNamespace(scaler=None),
     )
-    curves = curves_of(Trackers([Recorder()]), task)
+    curves = curves_of(Trackers([Recorder()]), optimizer=trainer.optimizer)
     _backward(trainer, model(x).pow(2).sum(), need_update=True, measure=curves.measure_norm)
     assert curves.norm.item() == pytest.approx(expected.item(), rel=1e-5)
     if clip:

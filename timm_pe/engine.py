@@ -268,6 +268,7 @@ def _step_curves(trainer: Trainer, epoch: int) -> StepCurves:
     return StepCurves(
         trainer.trackers,
         trainer.task,
+        trainer.optimizer,
         epoch,
         len(trainer.data.train),
         log_interval=args.log_interval,

@@ -64,7 +64,7 @@ class TensorBoardTracker:
         self.create = lambda step: SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=step)
         # only the first step of a resumed run says what of the old curves must go
         self.writer = None if resumed else self.create(0)
-        self.text = None
+        self.text: str | None = None
 
     def config(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
@@ -160,11 +160,11 @@ class TrackioTracker:
         if str(trackio.TRACKIO_DIR) != (place or own):
             _logger.warning(f"--log-trackio: trackio was loaded before and keeps writing to '{trackio.TRACKIO_DIR}'.")
         self.trackio = trackio
-        self.start = {'name': os.path.basename(folder), 'resume': 'allow' if resumed else 'never'}
+        self.name, self.resume = os.path.basename(folder), 'allow' if resumed else 'never'
 
     def config(self, values: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self.trackio.init(project='timm_pe', config=_plain(values), embed=False, **self.start)
+        self.trackio.init(project='timm_pe', name=self.name, config=_plain(values), resume=self.resume, embed=False)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
@@ -279,9 +279,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def weighted_terms(task: TrainingTask, terms: Mapping[str, float]) -> dict[str, float]:
     """Raw loss terms under their names, and each that has a weight in the task's loss also times that."""
-    weights = {name: getattr(task, attribute, None) for name, attribute in _WEIGHTS.items()}
-    weighted = {f'{k}_weighted': weights[k] * v for k, v in terms.items() if weights.get(k) is not None}
-    return {**terms, **weighted}
+    weights = {name: getattr(task, attribute) for name, attribute in _WEIGHTS.items() if hasattr(task, attribute)}
+    return {**terms, **{f'{name}_weighted': weights[name] * value for name, value in terms.items() if name in weights}}
 
 
 class StepCurves:
@@ -289,7 +288,8 @@ class StepCurves:
 
     Args:
         trackers: The run's trackers; with none of them nothing is done.
-        task: The task, prepared.
+        task: The task.
+        optimizer: Its optimizer.
         epoch: Number of the epoch, from 0.
         num_batches: Batches in it.
         log_interval: Batches between two points of a curve.
@@ -302,6 +302,7 @@ class StepCurves:
         self,
         trackers: Trackers,
         task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
         epoch: int,
         num_batches: int,
         log_interval: int,
@@ -309,13 +310,14 @@ class StepCurves:
         mean: Sequence[float],
         std: Sequence[float],
     ):
-        self.trackers, self.task = trackers, task
+        self.trackers, self.task, self.optimizer = trackers, task, optimizer
         self.epoch, self.num_batches = epoch, num_batches
         self.log_interval, self.accum_steps = log_interval, accum_steps
         self.mean, self.std = mean, std
         self.samples: torch.Tensor | None = None
         self.norm: torch.Tensor | None = None
-        self.images_before, self.sums_before = 0, {}
+        self.images_before = 0
+        self.sums_before: dict[str, float] = {}
 
     def keep_samples(self, input: Any) -> None:
         """Remember some images of the run's first batch `[b, ch, h, w]`; they are shown at the next log interval."""
@@ -332,8 +334,8 @@ class StepCurves:
 
     def measure_norm(self) -> None:
         """Take the gradient's norm, on the device. Unscaled gradients, before they are clipped."""
-        parameters = self.task.get_trainable_module().parameters()
-        self.norm = get_total_norm([p.grad.detach() for p in parameters if p.grad is not None])
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        self.norm = get_total_norm(gradients)
 
     def log(self, i: int, step: int, images: int, terms: Mapping[str, float], speed: float, lr: float) -> None:
         """Add a point after batch `i`.
@@ -397,6 +399,7 @@ class TeacherAgreement:
 
     def __init__(self):
         self.teacher: list[torch.Tensor] = []
+        self.same, self.images = torch.tensor(0), 0
         self.percent: float | None = None
 
     def record(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -412,7 +415,7 @@ class TeacherAgreement:
     def compare(self, forward: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
         """The student's `forward`, which also counts agreement on the same batches in the same order."""
         batches = iter(self.teacher)
-        self.same, self.images = 0, 0
+        self.same, self.images = torch.tensor(0), 0
 
         def compared(input: torch.Tensor) -> Any:
             output = forward(input)
