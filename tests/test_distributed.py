@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import summary, tensorboard_curves
 
 import train_distill
 
@@ -50,11 +51,22 @@ def states(tmp_path):
     return [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in range(2)]
 
 
+def _check_tensorboard(folder):
+    """The first rank alone has written, and agreement with the teacher counts the images of both."""
+    curves, _ = tensorboard_curves(folder)
+    assert len(os.listdir(folder / 'tensorboard')) == 1
+    assert len(curves['step/loss']) == len(summary(folder))
+    agreeing = curves['eval_teacher_agreement'][-1][1] / 100 * 12  # of 12 images
+    assert agreeing == pytest.approx(round(agreeing), abs=1e-4)
+
+
 def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(small_run, tmp_path):
     # all 36 images in one step an epoch: which rank draws which image cannot matter
     settings = [*small_run, *PAIR, '--lr', '0.05', '--color-jitter', '0.4', '--distill-loss-weight', '5']
-    out = launch([*settings, '-b', '18'], tmp_path)
+    settings += ['--teacher-num-classes', '3']
+    out = launch([*settings, '-b', '18', '--log-tb'], tmp_path)
     assert out.returncode == 0, out.stderr
+    _check_tensorboard(tmp_path / 'run')
     first, second = states(tmp_path)
     assert any(k.startswith('projection.') for k in first)
     for name in first:

@@ -20,6 +20,7 @@ FLOORS = {
         'task_from_args',
         'checkpoints',
         'logs',
+        'trackers',
         'cache',
         'interrupts',
         'nonfinite',

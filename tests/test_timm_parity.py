@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import pytest
 import timm
@@ -243,24 +242,6 @@ def test_torchscript_trains_a_scripted_student(small_run, tmp_path):
     run([*small_run, '--model', 'resnet10t', '--torchscript', '--epochs', '1'])
     keys = set(timm.create_model('resnet10t', num_classes=3).state_dict())
     assert set(read_state_dict(tmp_path / 'run', 'test')) == keys
-
-
-def test_wandb_gets_the_numbers_of_the_summary(small_run, tmp_path, monkeypatch):
-    logged, started = [], {}
-
-    def init(**kwargs):
-        started.update(kwargs)
-        return types.SimpleNamespace(log=logged.append)
-
-    module = types.ModuleType('wandb')
-    module.init = init
-    module.__spec__ = __import__('importlib').machinery.ModuleSpec('wandb', None)
-    monkeypatch.setitem(sys.modules, 'wandb', module)
-    run([*small_run, *PAIR, '--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a', 'b'])
-    assert (started['project'], started['name'], started['tags']) == ('p', 'run', ['a', 'b'])
-    rows = summary(tmp_path / 'run')
-    assert [list(x) for x in logged] == [list(r) for r in rows]
-    assert logged[1]['train_pe_loss'] == pytest.approx(float(rows[1]['train_pe_loss']))
 
 
 def test_device_modules_are_imported_from_the_command_line_alone(small_run, tmp_path, monkeypatch, capsys):

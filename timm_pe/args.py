@@ -5,7 +5,6 @@ import ast
 import datetime
 import difflib
 import functools
-import importlib.util
 import operator
 import os
 import reprlib
@@ -24,6 +23,7 @@ from .args_timm import add_timm_args
 from .losses import TEACHER_NORMS, list_feature_losses
 from .projectors import list_projectors
 from .task import TARGETS
+from .trackers import is_tracked, missing_package
 
 # a flag that only means something next to this one
 _TEACHER_FLAGS = (
@@ -238,6 +238,8 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of plain logit distillation next to it')
     add('--train-crop-pad', metavar='N', type=int, default=0, help='in place of the random resized crop: resize to --img-size, pad by N pixels and crop at random (CIFAR recipes: 4)')
     add('--nonfinite', type=str, default='stop', choices=('stop', 'skip'), help='what a loss or gradient that is NaN or infinite does: stop the run, or skip the update and say so')
+    add('--log-tb', action='store_true', default=False, help="log to TensorBoard: RUN/tensorboard")
+    add('--log-trackio', action='store_true', default=False, help='log to trackio: RUN/trackio, or TRACKIO_DIR of the environment')
     add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)')
 # fmt: on
 
@@ -597,8 +599,11 @@ def _check_task(parser: Parser, args: argparse.Namespace) -> None:
         parser.error('--loss replaces --jsd-loss and --bce-loss: give --loss alone')
     if args.tta < 0 or (args.tta > 1 and (args.validation_batch_size or args.batch_size) % args.tta):
         parser.error(f'--tta must divide the validation batch, got {args.tta}')
-    if args.log_wandb and importlib.util.find_spec('wandb') is None:
-        parser.error('--log-wandb needs Weights & Biases: pip install wandb')
+    missing = missing_package(args)
+    if missing:
+        parser.error(missing)
+    if args.evaluate and is_tracked(args):
+        parser.error('--log-tb, --log-wandb and --log-trackio track a training run, --evaluate is none: leave them out')
     given = [n for n in ('wandb_project', 'wandb_tags', 'wandb_resume_id') if getattr(args, n)]
     if given and not args.log_wandb:
         parser.error(f'{_flag(given[0])} needs --log-wandb')

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from .logs import Progress
 from .nonfinite import NonFiniteLoss, UpdateGuard, check_finite, describe_nonfinite
 from .run_state import RunState, run_settings, take_rank_state, take_schedule
 from .runtime import Runtime, on_primary
+from .trackers import StepCurves, TeacherAgreement, Trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Trainer:
         runtime: Device, ranks, precision.
         args: Run arguments.
         saver: Checkpoint saver on the primary rank, else None.
-        wandb: Weights & Biases run on the primary rank with --log-wandb, else None.
+        trackers: Trackers on the primary rank, none on the others.
+        agreement: Measures agreement with the teacher for the trackers, where that costs nothing, else None.
         cache: What the teacher says of the training images with --teacher-cache, else None.
         guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
         interrupts: Signals that ask the run to stop.
@@ -63,7 +65,8 @@ class Trainer:
     runtime: Runtime
     args: argparse.Namespace
     saver: Any = None
-    wandb: Any = None
+    trackers: Trackers = field(default_factory=Trackers)
+    agreement: TeacherAgreement | None = None
     cache: TeacherCache | None = None
     guard: UpdateGuard | None = None
     interrupts: Interrupts = field(default_factory=lambda: Interrupts(distributed=False))
@@ -215,9 +218,11 @@ def train_one_epoch(
     update = epoch * trainer.updates_per_epoch + trainer.updates_after(start)
     images, began, recovery_due = 0, time.perf_counter(), False
     late_zero = zeroes_late(runtime.device)
+    curves = _step_curves(trainer, epoch)
     trainer.optimizer.zero_grad()
     for i, (input, target) in epoch_batches(trainer.data.train, epoch, start):
         input, target = _to_device(trainer, epoch, i, input, target)
+        curves.keep_samples(input)
         size = batch_size(input)
         need_update = accum.ends_at(i)
         if trainer.guard is not None and accum.starts_at(i):
@@ -227,7 +232,8 @@ def train_one_epoch(
                 result = _forward(trainer, input, target)
             if late_zero and accum.starts_at(i):
                 trainer.optimizer.zero_grad()
-            _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update)
+            measure = curves.measure_norm if need_update and curves.wants_norm(i) else None
+            _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update, measure)
         meter.update({k: v for k, v in result.items() if k != 'output'}, size)
         images += size * runtime.world_size
         last = i + 1 == num_batches
@@ -243,7 +249,9 @@ def train_one_epoch(
             if trainer.scheduler is not None:
                 trainer.scheduler.step_update(num_updates=update, metric=None)
         if last or (i + 1) % args.log_interval == 0:
-            progress.update(i + 1, meter.read(), images / (time.perf_counter() - began), mean_lr(trainer.optimizer))
+            shown = meter.read(), images / (time.perf_counter() - began), mean_lr(trainer.optimizer)
+            progress.update(i + 1, *shown)
+            curves.log(i, update, images, *shown)
             if trainer.guard is not None:
                 trainer.guard.say(meter.bad)
             _save_images(trainer, input, i)
@@ -358,11 +366,37 @@ def _to_device(trainer: Trainer, epoch: int, i: int, input: torch.Tensor, target
     return input, target
 
 
-def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
+def _step_curves(trainer: Trainer, epoch: int) -> StepCurves:
+    args, config = trainer.args, trainer.data.config
+    return StepCurves(
+        trainer.trackers,
+        trainer.task,
+        trainer.optimizer,
+        epoch,
+        len(trainer.data.train),
+        log_interval=args.log_interval,
+        accum_steps=args.grad_accum_steps,
+        mean=config['mean'],
+        std=config['std'],
+    )
+
+
+def _after(first: Callable[[], None], values: Iterable) -> Iterator:
+    first()
+    yield from values
+
+
+def _backward(
+    trainer: Trainer, loss: torch.Tensor, need_update: bool, measure: Callable[[], None] | None = None
+) -> None:
+    """Backward, and with `need_update` the optimizer step; `measure` is called on its gradients before clipping."""
     args, optimizer = trainer.args, trainer.optimizer
     parameters = None
     if args.clip_grad is not None:
         parameters = trainer.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+        if measure is not None:
+            # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
+            parameters = _after(measure, parameters)
     if trainer.runtime.scaler is not None:
         trainer.runtime.scaler(
             loss,
@@ -375,14 +409,16 @@ def _backward(trainer: Trainer, loss: torch.Tensor, need_update: bool) -> None:
         )
         if need_update and trainer.guard is not None:
             trainer.guard.after_backward()
-        return
-    loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
-    if need_update:
-        if trainer.guard is not None:
-            trainer.guard.after_backward()
-        if parameters is not None:
-            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-        optimizer.step()
+    else:
+        loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
+        if need_update:
+            if trainer.guard is not None:
+                trainer.guard.after_backward()
+            if parameters is not None:
+                dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+            optimizer.step()
+    if measure is not None and args.clip_grad is None:
+        measure()
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:

@@ -31,13 +31,14 @@ from .errors import UsageError, one_line
 from .files import replaced
 from .interrupts import Interrupted, Interrupts
 from .loading import load_weights, read_state_dict
-from .logs import Progress, cut_summary, start_table, start_wandb, write_summary
+from .logs import Progress, cut_summary, start_table, write_summary
 from .models import place_student
 from .nonfinite import UpdateGuard, check_finite
 from .run_state import RunState, check_rank_state, restore_rank_state, restore_schedule, run_settings
 from .runtime import Runtime, on_primary, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
+from .trackers import TeacherAgreement, is_tracked, log_epoch, start_trackers
 from .unreadable import describe_unreadable
 
 _logger = logging.getLogger(__name__)
@@ -220,21 +221,28 @@ def _look_at_first_batch(
 
 def check_teacher(
     args: argparse.Namespace, teacher: Teacher | None, data: Data, num_classes: int, runtime: Runtime
-) -> None:
-    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing."""
+) -> TeacherAgreement | None:
+    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing.
+
+    Returns:
+        For a run with trackers, what the student's validations can be compared with.
+    """
     if teacher is None or not args.teacher_eval:
-        return
+        return None
     if teacher.num_classes != num_classes:
         _logger.info(
             f'Teacher: its {teacher.num_classes} classes are not the {num_classes} of the data, so its accuracy cannot be '
             f'checked.'
         )
-        return
+        return None
     if args.task == 'multilabel':
         metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
         _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
-        return
-    metrics = validate(teacher.forward_logits, data, runtime, args, 'Teacher')
+        return None
+    # the images of a stream come in no fixed order
+    agreement = TeacherAgreement() if is_tracked(args) and not isinstance(data.eval.dataset, IterableDataset) else None
+    forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
+    metrics = validate(forward, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
     chance, images = 1 / num_classes, len(data.eval.dataset)
     if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
@@ -242,6 +250,7 @@ def check_teacher(
             f'THE TEACHER IS AT CHANCE LEVEL (top-1 {metrics["top1"]:.2f} % of {num_classes} classes): were its weights '
             f'loaded, are the classes in its order?'
         )
+    return agreement
 
 
 def validate(
@@ -297,6 +306,8 @@ def open_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer, 
     if trainer.runtime.is_primary:
         try:
             folder = _make_run_folder(args, args_text, trainer, start_epoch)
+        except UsageError as e:
+            failure = [str(e)]
         except OSError as e:
             failure = [f"--output: cannot write into '{args.output or 'output/train'}' ({e.strerror})"]
     if trainer.runtime.distributed:
@@ -310,20 +321,19 @@ def _make_run_folder(args: argparse.Namespace, args_text: str, trainer: Trainer,
     size = trainer.data.config['input_size'][-1]
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{size}'
     folder = get_outdir(args.output or os.path.join('output', 'train'), name)
-    checkpoints.remove_half_written(folder)
-    with replaced(os.path.join(folder, 'args.yaml')) as path, open(path, 'w', encoding='utf-8') as f:
-        f.write(args_text)
-    trainer.saver = _create_saver(args, trainer, folder)
-    same_folder = (
+    same_folder = bool(
         args.resume
         and (start_epoch > 0 or trainer.resumed)
         and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
     )
+    trainer.trackers = start_trackers(args, folder, resumed=same_folder)
+    checkpoints.remove_half_written(folder)
+    with replaced(os.path.join(folder, 'args.yaml')) as path, open(path, 'w', encoding='utf-8') as f:
+        f.write(args_text)
+    trainer.saver = _create_saver(args, trainer, folder)
     if same_folder:
         _continue_folder(args, trainer, start_epoch)
     cut_summary(os.path.join(folder, 'summary.csv'), start_epoch if same_folder else 0)
-    if args.log_wandb:
-        trainer.wandb = start_wandb(args, folder)
     return folder
 
 
@@ -454,8 +464,10 @@ def _save_epoch(
         metric_names = create_evaluator(args, runtime, trainer.data.eval).metric_names
         shown = eval_metrics or dict.fromkeys(metric_names, '')
         write_summary(os.path.join(folder, 'summary.csv'), epoch, state.train_metrics, shown, lr)
-        if trainer.wandb is not None:
-            trainer.wandb.log(flat_metrics(epoch, state.train_metrics, eval_metrics or {}, lr))
+        if trainer.trackers:
+            row = flat_metrics(epoch, state.train_metrics, eval_metrics or {}, lr)
+            agreement = trainer.agreement.percent if trainer.agreement and eval_metrics else None
+            log_epoch(trainer.trackers, trainer.task, (epoch + 1) * trainer.updates_per_epoch, row, agreement)
         trainer.saver.run = state
         best[0] = trainer.saver.save_checkpoint(epoch, metric=metric)
         _save_milestone(trainer, epoch + 1)
@@ -486,6 +498,9 @@ def _validate_task(trainer: Trainer, state: RunState, num_epochs: int) -> Ordere
     ask = (lambda: None) if is_stream else (lambda: _stop_if_asked(trainer, state))
     for ema in (False, True) if task.has_ema() and not args.model_ema_force_cpu else (False,):
         model = task.get_eval_model(ema=ema).eval()
-        metrics = validate(model, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test', ask)
+        forward = model if trainer.agreement is None else trainer.agreement.compare(model)
+        metrics = validate(forward, trainer.data, trainer.runtime, args, 'Test (EMA)' if ema else 'Test', ask)
+        if trainer.agreement is not None:
+            trainer.agreement.finish(trainer.runtime.distributed)
         _logger.info(f'Test{" (EMA)" if ema else ""} {epoch}/{num_epochs - 1}: {format_metrics(metrics)}')
     return metrics

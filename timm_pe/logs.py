@@ -200,21 +200,6 @@ def _duration(seconds: float) -> str:
     return f'{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 
-def start_wandb(args: argparse.Namespace, folder: str) -> Any:
-    """Start (or go on with) the Weights & Biases run of a folder."""
-    import wandb
-
-    return wandb.init(
-        project=args.wandb_project,
-        name=os.path.basename(folder),
-        config={k: v for k, v in vars(args).items() if not k.startswith('wandb')},
-        tags=args.wandb_tags or None,
-        id=args.wandb_resume_id or None,
-        resume='must' if args.wandb_resume_id else None,
-        dir=folder,
-    )
-
-
 def write_summary(
     path: str,
     epoch: int,
