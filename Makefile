@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry test-report docs lint format data bench-accuracy bench-speed clean
+.PHONY: demo test test-contract test-registry test-survival test-report soak docs lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry --ignore tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry --ignore tests/survival --ignore tests/browser
 
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
@@ -19,6 +19,14 @@ test-contract: $(VENV)/.test
 
 test-registry: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/registry
+
+# runs that are killed again and again, alone and on two ranks; minutes
+test-survival: $(VENV)/.test
+	$(BIN)/python -m pytest -s tests/survival
+
+# the same for an hour, and the memory of a long run
+soak: $(VENV)/.test
+	$(BIN)/python tests/survive.py --minutes 60 --epochs 1000
 
 # needs Debian's chromium (apt-get install chromium), so it is not part of `make test`
 test-report: $(VENV)/.browser

@@ -1,7 +1,7 @@
 """Kill a run at random moments, start the same command again until it is through, and compare with one that was left alone.
 
     python tests/survive.py --kills 50
-    python tests/survive.py --minutes 60        # `make soak`
+    python tests/survive.py --minutes 60 --epochs 1000        # `make soak`
 
 A killed run must never lose what was written, and must end bit for bit as the other. Runs are forked from one process
 that has imported everything, so that a start takes a tenth of a second; the numbers of a run do not depend on that.
@@ -169,11 +169,28 @@ def compare(a: Path, b: Path) -> list[str]:
     return found
 
 
-def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[str]) -> dict:
-    """Disturb runs until there were so many stops, or for so long.
+def watch(argv: list[str], said: Path) -> tuple[list[int], list[int]]:
+    """Resident pages and open files of a run while it lasts, every tenth of a second."""
+    pid, pages, files = start(argv, said), [], []
+    while (code := wait(pid, 0.1)) is None:
+        pages.append(int(Path(f'/proc/{pid}/statm').read_text().split()[1]))
+        files.append(len(os.listdir(f'/proc/{pid}/fd')))
+    if code:
+        raise SystemExit(f'the run that was watched ended with {code}:\n{said.read_text()}')
+    return pages, files
+
+
+def growth(values: list[int]) -> float:
+    """Median of the last quarter over that of the second; the first is for the start."""
+    quarter = len(values) // 4
+    return float(np.median(values[3 * quarter :]) / np.median(values[quarter : 2 * quarter]))
+
+
+def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[str], epochs: int) -> dict:
+    """Disturb runs until there were so many stops, or for so long; then watch one of so many epochs.
 
     Raises:
-        SystemExit: A run did not end as the one that was left alone, or not well.
+        SystemExit: A run did not end as the one that was left alone, or not well, or grew while it ran.
     """
     rng, images = random.Random(seed), write_images(folder / 'images')
     stops: dict[str, int] = {}
@@ -192,7 +209,18 @@ def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[
         if found:
             raise SystemExit(f'{name} is not what {variant} is: {found[:20]}\n{said.read_text()}')
         runs += 1
-    return {'runs': runs, 'stops': stops, 'seconds_of_a_run': {k: round(v, 2) for k, v in alone.items()}}
+    long = [str(images), *COMMON, '-j', '1', '--output', str(folder), '--experiment', 'long']
+    pages, files = watch([*long, '--epochs', str(epochs)], folder / 'long.log')
+    grown = {'memory': round(growth(pages), 4), 'open_files': round(growth(files), 4)}
+    if grown['memory'] > 1.03 or grown['open_files'] > 1:
+        raise SystemExit(f'a run of {epochs} epochs grows: {grown}')
+    return {
+        'runs': runs,
+        'stops': stops,
+        'growth': grown,
+        'epochs_watched': epochs,
+        'seconds_of_a_run': {k: round(v, 2) for k, v in alone.items()},
+    }
 
 
 def main() -> None:
@@ -200,13 +228,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=50, metavar='N', help='SIGKILLs at least')
     parser.add_argument('--minutes', type=float, default=0, metavar='N', help='at least so long')
+    parser.add_argument('--epochs', type=int, default=40, metavar='N', help='of the run whose memory is watched')
     parser.add_argument('--seed', type=int, default=0, metavar='N')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument('--folder', type=Path, metavar='DIR', help='keep the runs there')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        print(json.dumps(survive(folder, args.kills, args.minutes, args.seed, args.variants)))
+        print(json.dumps(survive(folder, args.kills, args.minutes, args.seed, args.variants, args.epochs)))
 
 
 if __name__ == '__main__':

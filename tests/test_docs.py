@@ -206,7 +206,7 @@ def test_the_guide_shows_a_whole_story_on_the_digits():
 @pytest.mark.parametrize('page', PAGES, ids=named)
 def test_every_flag_on_a_page_exists(page):
     own = {s for a in create_parser()._actions for s in a.option_strings}
-    foreign = {'--logdir', '--project', '--nodes', '--ntasks-per-node', '--gpus-per-node'}
+    foreign = {'--signal', '--requeue', '--logdir', '--project', '--nodes', '--ntasks-per-node', '--gpus-per-node'}
     shown = set(re.findall(r'(?<![\w-])--[a-z][\w-]+', re.sub(r'(?m)^--8<--.*$', '', page.read_text())))
     assert shown <= own | foreign
 

@@ -263,6 +263,7 @@ def test_the_norm_is_that_of_the_gradient_before_clipping(clip):
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         args=SimpleNamespace(clip_grad=clip, clip_mode='norm'),
         runtime=SimpleNamespace(scaler=None),
+        guard=None,
     )
     curves = curves_of(Trackers([Recorder()]), optimizer=trainer.optimizer)
     _backward(trainer, model(x).pow(2).sum(), need_update=True, measure=curves.measure_norm)
