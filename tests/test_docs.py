@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train_distill
+from timm_pe import export
 from timm_pe.args import create_parser, parse_args
 from timm_pe.projectors import _PROJECTORS
 
@@ -27,7 +28,8 @@ def test_the_python_examples_of_the_readme_run():
 
 
 def test_every_flag_in_the_readme_exists():
-    flags = {s for a in create_parser()._actions for s in a.option_strings}
+    parsers = create_parser(), export.create_parser()
+    flags = {s for parser in parsers for a in parser._actions for s in a.option_strings}
     text = '\n'.join(line for line in README.splitlines() if '#SBATCH' not in line)
     named = set(re.findall(r'(?<![\w-])--[a-z][\w-]+', text))
     assert named
