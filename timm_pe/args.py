@@ -23,6 +23,7 @@ from timm.utils import ParseKwargs, world_info_from_env
 from .args_timm import add_timm_args
 from .losses import FEATURE_LOSS_NAMES, TEACHER_NORMS
 from .projectors import PROJECTOR_NAMES
+from .recipes import find_config
 from .task import TARGETS
 
 # a flag that only means something next to this one
@@ -179,7 +180,12 @@ def create_parser() -> Parser:
         formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument(
-        '-c', '--config', metavar='FILE', type=str, default='', help='YAML file of flags; the command line wins'
+        '-c',
+        '--config',
+        metavar='FILE',
+        type=str,
+        default='',
+        help='YAML file of flags, or the name of a recipe of hparams/; the command line wins',
     )
     _add_teacher_args(parser)
     add_timm_args(parser)
@@ -265,6 +271,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
 
 def _read_config(parser: Parser, path: str) -> dict[str, Any]:
     try:
+        path = find_config(path)
         config = read_yaml(path)
     except ValueError as e:
         parser.error(f'--config: {e}')
