@@ -104,7 +104,8 @@ class MseLoss(nn.Module):
 
     def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.autocast(projected.device.type, enabled=False):
-            return F.mse_loss(*_full_precision(projected, teacher))
+            projected, teacher = _full_precision(projected, teacher)
+            return F.mse_loss(projected, teacher)
 
 
 @register_feature_loss('logsum')

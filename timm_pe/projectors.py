@@ -189,6 +189,7 @@ class ProjectorEnsemble(nn.Module):
         self._act = 'auto'
         if act != 'auto':
             self.act = act
+        self.projectors: _StackedLinear | _Stacked
         if factory is LinearProjector:
             self.projectors = _StackedLinear(in_dim, out_dim, num_projectors)
         else:
