@@ -283,6 +283,23 @@ def test_an_error_leaves_nothing_and_the_earlier_export_as_it_was(runs, folders,
     assert os.listdir(tmp_path) == ['out']
 
 
+def test_a_move_that_fails_gives_the_earlier_export_back(runs, folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'out'
+    shutil.copytree(folders['test_resnet'], out)
+    replace = os.replace
+
+    def fails_on_the_new_one(src, dst):
+        if Path(src).name == 'new':
+            raise OSError(28, 'No space left on device')
+        replace(src, dst)
+
+    monkeypatch.setattr(os, 'replace', fails_on_the_new_one)
+    error = refused([runs['test_vit'], '--output', out, '--overwrite'], capsys)
+    assert 'No space left on device' in error
+    assert json.loads((out / 'config.json').read_text())['architecture'] == 'test_resnet'
+    assert os.listdir(tmp_path) == ['out']
+
+
 def test_overwrite_replaces_an_earlier_export_with_all_its_files(runs, folders, tmp_path):
     out = tmp_path / 'out'
     shutil.copytree(folders['test_resnet'], out)
@@ -341,6 +358,14 @@ def test_push_uploads_the_folder_through_timm(runs, folders, monkeypatch, capsys
         assert files[name] == (folders['test_resnet'] / name).read_bytes()
     assert b'license: apache-2.0' in files['README.md']
     assert '3 × linear' in files['README.md'].decode()
+
+
+def test_timm_loads_a_folder_from_the_hub_as_it_was_written(runs, folders, images, monkeypatch):
+    folder = folders['test_vit']
+    monkeypatch.setattr(_hub, 'hf_hub_download', lambda repo_id, filename, **kwargs: str(folder / filename))
+    model = timm.create_model('hf-hub:me/student', pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(model(images), logits_of('test_vit', runs['test_vit'], images))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_without_the_token(runs, tmp_path, monkeypatch, capsys):
