@@ -6,8 +6,9 @@ OUTPUT ?= demo_output
 WORKERS ?= 2
 
 RELEASE := .venv-release
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-contract test-registry test-report test-release lint format data bench-accuracy bench-speed clean
+.PHONY: demo test test-contract test-lowest test-registry test-report test-release lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -18,6 +19,12 @@ test: $(VENV)/.test
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_task.py tests/test_teacher.py tests/test_tap.py tests/test_checkpoints.py tests/test_timm_parity.py
+
+# the same with the oldest torch and timm that setup.cfg allows
+test-lowest:
+	$(MAKE) $(LOWEST)/.test VENV=$(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 timm==1.0.31
+	$(MAKE) test-contract VENV=$(LOWEST)
 
 test-registry: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/registry
@@ -65,4 +72,4 @@ $(VENV)/.%: setup.cfg | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RELEASE) build dist *.egg-info
+	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist *.egg-info

@@ -45,7 +45,7 @@ def runs(image_folder, tmp_path_factory) -> dict[str, Path]:
     common += ['--epochs', '2', '--warmup-epochs', '0', '--lr', '0.02', '--output', str(root)]
     common += ['--teacher', 'test_resnet', '--no-teacher-pretrained', '--no-teacher-eval', '--scale', '0.5', '1']
     for name in STUDENTS:
-        run([*common, '--model', name, '--experiment', name, '--mean', '0.4', '0.5', '0.6', '--gp', 'max'])
+        run([*common, '--model', name, '--experiment', name, '--mean', '0.4', '0.5', '0.6', '--gp', 'avg'])
     return {name: root / name for name in STUDENTS}
 
 
@@ -68,7 +68,7 @@ def logits_of(name: str, folder: Path, images: torch.Tensor) -> torch.Tensor:
     """What the student of a run says, built without the export."""
     kwargs = {'img_size': 32} if name == 'test_vit' else {}
     weights = folder / 'student.safetensors'
-    model = timm.create_model(name, num_classes=3, global_pool='max', checkpoint_path=str(weights), **kwargs).eval()
+    model = timm.create_model(name, num_classes=3, global_pool='avg', checkpoint_path=str(weights), **kwargs).eval()
     with torch.inference_mode():
         return model(images)
 
@@ -156,6 +156,19 @@ def test_onnx_that_says_something_else_is_not_written(runs, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_cannot_be_exported_is_told_by_the_reason_beneath(runs, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        try:
+            raise KeyError('no ONNX function for aten.odd')
+        except KeyError as e:
+            raise RuntimeError('a page of advice') from e
+
+    monkeypatch.setattr(torch.onnx, 'export', fails)
+    error = refused([runs['test_resnet'], '--output', tmp_path / 'out', '--onnx'], capsys)
+    assert error.endswith("--onnx: cannot export test_resnet: 'no ONNX function for aten.odd'")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_onnx_package_is_named_with_its_remedy(runs, tmp_path, monkeypatch, capsys):
     find_spec = export.importlib.util.find_spec
     monkeypatch.setattr(export.importlib.util, 'find_spec', lambda n: None if n == 'onnxruntime' else find_spec(n))
@@ -185,6 +198,12 @@ def copy_of(folder: Path, to: Path, **settings) -> Path:
     args = yaml.safe_load((to / 'args.yaml').read_text())
     (to / 'args.yaml').write_text(yaml.safe_dump({**args, **settings}))
     return to
+
+
+def test_a_torch_whose_exporter_is_too_old_is_named(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, '__version__', type(torch.__version__)('2.6.0+cpu'))
+    error = refused([runs['test_resnet'], '--output', tmp_path / 'out', '--onnx'], capsys)
+    assert '--onnx needs torch 2.7 or newer, this is 2.6.0' in error
 
 
 def test_what_users_typed_cannot_write_markdown_or_html(runs, tmp_path):

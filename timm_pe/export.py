@@ -319,7 +319,7 @@ def write_onnx(student: Student, path: Path) -> None:
     check_onnx_packages()
     import onnxruntime
 
-    batch = {0: torch.export.Dim('batch', min=1)}
+    batch = {0: torch.export.Dim('batch', min=1, max=2**20)}  # torch 2.7 asks for an end; ONNX itself knows none
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the exporter to those who work on it
@@ -344,15 +344,20 @@ def write_onnx(student: Student, path: Path) -> None:
     except AssertionError as e:
         raise UsageError(f'--onnx: {student.architecture} computes something else in ONNX: {one_line(e)}') from e
     except Exception as e:  # of the exporter and of the runtime
-        raise UsageError(f'--onnx: cannot export {student.architecture}: {one_line(e)}') from e
+        reason: BaseException = e
+        while reason.__cause__:  # the exporter puts pages of advice around it
+            reason = reason.__cause__
+        raise UsageError(f'--onnx: cannot export {student.architecture}: {one_line(reason)}') from e
 
 
 def check_onnx_packages() -> None:
-    """Refuse --onnx where a package for it is missing.
+    """Refuse --onnx where a package for it is missing, or PyTorch is too old.
 
     Raises:
         UsageError: With the command that installs it.
     """
+    if torch.__version__ < (2, 7):  # its exporter does not go with today's onnxscript
+        raise UsageError(f'--onnx needs torch 2.7 or newer, this is {torch.__version__}')
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--onnx needs {', '.join(missing)}: pip install 'timm_pe[export]'")

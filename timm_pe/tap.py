@@ -52,14 +52,13 @@ class FeatureTap:
             RuntimeError: If no forward has reached the classifier since the last call.
             UsageError: If the feature isn't as wide as the structure told.
         """
-        heads = [[site.pop() for site in branches] for branches in self._heads]
+        heads: list[list[Any]] = [[site.pop() for site in branches] for branches in self._heads]
         if any(x is None for branches in heads for x in branches):
             raise RuntimeError(
                 f'{self._name} has no feature to pop: its classifier has not run since the last pop(), has been replaced '
                 'since the tap was made, or the tap was removed. Call the whole model once before each pop().'
             )
-        found = cast(list[list[torch.Tensor]], heads)
-        feature = _mean([torch.cat(branches, dim=1) if len(branches) > 1 else branches[0] for branches in found])
+        feature = _mean([torch.cat(branches, dim=1) if len(branches) > 1 else branches[0] for branches in heads])
         if feature.shape[1] != self.width:
             raise UsageError(
                 f'The feature of {self._name} is {feature.shape[1]} wide, its structure told {self.width}. '
