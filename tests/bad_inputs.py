@@ -507,6 +507,9 @@ _RUNS: dict[str, tuple[str | bytes, str]] = {
     'a text for the channels': ('in_chans: three', 'in_chans in'),
     'channels below 0': ('in_chans: -3', 'in_chans in'),
     'a list for the pooling': ('gp: [avg]', 'gp in'),
+    'a text for the size': ('img_size: small', 'img_size in'),
+    'a size beyond all memory': ('img_size: 1000000', 'img_size in'),
+    'a size of 0': ('input_size: [3, 0, 32]', 'input_size in'),
     'a pooling that is none': ('gp: nosuch', 'nosuch'),
 }
 

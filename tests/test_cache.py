@@ -719,7 +719,7 @@ def test_a_folder_of_something_else_is_refused(image_folder, argv, tmp_path, cap
 def test_an_indexed_target_is_pinned_and_moved_as_a_tensor_and_keeps_its_index_on_the_host(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self + 1)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self, *device: self + 1)
     target = pin_memory(IndexedTarget(torch.zeros(2), np.array([4, 5]), 3))
     assert torch.equal(target.target, torch.ones(2))
     moved = target.to(device='meta', non_blocking=True)

@@ -18,6 +18,7 @@ import yaml
 from helpers import run
 
 import train_distill
+from timm_pe import export
 from timm_pe.args import Parser, create_parser, parse_args
 from timm_pe.losses import _FEATURE_LOSSES
 from timm_pe.projectors import _PROJECTORS
@@ -205,7 +206,8 @@ def test_the_guide_shows_a_whole_story_on_the_digits():
 
 @pytest.mark.parametrize('page', PAGES, ids=named)
 def test_every_flag_on_a_page_exists(page):
-    own = {s for a in create_parser()._actions for s in a.option_strings}
+    parsers = create_parser(), export.create_parser()
+    own = {s for parser in parsers for a in parser._actions for s in a.option_strings}
     foreign = {'--signal', '--requeue', '--logdir', '--project', '--nodes', '--ntasks-per-node', '--gpus-per-node'}
     shown = set(re.findall(r'(?<![\w-])--[a-z][\w-]+', re.sub(r'(?m)^--8<--.*$', '', page.read_text())))
     assert shown <= own | foreign

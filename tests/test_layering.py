@@ -7,7 +7,7 @@ import timm_pe
 
 ROOT = Path(timm_pe.__file__).parent
 FLOORS = {
-    0: {'tap', 'projectors', 'losses', 'errors', 'files', 'version'},
+    0: {'tap', 'projectors', 'losses', 'plugins', 'recipes', 'errors', 'files', 'version'},
     1: {'task', 'teacher', 'fold', 'loading', 'draws', 'zoo'},
     2: {
         'args_timm',
@@ -27,7 +27,7 @@ FLOORS = {
         'run_state',
         'unreadable',
     },
-    3: {'demo', 'analysis', 'plots', 'report', 'precompute'},
+    3: {'demo', 'analysis', 'plots', 'report', 'precompute', 'export'},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

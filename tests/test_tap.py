@@ -159,6 +159,7 @@ def test_feature_in_distilled_training_is_the_one_of_eval(kind, num_classes):
     'kind', [kind for kind in CLASSIFIERS if kind.startswith(('linear', 'head module')) and 'pooled' not in kind]
 )
 def test_logits_and_feature_share_one_dropout_mask(kind):
+    torch.manual_seed(0)
     model, x = CLASSIFIERS[kind](drop_rate=0.5)
     model.train()
     classifier = model.get_classifier()

@@ -414,7 +414,7 @@ def open_run(folder: Path, options: Options, others: Sequence[str | os.PathLike]
         raise UsageError(
             f"'{args.dataset}' is a stream, which cannot give the same images twice: it cannot be analysed"
         )
-    class_names = _class_names(datasets[1], student.num_classes)
+    class_names = read_class_names(datasets[1], student.num_classes)
     samples = _draw_samples(datasets[1])
     subset = _fixed_subset(datasets[0], options.max_train_images)
     train, validation = (create_data(args, (None, d), student, runtime) for d in (subset, datasets[1]))
@@ -485,7 +485,8 @@ def _load_checkpoint(
     return int(checkpoint['epoch'])
 
 
-def _class_names(dataset: Dataset, num_classes: int) -> list[str]:
+def read_class_names(dataset: Dataset, num_classes: int) -> list[str]:
+    """Names of the classes of a data set, in their order; a class without one is called by its number."""
     indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
     names = {index: str(name) for name, index in (indices or {}).items()}
     return [names.get(c, str(c)) for c in range(num_classes)]

@@ -20,8 +20,9 @@ from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, world_info_from_env
 
 from .args_timm import add_timm_args
-from .losses import TEACHER_NORMS, list_feature_losses
-from .projectors import list_projectors
+from .losses import FEATURE_LOSS_NAMES, TEACHER_NORMS
+from .projectors import PROJECTOR_NAMES
+from .recipes import find_config
 from .task import TARGETS
 from .trackers import is_tracked, missing_package
 
@@ -179,7 +180,12 @@ def create_parser() -> Parser:
         formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument(
-        '-c', '--config', metavar='FILE', type=str, default='', help='YAML file of flags; the command line wins'
+        '-c',
+        '--config',
+        metavar='FILE',
+        type=str,
+        default='',
+        help='YAML file of flags, or the name of a recipe of hparams/; the command line wins',
     )
     _add_teacher_args(parser)
     add_timm_args(parser)
@@ -230,9 +236,9 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--teacher-cache-views', metavar='K', type=int, default=1, help='augmented views of an image in it: epoch e trains on view e mod K')
     add('--student-tap', metavar='PATH', type=str, default=None, help="module whose input is the student's feature; None: the classifier")
     add('--pe-projectors', metavar='Q', type=int, default=3, help='number of projectors')
-    add('--pe-projector', metavar='NAME', type=str, default='linear', choices=list_projectors(), help=f'kind of projector: {", ".join(list_projectors())}')
+    add('--pe-projector', metavar='NAME', type=str, default='linear', choices=PROJECTOR_NAMES, help='kind of projector: %(choices)s')
     add('--pe-act', type=str, default='auto', choices=('auto', 'relu', 'none'), help="activation of the projectors; auto: relu exactly when the teacher's features on the first batch are all >= 0")
-    add('--pe-loss', metavar='NAME', type=str, default=None, choices=list_feature_losses(), help=f'loss between projection and target: {", ".join(list_feature_losses())}; None: direction for features, kl for logits')
+    add('--pe-loss', metavar='NAME', type=str, default=None, choices=FEATURE_LOSS_NAMES, help='loss between projection and target: %(choices)s; None: direction for features, kl for logits')
     add('--pe-target', type=str, default='feature', choices=TARGETS, help="what the projectors map: the student's feature to the teacher's, or its logits to the teacher's (kd1proj, arXiv 2310.17183)")
     add('--pe-teacher-norm', metavar='NAME', type=str, default='none', choices=list(TEACHER_NORMS), help=f"normalization of the teacher's feature before the loss: {', '.join(TEACHER_NORMS)}")
     add('--kd-loss-weight', metavar='R', type=float, default=0.0, help='weight of plain logit distillation next to it')
@@ -268,6 +274,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, str]:
 
 def _read_config(parser: Parser, path: str) -> dict[str, Any]:
     try:
+        path = find_config(path)
         config = read_yaml(path)
     except ValueError as e:
         parser.error(f'--config: {e}')
@@ -333,7 +340,7 @@ def read_run_settings(path: str, what: str) -> dict[str, Any]:
         what: What the folder was given for ('--teacher-checkpoint'), for messages.
 
     Returns:
-        Its mean, std, in_chans, gp and model_kwargs, None where it says nothing of them. What is none of a flag's values
+        Its mean, std, in_chans, gp, model_kwargs, img_size and input_size, None where it says nothing of them. What is none of a flag's values
         ends the process with one line, as on the command line.
     """
     parser = create_parser()
@@ -343,7 +350,7 @@ def read_run_settings(path: str, what: str) -> dict[str, Any]:
         parser.error(f'{what}: {e}')
     if not run:
         parser.error(f"{what}: '{path}' is empty, it should say how the student was built and fed")
-    settings = dict.fromkeys(('mean', 'std', 'in_chans', 'gp', 'model_kwargs'))
+    settings = dict.fromkeys(('mean', 'std', 'in_chans', 'gp', 'model_kwargs', 'img_size', 'input_size'))
     for action in parser._actions:
         if action.dest in settings and run.get(action.dest) is not None:
             settings[action.dest] = _typed(parser, action, action.dest, run[action.dest], path, what)
@@ -351,6 +358,9 @@ def read_run_settings(path: str, what: str) -> dict[str, Any]:
         odd = _odd_value(value)
         if (key == 'std' and value and min(value) <= 0) or (key == 'in_chans' and value is not None and value < 1):
             odd = f'must be above 0, got {value}'
+        sizes = value if key == 'input_size' else [value] if key == 'img_size' else []
+        if any(v is not None and not 1 <= v <= _AT_MOST['img_size'] for v in sizes or ()):
+            odd = f'must be from 1 to {_AT_MOST["img_size"]}, got {value}'
         if odd:
             parser.error(f"{what}: {key} in '{path}' {odd}")
     return settings

@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterator
 
 
-def sync_file(path: str | os.PathLike) -> None:
+def sync_file(path: str | os.PathLike[str]) -> None:
     """Wait until a file is on the disk, not only in memory."""
     with open(path, 'rb') as f:
         os.fsync(f.fileno())
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike) -> Iterator[str]:
+def replaced(path: str | os.PathLike[str]) -> Iterator[str]:
     """Give a name beside `path` to write to; once the block ends well and its bytes are on the disk, it becomes `path`.
 
     Raises:

@@ -8,7 +8,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -117,7 +117,7 @@ def announce_download(name: str, what: str) -> None:
         )
 
 
-def find_checkpoint(path: str | os.PathLike, what: str, names: Sequence[str] = RUN_FOLDER_FILES) -> Path:
+def find_checkpoint(path: str | os.PathLike[str], what: str, names: Sequence[str] = RUN_FOLDER_FILES) -> Path:
     """The checkpoint file that `path` names: a file, or the first of `names` in a run folder of train_distill.
 
     Raises:
@@ -125,9 +125,10 @@ def find_checkpoint(path: str | os.PathLike, what: str, names: Sequence[str] = R
     """
     found = Path(path)
     if os.path.isdir(found):  # False for names that cannot be, where pathlib raises
-        found = next((found / name for name in names if (found / name).is_file()), None)
-        if found is None:
+        files = [found / name for name in names if (found / name).is_file()]
+        if not files:
             raise UsageError(f"{what}: folder '{path}' holds no checkpoint ({', '.join(names)})")
+        found = files[0]
     if not os.path.isfile(found):
         raise UsageError(f"{what}: no file '{path}'")
     _check_file(found, what)
@@ -166,7 +167,7 @@ def _check_file(file: Path, what: str) -> None:
         raise UsageError(f"{what}: '{file}' is a TorchScript archive, that is code: give its state_dict()")
 
 
-def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | os.PathLike[str], what: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The model weights of a checkpoint: tensors only, code in a pickle is refused.
 
     Args:
@@ -181,7 +182,7 @@ def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) ->
     # the student of a run folder is its moving average where that was on
     file = find_checkpoint(path, what, RUN_FOLDER_FILES if use_ema else RUN_FOLDER_FILES[1:])
     try:
-        state_dict = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
+        state_dict: Any = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
     except AttributeError:  # timm takes prefixes off what should be names
         state_dict = None
     except Exception as e:
@@ -190,7 +191,7 @@ def read_state_dict(path: str | os.PathLike, what: str, use_ema: bool = True) ->
     return state_dict
 
 
-def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike) -> None:
+def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike[str]) -> None:
     """Refuse what is no state_dict, plain tensors by their names.
 
     Raises:
@@ -203,7 +204,7 @@ def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike) -> Non
         raise UsageError(f"{what}: '{file}' is no state_dict: {_some(odd) or 'it is empty'}")
 
 
-def why_unreadable(file: str | os.PathLike, error: Exception) -> str:
+def why_unreadable(file: str | os.PathLike[str], error: Exception) -> str:
     """In words why torch.load or safetensors failed on `file`."""
     code = re.search(r'unsupported globals?:? (?:GLOBAL )?([\w.]+\w)', f'{error} {error.__cause__}', re.IGNORECASE)
     if code:
@@ -287,7 +288,7 @@ def _some(names: Iterable[str], limit: int = 4) -> str:
 
 def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state_dict` with the classifier that `model` has in the place of its own."""
-    classifiers = model.pretrained_cfg.get('classifier') or ()
+    classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
     names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(f'{n}.' for n in names))}
     _logger.info(f'The classifier of the checkpoint has another size, {", ".join(names)} stays random: it is not used.')

@@ -1,7 +1,7 @@
 """Losses between projected student features and teacher features, and between logits.
 
 To add one: a function or class without arguments that returns an `nn.Module` with `forward(projected, teacher)`, both
-`[b, m]`, giving a scalar, under `@register_feature_loss('name')`.
+`[b, m]`, giving a scalar, under `@register_feature_loss('name')`. It may live in a package of its own, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .errors import UsageError
+from .plugins import Names
 
 _FEATURE_LOSSES: dict[str, Callable[[], nn.Module]] = {}
+# their names, those of installed plugins too
+FEATURE_LOSS_NAMES = Names(_FEATURE_LOSSES)
 
 
 def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
@@ -37,8 +40,8 @@ def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Call
 
 
 def list_feature_losses() -> list[str]:
-    """Names that `create_feature_loss` takes, sorted."""
-    return sorted(_FEATURE_LOSSES)
+    """Names that `create_feature_loss` takes, sorted, those of installed plugins too."""
+    return list(FEATURE_LOSS_NAMES)
 
 
 def create_feature_loss(name: str) -> nn.Module:
@@ -47,7 +50,7 @@ def create_feature_loss(name: str) -> nn.Module:
     Raises:
         UsageError: Unknown name; the message lists the known ones.
     """
-    if name not in _FEATURE_LOSSES:
+    if name not in FEATURE_LOSS_NAMES:
         raise UsageError(f"unknown feature loss '{name}': choose from {', '.join(list_feature_losses())}")
     return _FEATURE_LOSSES[name]()
 
@@ -101,7 +104,8 @@ class MseLoss(nn.Module):
 
     def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         with torch.autocast(projected.device.type, enabled=False):
-            return F.mse_loss(*_full_precision(projected, teacher))
+            projected, teacher = _full_precision(projected, teacher)
+            return F.mse_loss(projected, teacher)
 
 
 @register_feature_loss('logsum')

@@ -2,7 +2,7 @@
 
 To add one: a function or class `(in_dim, out_dim) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
 `@register_projector('name')`. The ensemble then builds q of them, each with its own random init, and puts the activation
-after them.
+after them. It may live in a package of its own, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .errors import UsageError
+from .plugins import Names
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {'relu': F.relu, 'none': lambda x: x}
 
 _PROJECTORS: dict[str, Callable[..., nn.Module]] = {}
+# their names, those of installed plugins too
+PROJECTOR_NAMES = Names(_PROJECTORS)
 
 
 def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -38,8 +41,8 @@ def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callab
 
 
 def list_projectors() -> list[str]:
-    """Names that `create_projector` takes, sorted."""
-    return sorted(_PROJECTORS)
+    """Names that `create_projector` takes, sorted, those of installed plugins too."""
+    return list(PROJECTOR_NAMES)
 
 
 def get_projector(name: str) -> Callable[..., nn.Module]:
@@ -48,7 +51,7 @@ def get_projector(name: str) -> Callable[..., nn.Module]:
     Raises:
         UsageError: Unknown name; the message lists the known ones.
     """
-    if name not in _PROJECTORS:
+    if name not in PROJECTOR_NAMES:
         raise UsageError(f"unknown projector '{name}': choose from {', '.join(list_projectors())}")
     return _PROJECTORS[name]
 
@@ -186,6 +189,7 @@ class ProjectorEnsemble(nn.Module):
         self._act = 'auto'
         if act != 'auto':
             self.act = act
+        self.projectors: _StackedLinear | _Stacked
         if factory is LinearProjector:
             self.projectors = _StackedLinear(in_dim, out_dim, num_projectors)
         else:
@@ -206,7 +210,13 @@ class ProjectorEnsemble(nn.Module):
         """Each projector's output, `[b, d] -> [b, q, m]`."""
         if self._act == 'auto':
             raise RuntimeError("projector activation is 'auto' and undecided: set .act to 'relu' or 'none' first")
-        return ACTIVATIONS[self._act](self.projectors(x))
+        projected = self.projectors(x)
+        if projected.shape[1:] != (self.num_projectors, self.out_dim):  # a loss might broadcast it in silence
+            raise UsageError(
+                f"projector '{self.projector}' must map [b, {self.in_dim}] to [b, {self.out_dim}], "
+                f'{self.num_projectors} of them give {list(projected.shape)}'
+            )
+        return ACTIVATIONS[self._act](projected)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.project(x).mean(dim=1)

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class FeatureTap:
             RuntimeError: If no forward has reached the classifier since the last call.
             UsageError: If the feature isn't as wide as the structure told.
         """
-        heads = [[site.pop() for site in branches] for branches in self._heads]
+        heads: list[list[Any]] = [[site.pop() for site in branches] for branches in self._heads]
         if any(x is None for branches in heads for x in branches):
             raise RuntimeError(
                 f'{self._name} has no feature to pop: its classifier has not run since the last pop(), has been replaced '
@@ -85,7 +86,7 @@ class _Site:
         else:
             self._handle = module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # a tensor inside an autograd graph can't be deepcopied
         return {**self.__dict__, '_value': None}
 
@@ -97,10 +98,12 @@ class _Site:
         self._handle.remove()
         self._value = None
 
-    def _keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._value = self._pool(args[0] if args else next(iter(kwargs.values())))
 
-    def _keep_output(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+    def _keep_output(
+        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         # a distilled model in training puts out one vector a head
         self._value = _mean([self._pool(x) for x in (output if isinstance(output, tuple) else (output,))])
 
@@ -141,7 +144,7 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
             f'Name the module that the feature enters (path=){example}.'
         )
     try:
-        classifier = model.get_classifier()
+        classifier = cast(Any, model).get_classifier()
     except AttributeError as e:
         # where the classifier is a part of the head, num_classes=0 may leave nothing to get it from
         if getattr(model, 'num_classes', None) == 0:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,9 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
     Shapes:
         forward: `[b, ch, h, w]` -> (logits `[b, c]`, projection `[b, m]`).
     """
+
+    student: nn.Module
+    projection: ProjectorEnsemble
 
     def __init__(self, student: nn.Module, projection: ProjectorEnsemble, tap: FeatureTap, target: str = 'feature'):
         super().__init__(student, projection)
@@ -102,11 +105,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         UsageError: Anything of the above that does not fit; the message says what came and what is allowed.
     """
 
+    teacher: Teacher  # type: ignore[assignment]
+
     def __init__(
         self,
         student_model: nn.Module,
         teacher_model: str | nn.Module,
-        criterion: nn.Module | Callable | None = None,
+        criterion: nn.Module | Callable[..., torch.Tensor] | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
         teacher_pretrained_path: str | None = None,
         teacher_pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -225,11 +230,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             if module is not None:
                 unwrap_model(module).projection.act = act
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]
+        self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile student with projectors, the student alone (evaluation) and the teacher; before DDP."""
         compile_kwargs.update(backend=backend, mode=mode)
-        self.eval_model = torch.compile(self.trainable_module.student, **compile_kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, **compile_kwargs)
+        self.eval_model = cast(nn.Module, torch.compile(self.trainable_module.student, **compile_kwargs))
+        self.trainable_module = cast(Any, torch.compile(self.trainable_module, **compile_kwargs))
         self.teacher.compile(**compile_kwargs)
         return self.eval_model
 
@@ -296,10 +303,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, aim)}
         loss = self.task_loss_weight * terms['task_loss'] + self.distill_loss_weight * terms['pe_loss']
         if self.kd_loss_weight:
-            if logits.shape != teacher.logits.shape:
+            if teacher.logits is None or logits.shape != teacher.logits.shape:
+                given = None if teacher.logits is None else list(teacher.logits.shape)
                 raise UsageError(
-                    f'logits of the student {list(logits.shape)} and of the teacher {list(teacher.logits.shape)} cannot '
-                    f'be compared'
+                    f'logits of the student {list(logits.shape)} and of the teacher {given} cannot be compared'
                 )
             terms['logit_loss'] = kd_loss(logits, teacher.logits, self.kd_temperature)
             loss = loss + self.kd_loss_weight * terms['logit_loss']

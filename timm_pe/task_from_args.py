@@ -3,11 +3,14 @@
 import argparse
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 import torch.nn as nn
 from timm.loss import create_classification_loss
 from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.models import resolve_model_input_args
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -73,7 +76,17 @@ def _take_run_folder_settings(args: argparse.Namespace) -> None:
     args.teacher_mean = args.teacher_mean or run['mean']
     args.teacher_std = args.teacher_std or run['std']
     model_kwargs = {**(run['model_kwargs'] or {}), 'in_chans': run['in_chans'], 'global_pool': run['gp']}
+    # an architecture of one size was built for that of its images
+    model_kwargs['img_size'] = _built_for(args.teacher, run)
     args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
+
+
+def _built_for(name: str, run: Mapping[str, Any]) -> Any:
+    given = {key: run.get(key) for key in ('img_size', 'input_size', 'in_chans')}
+    try:
+        return resolve_model_input_args(name, given, **(run.get('model_kwargs') or {})).get('img_size')
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything
+        raise UsageError(f'--teacher {name}: {one_line(e)}') from e
 
 
 def create_run_task(

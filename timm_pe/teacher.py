@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -73,6 +73,9 @@ class Teacher(nn.Module):
         three become one (luma), where the teacher has another number than the student.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,7 +116,7 @@ class Teacher(nn.Module):
             model = network = self._fold(model, tap)
         self.tap = FeatureTap(network, tap)
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)
+        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.dtype = dtype
         self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.width = self.tap.width
@@ -202,7 +205,7 @@ class Teacher(nn.Module):
                     f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
                     f'({one_line(failure, 120)}): give its own input size'
                 )
-            self._size_of[given] = self.own_size if failure else wanted
+            self._size_of[given] = self.own_size if failure and self.own_size else wanted
         return self._size_of[given]
 
     def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
@@ -234,7 +237,7 @@ class Teacher(nn.Module):
         self.tap.pop()
         return logits
 
-    def _own_precision(self, device: torch.device) -> AbstractContextManager:
+    def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
 
     def _run_to_pre_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -253,7 +256,7 @@ class Teacher(nn.Module):
                 self._has_pre_logits = False
         return self._has_pre_logits
 
-    def compile(self, **compile_kwargs: Any) -> 'Teacher':
+    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]
         """Compile the network (arguments of torch.compile). The tap sits on it already, as it must."""
         self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
         self.model = torch.compile(self.model, **compile_kwargs)
@@ -295,8 +298,8 @@ def create_teacher(
         return name_or_module
     teacher_kwargs['needs_logits'] = needs_logits
     if isinstance(name_or_module, DistillationTeacher):
-        teacher_kwargs.setdefault('mean', name_or_module.mean_kd.flatten().tolist())
-        teacher_kwargs.setdefault('std', name_or_module.std_kd.flatten().tolist())
+        teacher_kwargs.setdefault('mean', cast(torch.Tensor, name_or_module.mean_kd).flatten().tolist())
+        teacher_kwargs.setdefault('std', cast(torch.Tensor, name_or_module.std_kd).flatten().tolist())
         return Teacher(name_or_module.model, **teacher_kwargs)
     if isinstance(name_or_module, nn.Module):
         if checkpoint:

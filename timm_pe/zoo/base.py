@@ -158,7 +158,7 @@ class CifarNet(nn.Module):
         """
         x = self.global_pool(x)
         x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.get_classifier()(x)
+        return x if pre_logits else self.get_submodule(self.classifier_name)(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images `[b, in_chans, h, w]` to logits `[b, num_classes]`."""

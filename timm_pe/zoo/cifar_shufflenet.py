@@ -163,7 +163,7 @@ class _CifarShuffleNet(CifarNet):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images `[b, in_chans, h, w]` to the last stage's `[b, c, h / 8, w / 8]`, after the last ReLU."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.layer3(self.layer2(self.layer1(x)))
+        return self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
 
 
 class CifarShuffleNetV1(_CifarShuffleNet):

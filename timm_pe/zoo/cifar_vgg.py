@@ -54,10 +54,10 @@ class CifarVGG(CifarNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images `[b, in_chans, h, w]` to `[b, 512, h / 8, w / 8]`, after the last ReLU."""
-        x = F.max_pool2d(self.block0(x), 2)
-        x = F.max_pool2d(self.block1(x), 2)
-        x = F.max_pool2d(self.block2(x), 2)
-        return self.block4(self.block3(x))
+        x = F.max_pool2d(self.block0(x), 2)  # type: ignore[operator]
+        x = F.max_pool2d(self.block1(x), 2)  # type: ignore[operator]
+        x = F.max_pool2d(self.block2(x), 2)  # type: ignore[operator]
+        return self.block4(self.block3(x))  # type: ignore[operator]
 
 
 def _create_vgg(variant: str, pretrained: bool, **kwargs: Any) -> CifarVGG:

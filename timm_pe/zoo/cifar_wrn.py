@@ -78,7 +78,7 @@ class CifarWideResNet(CifarNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images `[b, in_chans, h, w]` to `[b, num_features, h / 4, w / 4]`, after the last ReLU."""
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        x = self.block3(self.block2(self.block1(self.conv1(x))))  # type: ignore[operator]
         return F.relu(self.bn1(x), inplace=True)
 
 

@@ -1,0 +1,33 @@
+"""Distillation in Lightning: `pip install lightning`, `python examples/lightning_distill.py`."""
+
+import lightning
+import timm
+import torch
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+from timm_pe import ProjectorEnsembleTask
+
+
+class Distillation(lightning.LightningModule):
+    def __init__(self, student: torch.nn.Module, teacher: torch.nn.Module):
+        super().__init__()
+        self.task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, num_projectors=3)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        result = self.task(*batch)
+        self.log_dict({name: result[name] for name in ('loss', 'task_loss', 'pe_loss')}, prog_bar=True)
+        return result['loss']
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.task.trainable_module.parameters(), lr=1e-3)  # student and projectors
+
+
+# random pictures and a random teacher: put yours in
+images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transforms.ToTensor())
+student = timm.create_model('test_vit', num_classes=10, img_size=64)
+teacher = timm.create_model('test_resnet', num_classes=10)
+trainer = lightning.Trainer(max_epochs=2, log_every_n_steps=1, enable_checkpointing=False)
+trainer.fit(Distillation(student, teacher), DataLoader(images, batch_size=16, shuffle=True))
+torch.save(student.state_dict(), 'student.pth')
+print(f'projector loss {trainer.callback_metrics["pe_loss"]:.3f}')

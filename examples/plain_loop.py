@@ -1,0 +1,26 @@
+"""A training loop of one's own: `python examples/plain_loop.py`. Put your data and your trained teacher in."""
+
+import safetensors.torch
+import timm
+import torch
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+from timm_pe import ProjectorEnsembleTask, create_teacher
+
+# random pictures and a random teacher; yours: create_teacher('resnet34', checkpoint='teacher.safetensors')
+images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transforms.ToTensor())
+teacher = create_teacher('test_resnet', pretrained=False, num_classes=10)
+student = timm.create_model('test_vit', num_classes=10, img_size=64)
+
+task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, num_projectors=3).train()
+optimizer = torch.optim.AdamW(task.trainable_module.parameters(), lr=1e-3)  # student and projectors
+for epoch in range(2):
+    for batch, labels in DataLoader(images, batch_size=16, shuffle=True):
+        result = task(batch, labels)
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+    print(f'epoch {epoch}: task loss {result["task_loss"]:.3f}, projector loss {result["pe_loss"]:.3f}')
+
+safetensors.torch.save_file(student.state_dict(), 'student.safetensors')  # neither teacher nor projectors are in it

@@ -1,0 +1,151 @@
+"""Projectors and losses of packages outside the tree, found by their entry points."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import refused, run, summary
+
+import train_distill
+from timm_pe import ProjectorEnsemble, UsageError, create_feature_loss, list_feature_losses, list_projectors
+from timm_pe.args import create_parser, parse_args
+from timm_pe.losses import _FEATURE_LOSSES
+from timm_pe.plugins import load_plugins
+from timm_pe.projectors import _PROJECTORS
+
+GOOD = """
+import torch.nn as nn
+from timm_pe import register_feature_loss, register_projector
+
+
+@register_projector('narrow')
+class Narrow(nn.Sequential):
+    def __init__(self, in_dim, out_dim):
+        super().__init__(nn.Linear(in_dim, 7), nn.Linear(7, out_dim))
+
+
+@register_feature_loss('smooth_l1')
+class SmoothL1(nn.Module):
+    def forward(self, projected, teacher):
+        return nn.functional.smooth_l1_loss(projected, teacher)
+"""
+FLAGS = ['--pe-projector', 'narrow', '--pe-loss', 'smooth_l1', '--distill-loss-weight', '2']
+
+
+def install(folder: Path, name: str, source: str) -> Path:
+    """A package as pip leaves it in `folder`: a module, and its metadata with an entry point."""
+    module = name.replace('-', '_')
+    info = folder / f'{module}-1.5.dist-info'
+    info.mkdir(parents=True)
+    (folder / f'{module}.py').write_text(source)
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n')
+    (info / 'entry_points.txt').write_text(f'[timm_pe.plugins]\n{module} = {module}\n')
+    return folder
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Gives a function that installs a package for this process; afterwards all is forgotten."""
+    registries = [(registry, dict(registry)) for registry in (_PROJECTORS, _FEATURE_LOSSES)]
+    modules = []
+
+    def install_here(name: str, source: str) -> str:
+        monkeypatch.syspath_prepend(install(tmp_path / 'site', name, source))
+        modules.append(name.replace('-', '_'))
+        load_plugins.cache_clear()
+        return modules[-1]
+
+    load_plugins.cache_clear()
+    yield install_here
+    load_plugins.cache_clear()
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize('launcher', [[], ['-m', 'torch.distributed.run', '--nproc-per-node', '1']])
+def test_a_package_outside_the_tree_trains_with_its_projector_and_loss(launcher, small_run, tmp_path):
+    install(tmp_path / 'site', 'my-projectors', GOOD)
+    script = Path(train_distill.__file__)
+    path = os.pathsep.join([str(tmp_path / 'site'), str(script.parent)])
+    models = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--no-teacher-eval']
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), *small_run, *models, *FLAGS, '--epochs', '1'],
+        env={**os.environ, 'PYTHONPATH': path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '3 x narrow' in done.stderr
+    assert float(summary(tmp_path / 'run')[0]['train_pe_loss']) > 0
+    with torch.serialization.safe_globals([type(parse_args(['data'])[0])]):
+        state = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['task_state']
+    assert any(value.shape[0] == 7 for value in state['projection'].values())
+
+
+def test_names_of_plugins_are_known_in_yaml_in_help_and_in_python(installed, tmp_path, capsys):
+    installed('my-projectors', GOOD)
+    (tmp_path / 'run.yaml').write_text('teacher: resnet34\npe_projector: narrow\npe_loss: smooth_l1\n')
+    args, _ = parse_args(['data', '-c', str(tmp_path / 'run.yaml')])
+    assert (args.pe_projector, args.pe_loss) == ('narrow', 'smooth_l1')
+    with pytest.raises(SystemExit):
+        parse_args(['--help'])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert f'kind of projector: {", ".join(list_projectors())}' in said
+    assert 'narrow' in list_projectors()
+    assert 'smooth_l1' in list_feature_losses()
+    assert ProjectorEnsemble(4, 6, 2, 'narrow')(torch.randn(3, 4)).shape == (3, 6)
+    assert create_feature_loss('smooth_l1')(torch.zeros(3, 4), torch.zeros(3, 4)) == 0
+
+
+def test_a_run_that_uses_no_plugin_imports_none(installed, small_run, tmp_path, capsys):
+    module = installed('broken-projectors', 'raise RuntimeError("no luck")')
+    said = run([*small_run, '--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained'], capsys)
+    assert 'Plugin' not in said
+    assert module not in sys.modules
+    assert (tmp_path / 'run' / 'student.safetensors').is_file()
+
+
+@pytest.mark.parametrize(
+    ('source', 'reason'),
+    [
+        ('raise RuntimeError("no\\nluck")', 'RuntimeError: no luck'),
+        ('import sys; sys.exit(3)', 'SystemExit: 3'),
+        ('import no_such_package', 'no_such_package'),
+        ('def broken(', 'SyntaxError'),
+        (GOOD.replace('narrow', 'linear'), "projector 'linear' is registered already"),
+    ],
+)
+def test_a_broken_plugin_is_one_warning_that_names_its_package(source, reason, installed, small_run, capsys, caplog):
+    linear = _PROJECTORS['linear']
+    installed('broken-projectors', source)
+    error = refused([*small_run, '--model', 'test_resnet', '--teacher', 'test_vit', '--pe-projector', 'narow'], capsys)
+    assert 'narow' in error
+    assert all(name in error for name in ('linear', 'mlp', 'orthogonal'))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("Plugin 'broken_projectors' of broken-projectors 1.5 is broken")
+    assert reason in warning
+    assert '\n' not in warning
+    assert _PROJECTORS['linear'] is linear
+
+
+def test_one_broken_plugin_does_not_hide_another(installed, caplog):
+    installed('broken-projectors', 'raise RuntimeError')
+    installed('my-projectors', GOOD)
+    assert 'narrow' in list_projectors()
+    assert 'narrow' in create_parser().format_help()
+    assert len(caplog.records) == 1
+
+
+def test_a_projector_of_the_wrong_width_is_refused_before_a_loss_can_broadcast_it(installed):
+    installed('my-projectors', GOOD.replace('nn.Linear(7, out_dim)', 'nn.Linear(7, 1)'))
+    ensemble = ProjectorEnsemble(4, 6, 2, 'narrow')
+    with pytest.raises(UsageError, match=r"projector 'narrow' must map \[b, 4\] to \[b, 6\].*give \[3, 2, 1\]"):
+        ensemble(torch.randn(3, 4))

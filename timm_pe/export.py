@@ -1,0 +1,461 @@
+"""A trained student as others want it: a folder in the layout of timm and the Hugging Face hub.
+
+    python -m timm_pe.export RUN --output DIR [--onnx] [--push-to-hub OWNER/NAME]
+
+DIR holds model.safetensors, config.json (as timm writes it) and README.md, a model card. Plain timm loads it:
+`timm.create_model('local-dir:DIR', pretrained=True)`. What was written is loaded again and compared before DIR appears.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
+from timm.models import model_entrypoint, push_to_hf_hub
+from timm.models._hub import generate_readme, save_for_hf
+
+from .analysis import read_class_names
+from .args import Parser, exit_with_error, parse_args
+from .data import create_datasets
+from .errors import UsageError, one_line
+from .fit import default_metric, format_metrics
+from .loading import load_weights, read_state_dict
+from .logs import count_params, setup_logging
+from .models import create_student
+from .report import Run, command, describe_method, format_command
+from .version import __version__
+
+_logger = logging.getLogger(__name__)
+
+_WEIGHTS, _ONNX = 'student.safetensors', 'model.onnx'
+# a folder of these alone is an earlier export, which --overwrite may take away
+_FILES = {'model.safetensors', 'config.json', 'README.md', _ONNX}
+_ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+_ONNX_TOLERANCE = 1e-4
+# data sets that would be asked over the network for the names of their classes
+_REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
+_CITATION = """\
+@inproceedings{chen2022improved,
+  title={Improved Feature Distillation via Projector Ensemble},
+  author={Chen, Yudong and Wang, Sen and Liu, Jiajun and Xu, Xuwei and de Hoog, Frank and Huang, Zi},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2022}
+}"""
+
+
+@dataclass
+class Student:
+    """What is exported of a run.
+
+    Attributes:
+        run: The run, as the report knows it.
+        model: The student with its best weights, in eval mode on the CPU.
+        data_config: input_size, mean, std, interpolation, crop_pct of its validation.
+        label_names: One a class, or None where the data tell none.
+        package: The package whose import registers the architecture, 'timm' for timm's own.
+    """
+
+    run: Run
+    model: nn.Module
+    data_config: dict[str, Any]
+    label_names: list[str] | None
+    package: str
+
+    @property
+    def architecture(self) -> str:
+        """Its name in timm's registry."""
+        return self.model.pretrained_cfg['architecture']
+
+
+def read_student(folder: str | os.PathLike, data_dir: str | None = None) -> Student:
+    """Build the student of a finished run again.
+
+    Args:
+        folder: Run folder of train_distill.
+        data_dir: Where its data is now; None is where it was. It is only asked for the names of the classes.
+
+    Raises:
+        UsageError: Not a run folder, a run without a trained student, or weights that do not fit.
+    """
+    folder = Path(folder)
+    for file in ('args.yaml', 'summary.csv', _WEIGHTS):
+        if not (folder / file).is_file():
+            raise UsageError(
+                f"RUN '{folder}' is no run folder of train_distill with a trained student: it has no {file}"
+            )
+    args, _ = parse_args(['-c', str(folder / 'args.yaml')])
+    run = Run(folder, folder.name, dict(vars(args)), _read_summary(folder / 'summary.csv'))
+    args.data_dir = data_dir or args.data_dir
+    # the weights are those of the run; nothing else may be fetched or change them
+    args.pretrained, args.pretrained_path, args.initial_checkpoint = False, '', ''
+    args.head_init_scale = args.head_init_bias = None
+    args.torchscript = args.grad_checkpointing = False
+    model = create_student(args).eval()
+    load_weights(model, read_state_dict(folder / _WEIGHTS, 'RUN'), 'RUN', str(folder / _WEIGHTS))
+    try:
+        data_config = resolve_input_data_config(model, args=vars(args))
+    except ValueError as e:
+        raise UsageError(f"RUN '{folder}': {one_line(e)}") from e
+    module = model_entrypoint(model.pretrained_cfg['architecture']).__module__
+    return Student(run, model, data_config, _read_label_names(args, model), module.split('.')[0])
+
+
+def _read_summary(path: Path) -> list[dict[str, float | None]]:
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as e:
+        raise UsageError(f"RUN: cannot read '{path}' ({one_line(e, 160)})") from e
+
+
+def _read_label_names(args: argparse.Namespace, model: nn.Module) -> list[str] | None:
+    if args.dataset.split('/')[0].lower() in _REMOTE:
+        return None
+    validation_only = argparse.Namespace(**{**vars(args), 'evaluate': _WEIGHTS, 'dataset_download': False})
+    try:
+        dataset = create_datasets(validation_only, model.in_chans)[1]
+    except UsageError as e:
+        _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
+        return None
+    names = read_class_names(dataset, model.num_classes)
+    return None if names == [str(c) for c in range(model.num_classes)] else names
+
+
+# The model card --------------------------------------------------------------------------------------------------------
+
+
+def model_card(student: Student, license: str) -> dict[str, Any]:
+    """What timm's `generate_readme` makes the README.md of.
+
+    What a user typed stands in code spans and code blocks, where neither Markdown nor HTML is read.
+
+    Args:
+        student: The student.
+        license: Identifier of the licence of its weights.
+    """
+    run, args = student.run, student.run.args
+    details = {
+        'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
+        'Classes': str(student.model.num_classes),
+        'Input': f'{"x".join(map(str, student.data_config["input_size"]))}, mean {_numbers(student.data_config["mean"])}, '
+        f'std {_numbers(student.data_config["std"])}',
+        'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
+        'Method': _code(describe_method(run)),
+        'Data': _code(args['dataset'] or _shown(args['data'] or args['data_dir'] or '')),
+        'Validation': _best_metrics(run),
+        'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
+    }
+    need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
+    usage = f"import timm\n{need}\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True).eval()"
+    notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
+    if need:
+        notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
+    chunks = [[word if word.startswith('-') else _shown(word) for word in chunk] for chunk in command(run)]
+    taught = ', taught by another network' if run.teacher else ''
+    card = {
+        'license': license,
+        'tags': ['image-classification', 'timm', *(['knowledge-distillation'] if run.teacher else [])],
+        'description': f'A student trained with timm_pe{taught}.',
+        'details': details,
+        'usage': f'{_block(usage, "python")}\n\n{notes}\n\n'
+        f'## Training\n{_block(format_command(chunks), "sh")}\n\nAbsolute paths are shown by their last part.',
+    }
+    return {**card, 'citation': _CITATION} if args.get('teacher') else card
+
+
+def _best_metrics(run: Run) -> str:
+    """Validation metrics of the epoch whose weights student.safetensors holds: the best one, the first of equals."""
+    args = argparse.Namespace(**run.args)
+    name = args.eval_metric or default_metric(args)
+    rows = [row for row in run.rows if row.get(f'eval_{name}') is not None]
+    if not rows:
+        return 'not validated'
+    sign = -1 if name == 'loss' else 1
+    best = max(rows, key=lambda row: sign * row[f'eval_{name}'])
+    metrics = {k.removeprefix('eval_'): v for k, v in best.items() if k and k.startswith('eval_') and v is not None}
+    last = rows[-1][f'eval_{name}']
+    shown = format_metrics({'loss': float('nan'), **metrics}).replace('  ', ', ')
+    return f'{shown} (epoch {int(best["epoch"])}, the best of {len(rows)} validated by {name}; the last one has {last:.3f})'
+
+
+def _shown(path: str) -> str:
+    """A path without the folders it lies in: they are nobody's business on a hub."""
+    return os.path.basename(os.path.normpath(path)) if '/' in path and os.path.isabs(path.split(':')[-1]) else path
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ' '.join(f'{v:.4g}' for v in values)
+
+
+def _fence(text: str, least: int) -> str:
+    return '`' * max(least, 1 + max(map(len, re.findall('`+', text)), default=0))
+
+
+def _code(text: str) -> str:
+    text = ' '.join(text.split())
+    fence = _fence(text, 1)
+    return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
+
+
+def _block(text: str, language: str) -> str:
+    fence = _fence(text, 3)
+    return f'{fence}{language}\n{text}\n{fence}'
+
+
+# Writing ---------------------------------------------------------------------------------------------------------------
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a place that holds something, before any work is done.
+
+    Raises:
+        UsageError: A file; a folder that is not empty, and with `overwrite` one that is no earlier export.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UsageError(f"--output: '{output}' is no folder: choose another place")
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if names and not overwrite:
+        raise UsageError(f"--output: '{output}' is not empty: choose another folder, or add --overwrite")
+    if names - _FILES:
+        raise UsageError(
+            f"--output: '{output}' is no earlier export, it holds '{min(names - _FILES)}': --overwrite leaves it alone"
+        )
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end, and is gone after an error."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    except OSError as e:
+        raise UsageError(f"--output: cannot write beside '{output}' ({e.strerror})") from e
+    try:
+        folder = staging / 'new'  # of the usual permissions, mkdtemp's are the owner's alone
+        folder.mkdir()
+        yield folder
+        if output.exists():
+            os.replace(output, staging / 'old')
+        os.replace(folder, output)
+    except OSError as e:
+        raise UsageError(f"--output: cannot write '{output}' ({e.strerror or one_line(e)})") from e
+    finally:
+        if (staging / 'old').exists() and not output.exists():
+            os.replace(staging / 'old', output)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_args(student: Student, license: str) -> dict[str, Any]:
+    # the tag and the licence that come with the architecture are those of other weights
+    model_config: dict[str, Any] = {'pretrained_cfg': {'tag': 'timm_pe', 'license': license}}
+    if student.label_names:
+        model_config['label_names'] = student.label_names
+    return {'model_config': model_config, 'data_config': student.data_config, 'safe_serialization': True}
+
+
+def write_folder(student: Student, output: str | os.PathLike, license: str = 'unknown', onnx: bool = False) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        student: What to write.
+        output: The folder; `check_output` says what may be there.
+        license: Identifier of the licence of the weights.
+        onnx: Write model.onnx too.
+
+    Raises:
+        UsageError: It cannot be written, timm cannot save or rebuild this student, or ONNX computes something else.
+    """
+    with _staged(Path(output).absolute()) as folder:
+        try:
+            save_for_hf(student.model, str(folder), **_save_args(student, license))
+        except (ValueError, TypeError, RuntimeError) as e:
+            raise UsageError(f'timm cannot save {student.architecture}: {one_line(e)}') from e
+        card = generate_readme(model_card(student, license), student.architecture)
+        (folder / 'README.md').write_text(card, encoding='utf-8')
+        # safetensors writes for the owner alone
+        (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
+        _check_folder(student, folder)
+        if onnx:
+            write_onnx(student, folder / _ONNX)
+
+
+@torch.inference_mode()
+def _check_folder(student: Student, folder: Path) -> None:
+    """Refuse a folder that timm does not make the same model of."""
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        images = _images(student, 2)
+        same = torch.equal(model(images), student.model(images))
+    except Exception as e:  # whatever timm stumbles over
+        raise UsageError(f'timm cannot load the exported {student.architecture}: {one_line(e)}') from e
+    if not same:
+        raise UsageError(f'timm makes another model of the exported {student.architecture}: it is not written')
+
+
+def _images(student: Student, number: int) -> torch.Tensor:
+    return torch.randn(number, *student.data_config['input_size'], generator=torch.Generator().manual_seed(number))
+
+
+def write_onnx(student: Student, path: Path) -> None:
+    """Write the student as ONNX with any batch size, and compare it with PyTorch in onnxruntime.
+
+    Raises:
+        UsageError: A package is missing, the student cannot be exported, or its logits differ by more than 1e-4.
+    """
+    check_onnx_packages()
+    import onnxruntime
+
+    batch = {0: torch.export.Dim('batch', min=1, max=2**20)}  # torch 2.7 asks for an end; ONNX itself knows none
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the exporter to those who work on it
+            torch.onnx.export(
+                student.model,
+                (_images(student, 2),),
+                str(path),
+                dynamo=True,
+                input_names=['image'],
+                output_names=['logits'],
+                dynamic_shapes=(batch,),
+                external_data=False,
+                verbose=False,
+            )
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        for number in (1, 3):
+            images = _images(student, number)
+            with torch.inference_mode():
+                expected = student.model(images)
+            logits = torch.from_numpy(session.run(None, {'image': images.numpy()})[0])
+            torch.testing.assert_close(logits, expected, rtol=_ONNX_TOLERANCE, atol=_ONNX_TOLERANCE)
+    except AssertionError as e:
+        raise UsageError(f'--onnx: {student.architecture} computes something else in ONNX: {one_line(e)}') from e
+    except Exception as e:  # of the exporter and of the runtime
+        reason: BaseException = e
+        while reason.__cause__:  # the exporter puts pages of advice around it
+            reason = reason.__cause__
+        raise UsageError(f'--onnx: cannot export {student.architecture}: {one_line(reason)}') from e
+
+
+def check_onnx_packages() -> None:
+    """Refuse --onnx where a package for it is missing, or PyTorch is too old.
+
+    Raises:
+        UsageError: With the command that installs it.
+    """
+    if torch.__version__ < (2, 7):  # its exporter does not go with today's onnxscript
+        raise UsageError(f'--onnx needs torch 2.7 or newer, this is {torch.__version__}')
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--onnx needs {', '.join(missing)}: pip install 'timm_pe[export]'")
+
+
+def push(student: Student, repo_id: str, license: str = 'unknown', private: bool = False) -> str:
+    """Upload weights, configuration and model card through timm. The token is huggingface_hub's to find (HF_TOKEN).
+
+    Args:
+        student: What to upload.
+        repo_id: 'OWNER/NAME'; it is made where it does not exist. A model card that is there stays.
+        license: Identifier of the licence of the weights.
+        private: A new repository is private.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        UsageError: The hub cannot be reached, or refuses.
+    """
+    try:
+        commit = push_to_hf_hub(
+            student.model,
+            repo_id,
+            private=private,
+            model_card=model_card(student, license),
+            **_save_args(student, license),
+        )
+    except Exception as e:  # of the network, of the hub, of its client
+        raise UsageError(
+            f"--push-to-hub: '{repo_id}' could not be uploaded ({one_line(e)}): is there a connection, does HF_TOKEN hold a "
+            f'token that may write there?'
+        ) from e
+    return str(commit)
+
+
+# The command -----------------------------------------------------------------------------------------------------------
+
+
+def create_parser() -> Parser:
+    """The parser of the command line."""
+    parser = Parser(prog='python -m timm_pe.export', description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add('run', metavar='RUN', help='run folder of train_distill')
+    add('-o', '--output', metavar='DIR', help='folder to write; it must be new or empty')
+    add('--overwrite', action='store_true', help='replace an earlier export in DIR')
+    add('--onnx', action='store_true', help='write model.onnx too, checked in onnxruntime')
+    add('--license', metavar='ID', default='unknown', help='licence of the weights in the model card, e.g. apache-2.0')
+    add(
+        '--push-to-hub',
+        metavar='OWNER/NAME',
+        help='upload it to the Hugging Face hub; the token is taken from HF_TOKEN',
+    )
+    add('--private', action='store_true', help='a repository that --push-to-hub makes is private')
+    add('--data-dir', metavar='DIR', help='where the data is now, if it was moved (for the names of the classes)')
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.output and not args.push_to_hub:
+        raise UsageError('say where to: --output DIR, --push-to-hub OWNER/NAME, or both')
+    if args.push_to_hub and not re.fullmatch(r'[\w.-]+/[\w.-]{1,96}', args.push_to_hub, re.ASCII):
+        raise UsageError(f"--push-to-hub takes OWNER/NAME, got '{args.push_to_hub}'")
+    if args.private and not args.push_to_hub:
+        raise UsageError('--private needs --push-to-hub')
+    for flag in ('onnx', 'overwrite'):
+        if getattr(args, flag) and not args.output:
+            raise UsageError(f'--{flag} needs --output')
+    if not re.fullmatch(r'[a-z0-9][a-z0-9.-]{0,63}', args.license):
+        raise UsageError(
+            f"--license takes an identifier such as apache-2.0, mit, other or unknown, got '{args.license}'"
+        )
+    if args.onnx:
+        check_onnx_packages()
+    if args.output:
+        check_output(Path(args.output), args.overwrite)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export a run.
+
+    Args:
+        argv: Command line; None takes that of the process.
+    """
+    args = create_parser().parse_args(argv)
+    setup_logging(logging.WARNING)
+    try:
+        _check(args)
+        student = read_student(args.run, args.data_dir)
+        if args.output:
+            write_folder(student, args.output, args.license, args.onnx)
+            need = '' if student.package == 'timm' else f'after import {student.package}, '
+            print(f"{args.output}: {need}timm.create_model('local-dir:{args.output}', pretrained=True)")
+        if args.push_to_hub:
+            print(push(student, args.push_to_hub, args.license, args.private))
+    except UsageError as e:
+        exit_with_error(str(e))
+
+
+if __name__ == '__main__':
+    main()

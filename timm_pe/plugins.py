@@ -1,0 +1,53 @@
+"""Projectors and losses from other packages, found through their entry points.
+
+A package registers as this one does, with `@register_projector` and `@register_feature_loss`, and names the modules that do
+so under the group `timm_pe.plugins`:
+
+    [project.entry-points."timm_pe.plugins"]
+    my_projectors = "my_projectors"
+
+They are imported when a name is asked for that is not known here, and when all names are listed: a run that uses none of
+them never imports them.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+_logger = logging.getLogger(__name__)
+
+GROUP = 'timm_pe.plugins'
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Import each plugin that is installed, once in a process. A broken one is a warning that names its package."""
+    for plugin in sorted(entry_points(group=GROUP), key=lambda plugin: plugin.name):
+        try:
+            plugin.load()
+        except (Exception, SystemExit) as e:
+            package = f'{plugin.dist.name} {plugin.dist.version}' if plugin.dist else 'an unknown package'
+            reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+            _logger.warning(f"Plugin '{plugin.name}' of {package} is broken and left out ({reason}).")
+
+
+class Names:
+    """The names of a registry, sorted, as argparse and error messages take them: plugins are looked at last.
+
+    Args:
+        registry: What is known under each name.
+    """
+
+    def __init__(self, registry: Mapping[str, Any]):
+        self.registry = registry
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self.registry:
+            load_plugins()
+        return name in self.registry
+
+    def __iter__(self) -> Iterator[str]:
+        load_plugins()
+        return iter(sorted(self.registry))
