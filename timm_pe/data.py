@@ -105,7 +105,7 @@ def set_epoch(loader: Any, epoch: int, start: int = 0) -> bool:
     if multi_epochs:
         # its one iterator is ahead of us and counts epochs by itself once it runs
         batches = batches.sampler if plain.iterator is None else None
-    for part in (batches, loader.dataset, erasing):
+    for part in (batches, getattr(loader, 'dataset', None), erasing):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
     seeks = isinstance(batches, DrawBatchSampler) and not multi_epochs
