@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -384,8 +385,11 @@ def main(argv: list[str] | None = None) -> None:
     for suite in chosen:
         suite.methods, suite.seeds = args.methods or suite.methods, args.seeds or suite.seeds
 
+    writing = threading.Lock()
+
     def save() -> dict[str, Any]:
-        return write_results(chosen, args.results, args.device)
+        with writing:  # runs side by side end side by side
+            return write_results(chosen, args.results, args.device)
 
     try:
         for suite in chosen if not args.no_run else ():
