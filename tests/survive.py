@@ -73,6 +73,8 @@ def start(argv: list[str], said: Path) -> int:
         train_distill.main(argv)
     except SystemExit as e:
         code = e.code or 0
+    except KeyboardInterrupt:  # before the run looks out for it
+        code = 128 + signal.SIGINT
     except BaseException as e:
         os.write(2, f'{type(e).__name__}: {e}\n'.encode())
         code = 70
