@@ -214,7 +214,8 @@ def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[
     long = [str(images), *COMMON, '-j', '1', '--output', str(folder), '--experiment', 'long']
     pages, files = watch([*long, '--epochs', str(epochs)], folder / 'long.log')
     grown = {'memory': round(growth(pages), 4), 'open_files': round(growth(files), 4)}
-    if grown['memory'] > 1.03 or grown['open_files'] > 1:
+    # a loader's workers come and go with a few files each; one lost in each epoch would be twice as many
+    if grown['memory'] > 1.03 or grown['open_files'] > 1.25:
         raise SystemExit(f'a run of {epochs} epochs grows: {grown}')
     return {
         'runs': runs,
