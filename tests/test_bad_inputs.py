@@ -21,11 +21,6 @@ import train_distill
 pytestmark = pytest.mark.filterwarnings('ignore')  # what torch warns of while the bad files are made
 # the most that one refusal may take
 SECONDS, MEGABYTES = 120, 300
-# refused, but not in one line yet: name -> why
-AWAITED = {
-    'data of corrupt images': 'timm gives up on images that it cannot read with an error of its own',
-    'data of texts called images': 'timm gives up on images that it cannot read with an error of its own',
-}
 # through the command itself; to start it takes seconds, so but for the last four it is started once and forked
 COMMANDS = (
     '--teacher-checkpoint: weights of another architecture',
@@ -107,10 +102,8 @@ def peak_mb() -> float:
 
 
 def case(bad: Bad) -> object:
-    marks = [pytest.mark.xfail(strict=True, reason=AWAITED[bad.name])] if bad.name in AWAITED else []
-    if 'may not be read' in bad.name:
-        marks.append(pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything'))
-    return pytest.param(bad, id=bad.name, marks=marks)
+    skip = pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+    return pytest.param(bad, id=bad.name, marks=skip if 'may not be read' in bad.name else ())
 
 
 @pytest.mark.usefixtures('_in_time')

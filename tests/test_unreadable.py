@@ -51,8 +51,18 @@ def test_readable_images_are_not_spoken_of(command, capsys):
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_nothing_but_unreadable_images_ends_the_run_with_the_name_of_one(workers, command, images, capsys):
+def test_nothing_but_unreadable_images_is_refused_with_the_name_of_one_and_nothing_written(
+    workers, command, images, tmp_path, capsys
+):
     break_every(1, images / 'train')
+    error = refused([*command, '-j', workers], capsys)
+    assert re.search(r"10 images in a row cannot be read, the first is '\w+/\d+.png'", error)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_images_that_cannot_be_read_later_end_the_run_with_the_name_of_one(workers, command, images, capsys):
+    break_every(1, images / 'val')  # which the run comes to after its first epoch
     error = refused([*command, '-j', workers], capsys, code=1)
     assert re.search(r"10 images in a row cannot be read, the first is '\w+/\d+.png'", error)
 

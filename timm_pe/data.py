@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from .args import resolve_dtype
 from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
-from .errors import UsageError, one_line
+from .errors import RunError, UsageError, one_line
 from .interrupts import ignore_in_worker
 from .runtime import Runtime
 from .unreadable import CountingImageDataset, forget_unreadable
@@ -127,9 +127,16 @@ def epoch_batches(loader: Any, epoch: int, start: int = 0) -> Iterator[tuple[int
 
 
 def first_batch(loader: Any) -> tuple:
-    """The batch that epoch 0 will start with; the loader is as if it had not been drawn."""
+    """The batch that epoch 0 will start with; the loader is as if it had not been drawn.
+
+    Raises:
+        UsageError: Its images cannot be read.
+    """
     set_epoch(loader, 0)
-    batch = next(iter(loader))
+    try:
+        batch = next(iter(loader))
+    except RunError as e:  # nothing has begun yet
+        raise UsageError(one_line(e)) from e
     forget_unreadable(loader.dataset)
     plain = plain_loader(loader)
     if isinstance(plain, MultiEpochsDataLoader):
