@@ -149,18 +149,20 @@ def test_a_bound_holds_when_the_lower_end_of_its_interval_is_not_above_it(bench)
         ('ours, folded / timm', 0.97, False),
         ('ours, folded / plain loop', 0.97, False),
     ]
-    memory = {'memory': {'a:b': {'peak_bytes': {'ours': 101, 'timm': 100}}}}
-    assert [(b['ratio'], b['holds']) for b in bench.bounds(memory)] == [(1.01, False)]
+    for ours, expected in (([101, 102, 103], (1.02, False)), ([99, 102, 103], (1.02, True))):
+        memory = {'memory': {'a:b': {'peak_bytes': {'ours': ours, 'timm': [100] * 3}}}}
+        assert [(b['ratio'], b['holds']) for b in bench.bounds(memory)] == [expected]
 
 
 def test_peak_memory_is_that_of_the_variant_in_a_process_of_its_own(bench):
     case = bench.Case('cifar_resnet8', 'cifar_resnet8', batch_size=64, image_size=32, device='cpu')
-    small = bench.measure_memory(case, ['student', 'teacher'])
-    large = bench.measure_memory(bench.Case('cifar_resnet8', 'cifar_resnet8', 256, 32, 'cpu'), ['student'])
+    small = bench.measure_memory(case, ['student', 'teacher'], runs=2)
+    large = bench.measure_memory(bench.Case('cifar_resnet8', 'cifar_resnet8', 256, 32, 'cpu'), ['student'], runs=1)
+    assert [len(runs) for runs in small.values()] == [2, 2]
     # what a forward keeps for its backward
     activations = 256 * 32 * 32 * 16 * 4 * 8
-    assert large['student'] - small['student'] > activations / 2
-    assert small['student'] > small['teacher']
+    assert min(large['student']) - max(small['student']) > activations / 2
+    assert min(small['student']) > max(small['teacher'])
 
 
 def test_pictures_are_as_large_as_those_of_imagenet(bench, tmp_path):
@@ -234,7 +236,7 @@ def test_an_interrupted_benchmark_keeps_what_it_has_and_other_parts_stay(bench, 
 
     path = tmp_path / 'r' / 'step_time.json'
     path.parent.mkdir()
-    path.write_text(json.dumps({'memory': {'a:b': {'peak_bytes': {'ours': 1, 'timm': 2}, 'batch_size': 4, 'image_size': 32, 'date': 'then', 'environment': {'cpu': 'old', 'threads': 1, 'torch': '2', 'timm': '1'}}}}))  # fmt: skip
+    path.write_text(json.dumps({'memory': {'a:b': {'peak_bytes': {'ours': [1], 'timm': [2]}, 'batch_size': 4, 'image_size': 32, 'date': 'then', 'environment': {'cpu': 'old', 'threads': 1, 'torch': '2', 'timm': '1'}}}}))  # fmt: skip
     monkeypatch.setattr(bench, 'measure_steps', measure_steps)
     with pytest.raises(SystemExit) as e:
         bench.main([*tiny, '--parts', 'steps', '--batch-sizes', '4', '8'])
