@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from timm_pe.args import exit_with_error, parse_args
+from timm_pe.args import parse_args
 from timm_pe.cache import allocate_cache, open_teacher_cache
+from timm_pe.cli import exit_with_error
 from timm_pe.data import check_data, create_data, create_datasets
 from timm_pe.errors import RunError, UsageError, one_line
 from timm_pe.fit import (
@@ -36,39 +37,51 @@ OUT_OF_MEMORY = (
     'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
     '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
 )
+RESUME = '--resume auto --experiment NAME continues from the last checkpoint, if any'
+
+
+def leave_ranks() -> None:
+    """Leave the process group, at an end that all ranks come to.
+
+    A rank that fails alone must not: the others wait in a collective, and it would wait for them in place of ending the job.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterator[None]:
     """One line in place of a traceback.
+
+    Args:
+        prog: Command to name before it.
+        resume: How to go on after an interrupt from the keyboard.
 
     Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
     """
     try:
         yield
     except UsageError as e:
-        exit_with_error(one_line(e, limit=2000))
+        exit_with_error(one_line(e, limit=2000), prog=prog)
     except NonFiniteLoss as e:
-        exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1)
+        leave_ranks()
+        exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1, prog=prog)
     except RunError as e:
-        exit_with_error(one_line(e, limit=2000), code=1)
+        exit_with_error(one_line(e, limit=2000), code=1, prog=prog)
     except (torch.OutOfMemoryError, MemoryError) as e:
-        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1)
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except RuntimeError as e:
         if "can't allocate memory" not in str(e):  # torch has no type of its own for this on a CPU
             raise
-        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1)
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except Interrupted as e:
+        leave_ranks()
         exit_with_error(
-            f'{e}: the same command with --resume auto --experiment NAME goes on there', code=128 + e.signum
+            f'{e}: the same command with --resume auto --experiment NAME goes on there', 128 + e.signum, prog
         )
     except KeyboardInterrupt:
-        exit_with_error(
-            'interrupted: --resume auto --experiment NAME continues from the last checkpoint, if any', code=130
-        )
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        exit_with_error(f'interrupted: {resume}', code=130, prog=prog)
+    leave_ranks()
 
 
 def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:

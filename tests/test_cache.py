@@ -584,6 +584,15 @@ def test_data_without_file_names_is_told_apart_by_its_labels():
     assert hash_names(hub[0]) != hash_names(hub[1])
 
 
+def test_data_in_a_wrapper_is_told_apart_as_without_it():
+    def read_every_file(absolute):
+        pytest.fail('the whole data set was read')
+
+    reader = SimpleNamespace(dataset=SimpleNamespace(_fingerprint='a'))
+    hub = SimpleNamespace(reader=reader)
+    assert hash_names(SimpleNamespace(dataset=hub, filenames=read_every_file)) == hash_names(hub)
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [

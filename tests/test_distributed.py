@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ if 'TIMM_PE_DUMP' in os.environ and 'RANK' in os.environ:
 """
 
 
-def launch(argv, tmp_path, nproc=2):
-    (tmp_path / 'sitecustomize.py').write_text(DUMP)
+def launch(argv, tmp_path, nproc=2, also=''):
+    (tmp_path / 'sitecustomize.py').write_text(DUMP + also)
     env = {
         **os.environ,
         'TIMM_PE_DUMP': str(tmp_path),
@@ -168,3 +169,50 @@ def test_the_launcher_says_how_it_is_used(argv):
     out = subprocess.run([str(ROOT / 'distributed_train.sh'), *argv], capture_output=True, text=True, check=False)
     assert out.returncode == 2
     assert out.stderr.startswith('usage: ')
+
+
+def test_a_rank_that_fails_alone_says_so_and_ends_the_job(small_run, tmp_path):
+    break_rank_1 = """
+import os
+if os.environ.get('RANK') == '1':
+    import timm_pe.engine as module
+
+    def fail(*args):
+        raise MemoryError('this rank has no memory left')
+
+    module._backward = fail
+"""
+    start = time.monotonic()
+    out = launch([*small_run, *PAIR], tmp_path, also=break_rank_1)
+    assert out.returncode != 0
+    said = [line for line in out.stderr.splitlines() if 'train_distill: error: [rank 1] out of memory' in line]
+    assert len(said) == 1
+    assert time.monotonic() - start < 120
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(small_run, tmp_path):
+    lose_it = """
+import os
+if os.environ.get('RANK') == '1':
+    import timm_pe.checkpoints as module
+    module.resolve_resume = lambda args: ''
+    import timm_pe.models
+    timm_pe.models.resolve_resume = module.resolve_resume
+"""
+    argv = [*small_run, *PAIR, '--resume', 'auto']
+    assert launch(argv, tmp_path).returncode == 0
+    out = launch([*argv, '--epochs', '3'], tmp_path, also=lose_it)
+    assert out.returncode != 0
+    assert "--resume: rank 0 found 'last.pth.tar' of epoch 2, rank 1 no checkpoint" in out.stderr
+    assert len(summary(tmp_path / 'run')) == 2
+
+
+def test_without_broadcast_buffers_projectors_still_start_equal_on_all_ranks(small_run, tmp_path):
+    more = ['--pe-projector', 'orthogonal', '--pe-projectors', '1', '--no-ddp-bb']
+    out = launch([*small_run, *PAIR, *more], tmp_path)
+    assert out.returncode == 0, out.stderr
+    first, second = states(tmp_path)
+    bases = [name for name in first if name.endswith('.base')]
+    assert bases
+    for name in bases:
+        assert torch.equal(first[name], second[name]), name

@@ -19,7 +19,9 @@ from helpers import run
 
 import train_distill
 from timm_pe import export
-from timm_pe.args import Parser, create_parser, parse_args
+from timm_pe.args import create_parser, parse_args
+from timm_pe.args_timm import add_timm_args
+from timm_pe.cli import Parser
 from timm_pe.losses import _FEATURE_LOSSES
 from timm_pe.projectors import _PROJECTORS
 
@@ -92,6 +94,8 @@ def training_argv(words: list[str]) -> list[str] | None:
     words = words[1:] if words[0] == 'python' and not words[1].startswith('-') else words
     if words[:3] == ['python', '-m', 'timm_pe.precompute']:
         return words[3:]
+    if words[0] == 'torchrun':
+        return words[words.index('train_distill') + 1 :]
     if words[0] not in TRAIN:
         return None
     return words[2:] if words[0] == './distributed_train.sh' else words[1:]
@@ -209,8 +213,19 @@ def test_every_flag_on_a_page_exists(page):
     parsers = create_parser(), export.create_parser()
     own = {s for parser in parsers for a in parser._actions for s in a.option_strings}
     foreign = {'--signal', '--requeue', '--logdir', '--project', '--nodes', '--ntasks-per-node', '--gpus-per-node'}
+    foreign |= {'--standalone', '--nproc-per-node'}  # torchrun's
     shown = set(re.findall(r'(?<![\w-])--[a-z][\w-]+', re.sub(r'(?m)^--8<--.*$', '', page.read_text())))
     assert shown <= own | foreign
+
+
+def test_the_page_of_flags_has_each_one_that_is_added_to_those_of_timm():
+    timm = argparse.ArgumentParser(add_help=False)
+    add_timm_args(timm)
+    known = {s for a in timm._actions for s in a.option_strings}
+    added = {s for a in create_parser()._actions for s in a.option_strings} - known - {'-h', '--help', '-c', '--config'}
+    page = (ROOT / 'docs' / 'guide' / 'flags.md').read_text()
+    assert len(added) > 30
+    assert added <= set(re.findall(r'--[a-z][\w-]+', page))
 
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'hparams').glob('*.yaml')), ids=lambda p: p.stem)

@@ -80,6 +80,7 @@ def refused(argv: list, capsys) -> str:
     err = capsys.readouterr().err
     assert e.value.code == 2
     assert 'Traceback' not in err
+    assert err.splitlines()[-1].startswith('python -m timm_pe.export: error: ')
     return err.splitlines()[-1]
 
 

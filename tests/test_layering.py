@@ -10,7 +10,10 @@ FLOORS = {
     0: {'tap', 'projectors', 'losses', 'plugins', 'recipes', 'errors', 'files', 'version'},
     1: {'task', 'teacher', 'fold', 'loading', 'draws', 'zoo'},
     2: {
+        'args_check',
         'args_timm',
+        'args_yaml',
+        'cli',
         'args',
         'runtime',
         'data',
@@ -27,7 +30,7 @@ FLOORS = {
         'run_state',
         'unreadable',
     },
-    3: {'demo', 'analysis', 'plots', 'report', 'precompute', 'export'},
+    3: {'demo', 'analysis', 'measures', 'plots', 'report', 'precompute', 'export'},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -1,6 +1,7 @@
 """NaN and infinity: named, never saved, and with --nonfinite skip passed over on the device."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -8,9 +9,10 @@ import torch
 import torch.nn as nn
 from helpers import refused, run, summary
 from survive import COMMON, write_images
+from timm.utils import NativeScaler
 
 from timm_pe import engine
-from timm_pe.engine import LossMeter
+from timm_pe.engine import LossMeter, _backward
 from timm_pe.nonfinite import NonFiniteLoss, UpdateGuard
 from timm_pe.teacher import Teacher, TeacherOutput
 
@@ -154,6 +156,24 @@ def test_the_guard_zeroes_gradients_and_puts_running_statistics_back():
             assert not torch.equal(model[1].running_mean, running)
         model.zero_grad()
     assert not torch.equal(model[1].running_mean, before['1.running_mean'])
+
+
+@pytest.mark.parametrize('clip_mode', ['value', 'norm'])
+def test_a_guard_next_to_a_loss_scaler_sees_gradients_before_they_are_clipped(clip_mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
+    weights, guard = {k: v.clone() for k, v in model.named_parameters()}, UpdateGuard(model, scales=True)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(clip_grad=1.0, clip_mode=clip_mode),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        task=SimpleNamespace(get_clip_parameters=lambda exclude_head: list(model.parameters())),
+        runtime=SimpleNamespace(scaler=NativeScaler('cpu')),
+        guard=guard,
+    )
+    guard.before_forward()
+    _backward(trainer, model(torch.randn(4, 3, 8, 8)).sum() * float('inf'), need_update=True)
+    assert int(guard.dropped) == 1
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+    assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
 
 
 def test_the_guard_never_waits_for_the_device(monkeypatch):

@@ -104,12 +104,13 @@ def test_a_registered_projector_is_built_q_times_and_its_name_is_taken():
         del _PROJECTORS['test_scale']
 
 
+@pytest.mark.parametrize('weight_decay', [0, 1e-4])
 @pytest.mark.parametrize(('in_dim', 'out_dim'), [(5, 9), (9, 5), (6, 6)])
-def test_orthogonal_projectors_stay_orthogonal_while_they_train(in_dim, out_dim):
+def test_orthogonal_projectors_stay_orthogonal_while_they_train(in_dim, out_dim, weight_decay):
     torch.manual_seed(0)
     projector = create_projector('orthogonal', in_dim, out_dim)
     before = projector.weight.detach().clone()
-    optimizer = torch.optim.SGD(projector.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(projector.parameters(), lr=0.5, momentum=0.9, weight_decay=weight_decay)
     for _ in range(5):
         optimizer.zero_grad()
         (projector(torch.randn(8, in_dim)) - 3).pow(2).mean().backward()

@@ -432,7 +432,7 @@ def refused(argv, capsys) -> str:
         report.main(argv)
     err = capsys.readouterr().err
     assert e.value.code == 2
-    assert err.startswith('train_distill: error: ')
+    assert err.startswith('python -m timm_pe.report: error: ')
     assert err.count('\n') == 1
     return err
 
@@ -510,7 +510,7 @@ def test_what_the_analysis_cannot_do_is_one_line_that_names_the_way_around(tmp_p
     with pytest.raises(SystemExit):
         report.main([str(folder), '-o', str(tmp_path / 'r.html')])
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "train_distill: error: RUN 'a': it has no last.pth.tar (timm_pe.report --no-analysis goes without)"
+        "python -m timm_pe.report: error: RUN 'a': it has no last.pth.tar (timm_pe.report --no-analysis goes without)"
     )
     report.main([str(folder), '-o', str(tmp_path / 'r.html'), '--no-analysis'])
     assert (tmp_path / 'r.html').is_file()

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+import torch.distributed as dist
 from helpers import load, refused, run, summary
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver
 
-from timm_pe import checkpoints, draws, fit
+from timm_pe import ProjectorEnsembleTask, checkpoints, draws, fit, run_state
 from timm_pe.interrupts import Interrupts, ignore_in_worker
 
 TESTS = Path(__file__).resolve().parent
@@ -155,8 +158,8 @@ def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, 
 def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     folder, argv = alone('plain')
     checkpoint = load(folder / 'last.pth.tar')
-    for run_state in ('x', {'epoch': 1}, {**checkpoint['saver']['run'], 'batch': -1}):
-        checkpoint['saver']['run'] = run_state
+    for odd in ('x', {'epoch': 1}, {**checkpoint['saver']['run'], 'batch': -1}):
+        checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
         argv_of = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
         assert 'is no training checkpoint' in refused(argv_of, capsys)
@@ -182,7 +185,7 @@ def test_a_checkpoint_with_random_states_loads_with_weights_only(alone):
 
 def test_a_signal_is_kept_until_asked_for_and_handlers_are_given_back():
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with Interrupts(distributed=False) as interrupts:
+    with Interrupts() as interrupts:
         assert interrupts.requested() == 0
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
@@ -190,8 +193,33 @@ def test_a_signal_is_kept_until_asked_for_and_handlers_are_given_back():
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
+def test_where_hosts_cannot_connect_the_devices_ask_now_and_then(monkeypatch, caplog):
+    def refuse(backend):
+        raise RuntimeError('connectFullMesh failed: Connection refused')
+
+    asked = []
+    monkeypatch.setattr(dist, 'get_backend', lambda: 'nccl')
+    monkeypatch.setattr(dist, 'new_group', refuse)
+    monkeypatch.setattr(dist, 'all_reduce', lambda *args, **kwargs: asked.append(kwargs.get('group')))
+    with Interrupts(SimpleNamespace(distributed=True, device=torch.device('cpu'))) as interrupts:
+        assert 'gloo (connectFullMesh failed: Connection refused)' in caplog.text
+        assert 'GLOO_SOCKET_IFNAME' in caplog.text
+        signal.raise_signal(signal.SIGUSR1)
+        found = [interrupts.requested() for _ in range(100)]
+    assert found == [0] * 49 + [signal.SIGUSR1] + [0] * 49 + [signal.SIGUSR1]
+    assert asked == [None] * 3
+
+
+def test_a_rank_keeps_its_own_running_statistics_and_nothing_that_all_ranks_have():
+    student, teacher = timm.create_model('test_resnet', num_classes=3), timm.create_model('test_vit', num_classes=3)
+    task = ProjectorEnsembleTask(student, teacher, projector='orthogonal', num_projectors=1, verbose=False)
+    names = run_state._buffers(task)
+    assert len(names) == 3 * sum(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()) > 0
+    assert {name.rpartition('.')[2] for name in names} == {'running_mean', 'running_var', 'num_batches_tracked'}
+
+
 def test_a_second_interrupt_from_the_keyboard_stops_at_once():
-    with Interrupts(distributed=False):
+    with Interrupts():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

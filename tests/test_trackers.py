@@ -284,6 +284,14 @@ def test_a_point_shows_the_mean_since_the_one_before():
     assert 'step/grad_norm' not in second
 
 
+def test_the_first_point_after_a_resume_shows_the_mean_of_the_rest_alone():
+    recorder = Recorder()
+    curves = curves_of(Trackers([recorder]), SimpleNamespace())
+    curves.go_on({'loss': 4.0}, 40)  # of batches 0 to 3
+    curves.log(7, 28, 80, {'loss': 3.0}, 11.0, 0.2)
+    assert recorder.points[0][1]['step/loss'] == pytest.approx(2.0)
+
+
 def test_the_first_batch_is_shown_once_denormalized_and_never_to_a_resumed_run():
     pixels = torch.rand(2, 3, 6, 6)
     for show in (True, False):

@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from .data import Data
 from .draws import Draw, IndexedTarget, SeededDataset
 from .errors import UsageError, one_line
-from .runtime import Runtime, describe_precision
+from .runtime import Runtime, describe_teacher_precision
 from .teacher import Teacher, TeacherOutput
 
 _logger = logging.getLogger(__name__)
@@ -442,7 +442,7 @@ def create_manifest(
         'teacher std': list(teacher.std),
         'teacher norms folded': teacher.folded,
         'teacher tap': args.teacher_tap,
-        'teacher precision': str(teacher.dtype or describe_precision(args)).removeprefix('torch.'),
+        'teacher precision': describe_teacher_precision(args, teacher.dtype or teacher.input_dtype),
         'feature width': widths['feature'],
         'logits': widths['logits'],
         'image size': list(size),
@@ -476,6 +476,8 @@ def hash_names(dataset: Dataset) -> str:
 
     File names without the root folder; for Hugging Face data their own fingerprint, for torchvision's the labels.
     """
+    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):  # timm's own wrappers
+        dataset = dataset.dataset
     reader = getattr(dataset, 'reader', None)
     fingerprint = getattr(getattr(reader, 'dataset', None), '_fingerprint', None)
     if fingerprint:

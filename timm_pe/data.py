@@ -27,7 +27,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 
-from .args import resolve_dtype
+from .args import resolve_dtype, resolve_smoothing
 from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import RunError, UsageError, one_line
 from .interrupts import ignore_in_worker
@@ -434,13 +434,6 @@ def _check_sizes(args: argparse.Namespace, student: nn.Module, config: dict[str,
 def mixing_active(args: argparse.Namespace) -> bool:
     """Whether targets are soft, mixed by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def resolve_smoothing(args: argparse.Namespace) -> float:
-    """--smoothing, or timm's default of the task: 0.1 for one label, 0 for many."""
-    if args.smoothing is not None:
-        return args.smoothing
-    return 0.0 if args.task == 'multilabel' else 0.1
 
 
 def _create_train_loader(

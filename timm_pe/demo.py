@@ -5,7 +5,6 @@
 Drives train_distill itself and leaves the runs, results.json, curves.png, report.html and the distilled student in DIR.
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -23,7 +22,7 @@ import torch
 
 import train_distill
 
-from .args import exit_with_error
+from .cli import Parser
 from .errors import UsageError
 from .report import write_report
 from .version import __version__
@@ -186,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command line; None takes that of the process.
     """
-    parser = argparse.ArgumentParser(prog='python -m timm_pe.demo', description=__doc__.splitlines()[0])
+    parser = Parser(prog='python -m timm_pe.demo', description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, default=Path('demo_output'), help='folder to write into')
     parser.add_argument('--seeds', type=int, default=3, help='seeds to average over')
     args = parser.parse_args(argv)
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         os.makedirs(args.output / 'runs', exist_ok=True)
     except OSError as e:
-        exit_with_error(f"--output: cannot write into '{args.output}' ({e.strerror})")
+        parser.error(f"--output: cannot write into '{args.output}' ({e.strerror})")
     print(f'{TEACHER[1]} teaches {STUDENT[1]} the 1,797 digits of scikit-learn, {1 + 2 * args.seeds} runs:', flush=True)
     start = time.perf_counter()
     runs = run_all(args.output, args.seeds)

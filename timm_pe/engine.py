@@ -69,7 +69,7 @@ class Trainer:
     agreement: TeacherAgreement | None = None
     cache: TeacherCache | None = None
     guard: UpdateGuard | None = None
-    interrupts: Interrupts = field(default_factory=lambda: Interrupts(distributed=False))
+    interrupts: Interrupts = field(default_factory=Interrupts)
     images: dict[str, Any] = field(default_factory=dict)
     resumed: RunState | None = None
 
@@ -129,12 +129,13 @@ class LossMeter:
         skip: Leave batches with a term that is not finite out, and do not raise.
 
     Attributes:
+        count: Images of all ranks in the means, as of the last reading.
         bad: With `skip`, what was not finite and where first, as of the last reading.
     """
 
     def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
         self.device, self.distributed, self.skip = device, distributed, skip
-        self.bad = ''
+        self.bad, self.count = '', 0.0
         self.names: list[str] = []
         self.steps = 0
 
@@ -179,7 +180,11 @@ class LossMeter:
             dist.all_reduce(sums)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
         numbers = torch.cat([sums, first_bad.float()]).tolist()  # all in one transfer: the host waits once
-        totals, count, firsts = numbers[: len(self.names)], numbers[len(self.names)], numbers[len(self.names) + 1 :]
+        totals, self.count, firsts = (
+            numbers[: len(self.names)],
+            numbers[len(self.names)],
+            numbers[len(self.names) + 1 :],
+        )
         step = min(firsts)
         if step < _NEVER:
             # the terms before their weighted sum: 'loss' is only the culprit where no term is
@@ -187,7 +192,7 @@ class LossMeter:
             self.bad = describe_nonfinite(bad, int(step))
             if not self.skip:
                 raise NonFiniteLoss(self.bad)
-        return OrderedDict((n, total / max(count, 1)) for n, total in zip(self.names, totals, strict=True))
+        return OrderedDict((n, total / max(self.count, 1)) for n, total in zip(self.names, totals, strict=True))
 
 
 def train_one_epoch(
@@ -219,6 +224,8 @@ def train_one_epoch(
     images, began, recovery_due = 0, time.perf_counter(), False
     late_zero = zeroes_late(runtime.device)
     curves = _step_curves(trainer, epoch)
+    if losses:
+        curves.go_on(meter.read(), meter.count)
     trainer.optimizer.zero_grad()
     for i, (input, target) in epoch_batches(trainer.data.train, epoch, start):
         input, target = _to_device(trainer, epoch, i, input, target)
@@ -251,7 +258,7 @@ def train_one_epoch(
         if last or (i + 1) % args.log_interval == 0:
             shown = meter.read(), images / (time.perf_counter() - began), mean_lr(trainer.optimizer)
             progress.update(i + 1, *shown)
-            curves.log(i, update, images, *shown)
+            curves.log(i, update, meter.count, *shown)
             if trainer.guard is not None:
                 trainer.guard.say(meter.bad)
             _save_images(trainer, input, i)
@@ -398,6 +405,9 @@ def _backward(
             # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
             parameters = _after(measure, parameters)
     if trainer.runtime.scaler is not None:
+        guard = trainer.guard if need_update else None
+        if guard is not None and parameters is not None:  # clipping by value would make an infinite gradient finite
+            parameters, guard = _after(guard.after_backward, parameters), None
         trainer.runtime.scaler(
             loss,
             optimizer,
@@ -407,8 +417,8 @@ def _backward(
             create_graph=getattr(optimizer, 'is_second_order', False),
             need_update=need_update,
         )
-        if need_update and trainer.guard is not None:
-            trainer.guard.after_backward()
+        if guard is not None:
+            guard.after_backward()
     else:
         loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
         if need_update:

@@ -29,7 +29,8 @@ from timm.models import model_entrypoint, push_to_hf_hub
 from timm.models._hub import generate_readme, save_for_hf
 
 from .analysis import read_class_names
-from .args import Parser, exit_with_error, parse_args
+from .args import parse_args
+from .cli import Parser
 from .data import create_datasets
 from .errors import UsageError, one_line
 from .fit import default_metric, format_metrics
@@ -442,7 +443,8 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command line; None takes that of the process.
     """
-    args = create_parser().parse_args(argv)
+    parser = create_parser()
+    args = parser.parse_args(argv)
     setup_logging(logging.WARNING)
     try:
         _check(args)
@@ -454,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.push_to_hub:
             print(push(student, args.push_to_hub, args.license, args.private))
     except UsageError as e:
-        exit_with_error(str(e))
+        parser.error(str(e))
 
 
 if __name__ == '__main__':

@@ -59,6 +59,8 @@ def create_trainer(
     args.lr = resolve_lr(args, runtime.world_size)
     optimizer = _create_optimizer(args, task)
     start_epoch, state = checkpoints.resume(args, task, optimizer, runtime) if args.resume else (None, None)
+    if runtime.distributed:
+        _check_same_start(args, start_epoch, state, runtime)
     if args.resume and not args.no_resume_opt:
         _announce_resumed_settings(args, optimizer)
     if args.model_ema:
@@ -96,6 +98,27 @@ def create_trainer(
     if trainer.scheduler is not None and (start_epoch > 0 or trainer.resumed):
         _resume_schedule(trainer, start_epoch)
     return trainer, start_epoch, num_epochs
+
+
+def _check_same_start(
+    args: argparse.Namespace, start_epoch: int | None, state: RunState | None, runtime: Runtime
+) -> None:
+    """Raise unless all ranks go on from the same place.
+
+    Raises:
+        UsageError: They do not: machines whose disks hold different checkpoints.
+    """
+    own = (os.path.basename(args.resume), start_epoch, state.batch if state else None)
+    ranks = [None] * runtime.world_size
+    dist.all_gather_object(ranks, own)
+    if len(set(ranks)) > 1:
+        other = next(r for r, found in enumerate(ranks) if found != ranks[0])
+        found = [
+            f"'{name}' of epoch {epoch}" if name else 'no checkpoint' for name, epoch, _ in (ranks[0], ranks[other])
+        ]
+        raise UsageError(
+            f'--resume: rank 0 found {found[0]}, rank {other} {found[1]}: --output must be a folder that all machines share'
+        )
 
 
 def _resume_schedule(trainer: Trainer, start_epoch: int) -> None:
@@ -396,7 +419,7 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
     losses = restore_rank_state(trainer.resumed, trainer.task, runtime) if trainer.resumed else {}
     state = trainer.resumed if trainer.resumed and not trainer.resumed.validated else None
     best = (None, None)
-    with Interrupts(runtime.distributed) as trainer.interrupts:
+    with Interrupts(runtime) as trainer.interrupts:
         for epoch in range(start_epoch, stop):
             if state is None or not state.train_metrics:
                 state = _train(trainer, epoch, num_epochs, state.batch if state else 0, losses)

@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
 
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from .errors import one_line
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+# updates between two looks for signals where each look waits for the devices
+SELDOM = 50
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 
 
@@ -27,21 +34,38 @@ class Interrupts:
     """While it is entered, the first signal is kept for `requested`; a second SIGINT stops at once.
 
     Args:
-        distributed: Ask the other ranks too.
+        runtime: Says whether there are other ranks to ask; None is a run alone.
     """
 
-    def __init__(self, distributed: bool):
-        self.distributed = distributed
+    def __init__(self, runtime: Runtime | None = None):
+        self.distributed = runtime is not None and runtime.distributed
+        self.device = runtime.device if runtime is not None else torch.device('cpu')
         self.signum = 0
-        self.group = None
+        self.group, self.every, self.asked = None, 1, 0
 
     def __enter__(self) -> 'Interrupts':
         if self.distributed and dist.get_backend() != 'gloo':
-            self.group = dist.new_group(backend='gloo')  # hosts among themselves: no waiting for the devices
+            self._join_hosts()
         # Python lets only the main thread choose what a signal does
         here = SIGNALS if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self._handle) for number in here}
         return self
+
+    def _join_hosts(self) -> None:
+        """A group of the hosts among themselves, where nobody waits for a device; else the devices ask now and then."""
+        why = ''
+        try:
+            self.group = dist.new_group(backend='gloo')
+        except RuntimeError as e:
+            why = one_line(e)
+        failed = torch.tensor(int(bool(why)), device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            self.group, self.every = None, SELDOM
+            _logger.warning(
+                f'The hosts cannot connect by gloo ({why or "another rank says so"}): signals are looked for '
+                f'every {SELDOM} updates. GLOO_SOCKET_IFNAME names the network interface to use.'
+            )
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
@@ -56,7 +80,10 @@ class Interrupts:
         """The signal that any rank got, 0 for none. All ranks must ask the same number of times."""
         if not self.distributed:
             return self.signum
-        signum = torch.tensor(self.signum)
+        self.asked += 1
+        if self.asked % self.every:
+            return 0
+        signum = torch.tensor(self.signum, device='cpu' if self.every == 1 else self.device)
         dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
         return int(signum)
 

@@ -5,19 +5,23 @@ import contextlib
 import csv
 import logging
 import os
+import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
 import torch.nn as nn
 from timm.utils import setup_default_logging, trim_summary, update_summary, world_info_from_env
 from tqdm import tqdm
 
+from .args import resolve_smoothing
 from .files import replaced
-from .runtime import Runtime, describe_precision
+from .runtime import Runtime, describe_precision, describe_teacher_precision
+from .version import __version__
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +96,7 @@ def start_table(
             'input': _teacher_input(teacher, data.config['input_size']),
             'mean': _numbers(teacher.mean),
             'std': _numbers(teacher.std),
-            'precision': str(teacher.dtype or describe_precision(args)).replace('torch.', ''),
+            'precision': describe_teacher_precision(args, teacher.dtype or teacher.input_dtype),
         }
         rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
         rows.insert(2, ('feature width', str(task.projection.in_dim), str(task.projection.out_dim)))
@@ -147,13 +151,16 @@ def _run_rows(
     first = f', starting at {start_epoch}' if start_epoch else ''
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
     mixing = [f'{n} {getattr(args, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(args, n)]
-    smoothing = 0.1 if args.smoothing is None else args.smoothing
-    rows.append(('regularization', ', '.join([*mixing, f'smoothing {smoothing:g}'])))
+    rows.append(('regularization', ', '.join([*mixing, f'smoothing {resolve_smoothing(args):g}'])))
     average = f'decay {args.model_ema_decay:g}' if args.model_ema else 'none'
     rows.append(('weight average', average))
     rows.append(('seed', str(args.seed)))
     rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
+    python = platform.python_version()
+    rows.append(
+        ('versions', f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {python}')
+    )
     return rows
 
 

@@ -156,10 +156,18 @@ def _standardize(x: torch.Tensor) -> torch.Tensor:
 
 
 def _whiten(x: torch.Tensor) -> torch.Tensor:
-    """Decorrelated channels of variance 1, as far as the batch spans them (ZCA: no rotation)."""
-    u, s, vh = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
-    spanned = s > 1e-5 * s.max()
-    return (u * spanned) @ vh * max(len(x) - 1, 1) ** 0.5
+    """Decorrelated channels of variance 1, as far as the batch spans them (ZCA: no rotation).
+
+    With x = u s v' it is u v', from the eigenvectors of the smaller of x x' and x' x: an SVD of `[b, m]` takes longer than many
+    a network. In float64, where the squares of s lose nothing.
+    """
+    centred = (x - x.mean(dim=0)).double()
+    n, m = centred.shape
+    squares, vectors = torch.linalg.eigh(centred @ centred.T if n <= m else centred.T @ centred)
+    spanned = squares > 1e-10 * squares.max()
+    scales = torch.where(spanned, squares, 1).rsqrt() * spanned * max(n - 1, 1) ** 0.5
+    root = (vectors * scales) @ vectors.T
+    return (root @ centred if n <= m else centred @ root).to(x.dtype)
 
 
 # `[b, m] -> [b, m]`, what is done to the teacher's feature before the loss

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from train_distill import one_line_errors
 
-from .args import exit_with_error, parse_args
+from .args import parse_args
 from .cache import TeacherCache, allocate_cache, open_teacher_cache
+from .cli import exit_with_error
 from .data import Data, check_data, create_data, create_datasets, view_loader
 from .engine import batch_to_device
 from .fit import check_teacher
@@ -27,6 +28,7 @@ from .task_from_args import create_run_task, create_run_teacher
 from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)
+PROG = 'python -m timm_pe.precompute'
 
 
 def fill_view(
@@ -71,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command line; None takes that of the process.
     """
-    args, _ = parse_args(argv)
+    args, _ = parse_args(argv, prog=PROG)
     for name, given in (('--teacher-cache', args.teacher_cache), ('no --evaluate', not args.evaluate)):
         if not given:
-            exit_with_error(f'timm_pe.precompute needs {name}: it fills the cache of a training run')
+            exit_with_error(f'it needs {name}: it fills the cache of a training run', prog=PROG)
     setup_logging()
-    with one_line_errors():
+    with one_line_errors(PROG, 'the same command goes on where it was stopped'):
         check_names(args)
         check_data(args)
         runtime = setup_runtime(args)

@@ -104,12 +104,29 @@ class OrthogonalProjector(nn.Linear):
     """W x with orthonormal columns (rows where out_dim < in_dim): it keeps the geometry of the student's features.
 
     The projector of VkD (Miles et al., CVPR 2024, arXiv 2403.06213), next to `teacher_norm='layer'` or 'whiten' and the
-    `mse` loss. PyTorch's parametrization keeps W orthogonal under any optimizer.
+    `mse` loss. PyTorch's parametrization keeps W orthogonal under any optimizer, weight decay included.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(in_dim, out_dim, bias=False)
+        start = self.weight.detach().clone()
+        nn.utils.parametrize.register_parametrization(self, 'weight', _FixedDiagonal())
         nn.utils.parametrizations.orthogonal(self)
+        self.weight = start
+
+
+class _FixedDiagonal(nn.Module):
+    """Holds the diagonal of what is trained at -1.
+
+    Where W is not square, PyTorch keeps signs there that no gradient reaches, and cuts them to integers: the first weight
+    decay would make them, and so W, 0.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.diagonal_scatter(x, x.new_full((min(x.shape),), -1.0))
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 @register_projector('identity')

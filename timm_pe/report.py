@@ -34,7 +34,9 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from .args import Parser, create_parser, exit_with_error
+from .args import create_parser
+from .args_yaml import read_yaml
+from .cli import Parser
 from .errors import UsageError, one_line
 from .task import TARGETS
 from .version import __version__
@@ -149,13 +151,11 @@ def read_run(folder: Path, name: str) -> Run:
     if missing:
         raise UsageError(f"RUN '{folder}' is no run folder of train_distill: it has no {' and no '.join(missing)}")
     try:
-        args = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+        args = read_yaml(str(folder / 'args.yaml'))
         rows = _read_summary(folder / 'summary.csv')
         analysis = _read_analysis(folder, rows) if rows else None
-    except (OSError, yaml.YAMLError, csv.Error, ValueError, TypeError) as e:
+    except (OSError, csv.Error, ValueError, TypeError) as e:
         raise UsageError(f"RUN '{folder}' cannot be read: {one_line(e, 160)}") from e
-    if not isinstance(args, dict):
-        raise UsageError(f"RUN '{folder}': args.yaml must hold 'flag: value' lines, it holds a {type(args).__name__}")
     if args.get('task') == 'multilabel':
         raise UsageError(f"RUN '{folder}' is of --task multilabel: the report compares top-1, which it does not have")
     if not rows:
@@ -711,7 +711,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         write_report(args.runs, args.output, analysis=not args.no_analysis)
     except UsageError as e:
-        exit_with_error(str(e))
+        parser.error(str(e))
     print(args.output)
 
 

@@ -23,6 +23,8 @@ from .errors import UsageError, one_line
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
+# buffers of norms; whatever else a module keeps in buffers is the same on all ranks
+_RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 @dataclass
@@ -88,13 +90,14 @@ def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
-    """Buffers of the trained module and of its moving average: with batch norms each rank has its own in between."""
+    """Running statistics of the trained module and of its moving average: each rank has its own in between."""
     modules = {'module': task.get_trainable_module(), 'ema': task.get_trainable_module(ema=True)}
     return {
         f'{which}.{name}': buffer
         for which, module in modules.items()
         if module is not None
         for name, buffer in unwrap_model(module).named_buffers()
+        if name.rpartition('.')[2] in _RUNNING
     }
 
 

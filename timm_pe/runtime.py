@@ -127,6 +127,11 @@ def describe_precision(args: argparse.Namespace) -> str:
     return f'AMP {args.amp_dtype}' if args.amp else (args.model_dtype or 'float32')
 
 
+def describe_teacher_precision(args: argparse.Namespace, dtype: torch.dtype) -> str:
+    """Precision of a teacher of this dtype in words; AMP is the student's and the teacher's, --model-dtype the student's alone."""
+    return describe_precision(args) if args.amp and not args.teacher_dtype else str(dtype).removeprefix('torch.')
+
+
 def prepare_task(task: TrainingTask, args: argparse.Namespace, runtime: Runtime) -> None:
     """Moving average, compile, DDP, in this order: each wraps what the one before must still see unwrapped."""
     if args.torchcompile:
@@ -134,5 +139,8 @@ def prepare_task(task: TrainingTask, args: argparse.Namespace, runtime: Runtime)
         if task.has_ema() and not args.model_ema_force_cpu:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if runtime.distributed:
+        if args.no_ddp_bb:  # DDP would then not even make them equal at the start
+            for buffer in task.get_trainable_module().buffers():
+                dist.broadcast(buffer, src=0)
         device_ids = [runtime.device] if runtime.device.type == 'cuda' else None
         task.prepare_distributed(device_ids=device_ids, **({'broadcast_buffers': False} if args.no_ddp_bb else {}))

@@ -97,6 +97,7 @@ class Teacher(nn.Module):
         # None: not known yet. The network inside a wrapper (compiled, DDP) is not called around it
         self._has_pre_logits: bool | None = None if model is network else False
         self._pre_logits = self._run_to_pre_logits
+        self._compiled = False
         own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
         channels = own['input_size'][0] if own else 1
         self.mean, self.std = (
@@ -224,9 +225,13 @@ class Teacher(nn.Module):
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
             if not self.needs_logits and self._can_skip_classifier(x):
-                return TeacherOutput(self._pre_logits(x), None)
+                return TeacherOutput(self._kept(self._pre_logits(x)), None)
             logits = self.model(x)
-        return TeacherOutput(self.tap.pop(), logits if self.needs_logits else None)
+        return TeacherOutput(self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """With CUDA graphs the student's forward would overwrite what a compiled teacher has just given."""
+        return x.clone() if self._compiled else x
 
     @torch.no_grad()
     def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -258,6 +263,7 @@ class Teacher(nn.Module):
 
     def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]
         """Compile the network (arguments of torch.compile). The tap sits on it already, as it must."""
+        self._compiled = True
         self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
         self.model = torch.compile(self.model, **compile_kwargs)
         return self

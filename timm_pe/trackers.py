@@ -337,7 +337,11 @@ class StepCurves:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         self.norm = get_total_norm(gradients)
 
-    def log(self, i: int, step: int, images: int, terms: Mapping[str, float], speed: float, lr: float) -> None:
+    def go_on(self, terms: Mapping[str, float], images: float) -> None:
+        """Start in the middle of an epoch: `terms` are the means over its `images` so far."""
+        self.images_before, self.sums_before = images, {name: mean * images for name, mean in terms.items()}
+
+    def log(self, i: int, step: int, images: float, terms: Mapping[str, float], speed: float, lr: float) -> None:
         """Add a point after batch `i`.
 
         Args:
@@ -350,10 +354,10 @@ class StepCurves:
         """
         if not self.trackers:
             return
-        sums = {name: mean * images for name, mean in terms.items()}
-        new = max(images - self.images_before, 1)
-        since = {name: (total - self.sums_before.get(name, 0.0)) / new for name, total in sums.items()}
-        self.images_before, self.sums_before = images, sums
+        images_before, sums_before = self.images_before, self.sums_before
+        self.go_on(terms, images)
+        new = max(images - images_before, 1)
+        since = {name: (total - sums_before.get(name, 0.0)) / new for name, total in self.sums_before.items()}
         values = {**weighted_terms(self.task, since), 'lr': lr, 'images_per_s': speed}
         if self.norm is not None:
             values['grad_norm'] = self.norm.item()
