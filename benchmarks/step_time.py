@@ -6,7 +6,8 @@ Each part writes what it found into RESULTS as JSON and as a table, pair by pair
 and a part that runs again replaces its own numbers alone.
 
 steps        medians of whole training steps; each round runs every variant once, in random order, and ratios are taken
-             within a round, so that a machine that gets slower or faster in between does not count
+             within a round, so that a machine that gets slower or faster in between does not count; the variants are built
+             three times
 memory       peak memory of each variant, in processes of its own: what the allocator gave on CUDA, else how far the resident
              set rose above the bare imports
 projectors   what q projectors and their loss cost, as a share of a step
@@ -58,11 +59,12 @@ from timm_pe.runtime import setup_runtime
 from timm_pe.task_from_args import create_run_task, create_run_teacher
 
 ROOT = Path(__file__).resolve().parent
-# the second has projectors of more weights than the student: at its usual image size alone they are a small part of a step
-PAIRS = ('resnet34:resnet18', 'resnet50:mobilenetv1_100@224', 'vit_small_patch16_224:mobilenetv3_small_100')
+# projectors of the last two have half the student's weights or more: at their usual image size they are a small part of a step
+PAIRS = ('resnet34:resnet18', 'resnet50:mobilenetv1_100@224', 'vit_small_patch16_224:mobilenetv3_small_100@224')
 PARTS = ('steps', 'memory', 'projectors', 'loader')
 PROJECTORS = (1, 2, 3, 4, 8)
 CLASSES = 1000
+BUILDS = 3
 
 Step = Callable[[int], None]
 
@@ -305,7 +307,9 @@ LABELS = {
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 1) -> dict[str, list[float]]:
+def measure(
+    steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 1, seed: int = 0
+) -> dict[str, list[float]]:
     """Seconds of each step in each round; a round runs all of them, each time in another random order.
 
     Args:
@@ -313,10 +317,11 @@ def measure(steps: Mapping[str, Step], rounds: int, device: str, repeats: int = 
         rounds: How often; two more that are not counted come first.
         device: CUDA is waited for before and after each measurement.
         repeats: Calls in one measurement.
+        seed: Of the orders.
     """
     wait = torch.cuda.synchronize if device.startswith('cuda') else (lambda: None)
     seconds = {name: [] for name in steps}
-    names, order = list(steps), np.random.default_rng(0)
+    names, order = list(steps), np.random.default_rng(seed)
     gc.collect()
     gc.disable()
     try:
@@ -353,13 +358,25 @@ def floor_of(seconds: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def measure_steps(case: Case, rounds: int) -> dict[str, Any]:
-    """Medians of all variants, and their ratios to floor, student, timm's task and the plain loop."""
-    steps = {name: VARIANTS[name](case) for name in case.variants()}
-    seconds = measure(steps, rounds, case.device, repeats=10 if case.device.startswith('cuda') else 1)
+    """Medians of all variants, and their ratios to floor, student, timm's task and the plain loop.
+
+    The variants are built several times, in another order each: where a network happens to lie in memory is worth a few percent
+    of its time, as long as it lives.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in case.variants()}
+    for build, part in enumerate(np.array_split(np.arange(rounds), min(BUILDS, rounds))):
+        order = np.random.default_rng(build).permutation(list(seconds)).tolist()
+        steps = {name: VARIANTS[name](case) for name in order}
+        repeats = 10 if case.device.startswith('cuda') else 1
+        for name, values in measure(steps, len(part), case.device, repeats, seed=build).items():
+            seconds[name] += values
+        del steps
+        gc.collect()
     against = {'floor': floor_of(seconds), **{name: seconds[name] for name in ('student', 'timm', 'paper')}}
     return {
         **case.size(),
         'rounds': rounds,
+        'builds': min(BUILDS, rounds),
         'median_ms': {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
         'floor_ms': 1e3 * statistics.median(against['floor']),
         'ratios': {

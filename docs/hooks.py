@@ -44,7 +44,7 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
 
 
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
-    """What each method adds to the student alone: a panel a suite, the mean with its 95 % interval, a dot a seed.
+    """What each method adds to the student alone: one panel per suite, the mean with its 95 % interval, one dot per seed.
 
     Args:
         results: The content of benchmarks/results/accuracy.json.

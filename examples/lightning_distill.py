@@ -8,11 +8,13 @@ from torchvision import datasets, transforms
 
 from timm_pe import ProjectorEnsembleTask
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the batches; the teacher gets them in its own
+
 
 class Distillation(lightning.LightningModule):
     def __init__(self, student: torch.nn.Module, teacher: torch.nn.Module):
         super().__init__()
-        self.task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, num_projectors=3)
+        self.task = ProjectorEnsembleTask(student, teacher, num_projectors=3, input_mean=MEAN, input_std=STD)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         result = self.task(*batch)
@@ -24,7 +26,8 @@ class Distillation(lightning.LightningModule):
 
 
 # random pictures and a random teacher: put yours in
-images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transforms.ToTensor())
+transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transform)
 student = timm.create_model('test_vit', num_classes=10, img_size=64)
 teacher = timm.create_model('test_resnet', num_classes=10)
 trainer = lightning.Trainer(max_epochs=2, log_every_n_steps=1, enable_checkpointing=False)

@@ -8,9 +8,13 @@ from torchvision import datasets, transforms
 
 from timm_pe import ProjectorEnsembleTask, create_teacher
 
-# random pictures and a random teacher; yours: create_teacher('resnet34', checkpoint='teacher.safetensors')
-images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transforms.ToTensor())
-teacher = create_teacher('test_resnet', pretrained=False, num_classes=10)
+# how the student sees images; the teacher gets them in its own normalization, so it must know this one
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+# random pictures and a random teacher; yours: create_teacher('resnet34', checkpoint='teacher.safetensors', ...)
+images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transform)
+teacher = create_teacher('test_resnet', pretrained=False, num_classes=10, input_mean=MEAN, input_std=STD)
 student = timm.create_model('test_vit', num_classes=10, img_size=64)
 
 task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, num_projectors=3).train()

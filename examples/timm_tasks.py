@@ -15,12 +15,22 @@ from torchvision import datasets, transforms
 from timm_pe import ProjectorEnsembleTask
 
 EPOCHS = 2
-images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transforms.ToTensor())
+# how the student sees images; the teacher gets them in its own normalization, so the task must know this one
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+# random pictures and a random teacher: put yours in
+images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transform)
 loader = DataLoader(images, batch_size=16, shuffle=True)
 student = timm.create_model('test_vit', num_classes=10, img_size=64)
 teacher = timm.create_model('test_resnet', num_classes=10)
 
-task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, criterion_kwargs={'smoothing': 0.1})
+task = ProjectorEnsembleTask(
+    student_model=student,
+    teacher_model=teacher,
+    criterion_kwargs={'smoothing': 0.1},
+    input_mean=MEAN,
+    input_std=STD,
+)
 optimizer = create_optimizer_v2(task.trainable_module, opt='adamw', lr=1e-3, weight_decay=0.05)
 scheduler, _ = create_scheduler_v2(optimizer, num_epochs=EPOCHS, warmup_epochs=0)
 task.setup_ema(decay=0.9)

@@ -114,6 +114,22 @@ def test_each_round_runs_every_step_once_in_a_random_order(bench):
     assert min(seconds['b']) >= 0.01 > min(seconds['a'])
 
 
+def test_the_variants_are_built_three_times_in_another_order_each(bench, case, monkeypatch):
+    built, ran = [], []
+
+    def variant(name):
+        return lambda case: (built.append(name), lambda i: ran.append(name))[1]
+
+    monkeypatch.setattr(bench, 'VARIANTS', {name: variant(name) for name in bench.VARIANTS})
+    found = bench.measure_steps(case, 7)
+    names = case.variants()
+    orders = [built[k : k + len(names)] for k in range(0, len(built), len(names))]
+    assert [sorted(order) for order in orders] == [sorted(names)] * 3
+    assert orders[0] != orders[1] != orders[2]
+    assert {len(values) for values in found['ms_of_rounds'].values()} == {7}
+    assert len(ran) == (7 + 3 * 2) * len(names)  # two rounds after each build are not counted
+
+
 def test_a_measurement_of_several_calls_is_the_time_of_one(bench):
     calls = []
     seconds = bench.measure({'a': lambda i: (calls.append(i), time.sleep(0.01))}, 2, 'cpu', repeats=4)
