@@ -107,6 +107,7 @@ def test_the_start_says_every_resolved_choice_once(finished):
         r'global batch +8 = 8 x 1 ranks x 1 steps',
         r'precision +float32 +float32',
         r'device +cpu, world size 1',
+        r'versions +timm_pe \S+, timm 1\.\S+, torch \d\S+, Python 3\.',
     ):
         assert len(re.findall(pattern, said)) == 1, pattern
     assert 'its 1000 classes are not the 3 of the data, so its accuracy cannot be checked' in said
@@ -291,6 +292,8 @@ def test_training_options_work_with_a_teacher(name, small_run, tmp_path):
 TEACHER_FLAGS = {
     'own input size': (['--teacher-input-size', '48'], r'input +3x32x32 +3x48x48 \(bicubic\)'),
     'bfloat16': (['--teacher-dtype', 'bfloat16', '--channels-last'], r'precision +float32 +bfloat16'),
+    'the student alone in bfloat16': (['--model-dtype', 'bfloat16'], r'precision +bfloat16 +float32'),
+    'under AMP': (['--amp', '--amp-dtype', 'bfloat16'], r'precision +AMP bfloat16 +AMP bfloat16'),
     'classes': (['--teacher-num-classes', '9'], r'classes +3 +9'),
     'no classifier': (['--teacher-num-classes', '0'], r'classes +3 +0'),
     'arguments': (['--teacher-kwargs', 'depth=2'], r'parameters +0\.37 M +0\.20 M'),

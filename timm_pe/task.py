@@ -295,6 +295,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             with a KD weight `logit_loss`.
         """
         if teacher is None:
+            # before the student: on a CPU it then works in memory that the last step has left, up to a fifth of a step less
             teacher = self.teacher(input)
         if self.projection.act == 'auto':
             self._settle_act(teacher.feature)
