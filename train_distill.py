@@ -65,7 +65,7 @@ def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterat
         exit_with_error(one_line(e, limit=2000), prog=prog)
     except NonFiniteLoss as e:
         leave_ranks()
-        exit_with_error(f'{e}: the run stops, checkpoints written before are good', code=1, prog=prog)
+        exit_with_error(f'{e}: the run stops, checkpoints written before are good', 1, prog, of_all=True)
     except RunError as e:
         exit_with_error(one_line(e, limit=2000), code=1, prog=prog)
     except (torch.OutOfMemoryError, MemoryError) as e:
@@ -77,10 +77,13 @@ def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterat
     except Interrupted as e:
         leave_ranks()
         exit_with_error(
-            f'{e}: the same command with --resume auto --experiment NAME goes on there', 128 + e.signum, prog
+            f'{e}: the same command with --resume auto --experiment NAME goes on there',
+            128 + e.signum,
+            prog,
+            of_all=True,
         )
     except KeyboardInterrupt:
-        exit_with_error(f'interrupted: {resume}', code=130, prog=prog)
+        exit_with_error(f'interrupted: {resume}', 130, prog, of_all=True)
     leave_ranks()
 
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
+from timm_pe import cli
 from timm_pe.args import create_parser, parse_args, resolve_lr
 
 FACTS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
@@ -154,3 +155,15 @@ def test_args_yaml_holds_yaml_and_flags_merged_and_reads_back_to_the_same_run(tm
 )
 def test_the_learning_rate_follows_the_global_batch_as_in_timm(flags, world_size, lr):
     assert resolve_lr(parse_args([*DATA, *flags])[0], world_size) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(('rank', 'of_all', 'said'), [(0, False, 'cmd: error: no'), (0, True, 'cmd: error: no'), (3, False, 'cmd: error: [rank 3] no'), (3, True, '')])  # fmt: skip
+def test_rank_0_speaks_first_and_others_only_for_themselves(rank, of_all, said, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli, 'world_info_from_env', lambda: (rank, rank, 4))
+    monkeypatch.setattr(cli.time, 'sleep', waited.append)
+    with pytest.raises(SystemExit) as e:
+        cli.exit_with_error('no', 3, 'cmd', of_all)
+    assert e.value.code == 3
+    assert capsys.readouterr().err.strip() == said
+    assert waited == [cli.RANK_0_FIRST] * (rank > 0)

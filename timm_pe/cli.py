@@ -28,15 +28,18 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill') -> NoReturn:
+def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of_all: bool = False) -> NoReturn:
     """Print one line, with the name of the command `prog` before it, and exit with `code`.
 
     Most mistakes are those of all ranks, and rank 0 names them: a launcher stops the whole job at the first exit, so the others
-    leave it the time to. A rank that is still there after it has something of its own to say.
+    leave it the time to. A rank that is still there after it has something of its own to say, unless all are known to end so
+    (`of_all`).
     """
     rank = world_info_from_env()[1]
     if rank != 0:
         time.sleep(RANK_0_FIRST)
+        if of_all:
+            raise SystemExit(code)
         message = f'[rank {rank}] {message}'
     message = ' '.join(message.split())
     # what came from outside must neither fill the screen nor command the terminal
