@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
 
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
-a few flags. Each run is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a run that is finished is not
+a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. Each run is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a run that is finished is not
 run again, one that was interrupted goes on. The results so far go to RESULTS as JSON and as a table after every run.
 """
 
@@ -80,6 +80,19 @@ class Suite:
     seeds: list[int]
     folder: Path
     overrides: dict[str, Any] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+
+    def tuning_runs(self) -> dict[float, Run]:
+        """The student alone at each of `rates`, with a seed that no method has. Empty where the suite fixes the rate."""
+        flags = {**self.student, 'seed': max(self.seeds) + 1000}
+        return {r: self._run(self.folder, f'tune-lr{r:g}', {**flags, 'lr': r}) for r in self.rates}
+
+    def tuned(self) -> dict[float, float] | None:
+        """Top-1 of the student alone at each rate, best first; None where not all are known (and {} without `rates`)."""
+        results = {rate: run.result() for rate, run in self.tuning_runs().items()}
+        if not all(results.values()):
+            return None
+        return dict(sorted(((rate, r['top1']) for rate, r in results.items()), key=lambda rate_top1: -rate_top1[1]))
 
     def teacher_run(self) -> Run | None:
         """The run that makes the teacher, under the name it has; None where the suite takes one as it is."""
@@ -90,6 +103,11 @@ class Suite:
     def run(self, method: str, seed: int) -> Run:
         """The run of one method and seed."""
         flags = {**self.student, **load_method(method)['flags'], 'seed': seed}
+        tuned = self.tuned()
+        if tuned is None:
+            raise RuntimeError(f'{self.name}: the learning rate is not tuned yet')
+        if tuned:
+            flags['lr'] = next(iter(tuned))
         kind = load_method(method)['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
@@ -214,7 +232,9 @@ def summarize(suite: Suite) -> dict[str, Any]:
     """What the finished runs of a suite say."""
     teacher_run = suite.teacher_run()
     teacher = teacher_run.result() if teacher_run else None
-    results = {m: {s: r for s in suite.seeds if (r := suite.run(m, s).result())} for m in suite.methods}
+    tuned = suite.tuned()
+    methods_known = suite.methods if tuned is not None else []
+    results = {m: {s: r for s in suite.seeds if (r := suite.run(m, s).result())} for m in methods_known}
     top1 = {m: {s: r['top1'] for s, r in of_seed.items()} for m, of_seed in results.items()}
     methods = {}
     for method, of_seed in results.items():
@@ -242,6 +262,11 @@ def summarize(suite: Suite) -> dict[str, Any]:
         },
         'student': suite.student['model'],
         'common': {**suite.common, **suite.student, **suite.overrides},
+        'tuning': [
+            {'lr': rate, 'top1': result['top1']}
+            for rate, run in suite.tuning_runs().items()
+            if (result := run.result())
+        ],
         'methods': methods,
     }
 
@@ -277,6 +302,9 @@ def format_table(summary: dict[str, Any]) -> str:
     teacher = summary['teacher']
     of_teacher = f' (top-1 {teacher["top1"]:.2f})' if teacher['top1'] else ''
     lines = [f'## {summary["title"]}', '', f'Teacher {teacher["model"]}{of_teacher}, student {summary["student"]}.', '']
+    if summary.get('tuning'):
+        tried = ', '.join(f'{t["lr"]:g}: {t["top1"]:.2f}' for t in summary['tuning'])
+        lines += [f'Learning rate tuned for the student alone, with a seed of its own (top-1): {tried}.', '']
     alone = summary['methods'].get('alone')
     if alone and teacher['top1'] and teacher['top1'] <= alone['top1']:
         lines += ['**The teacher is no better than the student alone: it has nothing to teach.**', '']
@@ -331,6 +359,15 @@ def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
             print(f'{suite.name}: teacher {result["top1"]:.2f} %, {result["seconds"]:.0f} s', flush=True)
         if any(load_method(m)['teacher'] == 'timm' for m in suite.methods):
             export_for_timm(suite)
+    for rate, run in suite.tuning_runs().items():
+        fresh = run.result() is None
+        result = execute(run, threads)
+        if fresh:
+            print(
+                f'{suite.name}: student alone at lr {rate:g} {result["top1"]:.2f} %, {result["seconds"]:.0f} s',
+                flush=True,
+            )
+            done()
     runs = [suite.run(method, seed) for seed in suite.seeds for method in suite.methods]
 
     def one(run: Run) -> None:
@@ -396,7 +433,8 @@ def main(argv: list[str] | None = None) -> None:
             run_suite(suite, args.jobs, args.threads, save)
         if not args.no_analysis:
             for suite in chosen:
-                analyse([suite.run(m, s) for m in suite.methods for s in suite.seeds], args.threads * args.jobs)
+                if suite.tuned() is not None:
+                    analyse([suite.run(m, s) for m in suite.methods for s in suite.seeds], args.threads * args.jobs)
     except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as e:
         parser.error(str(e))
     except KeyboardInterrupt:

@@ -67,6 +67,24 @@ def test_a_grid_is_run_summarized_and_not_run_again(accuracy, tiny, tmp_path, ca
     assert 'holds a run with other flags' in capsys.readouterr().err
 
 
+def test_every_method_takes_the_rate_that_is_best_for_the_student_alone(accuracy, tiny, tmp_path, capsys):
+    file = tmp_path / 'suites' / 'tiny.yaml'
+    file.write_text(
+        yaml.safe_dump({**yaml.safe_load(file.read_text()), 'rates': [1e-6, 0.05], 'methods': ['alone', 'pe_q3']})
+    )
+    accuracy.main([*tiny, '--no-run'])
+    assert 'student alone' not in capsys.readouterr().out  # no method is summed up before the rate is known
+    accuracy.main(tiny)
+    tuning = json.loads((tmp_path / 'r' / 'accuracy.json').read_text())['suites']['tiny']['tuning']
+    assert [t['lr'] for t in tuning] == [1e-6, 0.05]
+    assert tuning[0]['top1'] < tuning[1]['top1']
+    for method in ('alone', 'pe_q3'):
+        flags = json.loads((tmp_path / 'out' / 'tiny' / f'{method}-1' / 'result.json').read_text())['flags']
+        assert flags['lr'] == 0.05
+    tuned_with = json.loads((tmp_path / 'out' / 'tiny' / 'tune-lr0.05' / 'result.json').read_text())['flags']
+    assert tuned_with['seed'] != 1
+
+
 def test_a_run_that_fails_is_named_with_what_it_said(accuracy, tiny, capsys):
     with pytest.raises(SystemExit) as e:
         accuracy.main([*tiny, '--set', 'opt=nonsense'])
@@ -98,12 +116,13 @@ def test_a_method_is_flags_that_train_distill_takes(accuracy, tmp_path, name):
 
 
 @pytest.mark.parametrize('name', SUITES)
-def test_a_suite_names_known_methods_and_flags(accuracy, tmp_path, name):
+def test_a_suite_names_known_methods_and_flags(accuracy, tmp_path, name, monkeypatch):
     suite = accuracy.load_suite(name, tmp_path, {})
+    monkeypatch.setattr(suite, 'tuned', lambda: dict.fromkeys(suite.rates, 50.0))
     assert set(suite.methods) <= set(METHODS)
     assert len(suite.seeds) >= 3
     runs = [suite.run(method, 1) for method in suite.methods]
-    for run in [*runs, *filter(None, [suite.teacher_run()])]:
+    for run in [*runs, *suite.tuning_runs().values(), *filter(None, [suite.teacher_run()])]:
         config = tmp_path / 'c.yaml'
         config.write_text(yaml.safe_dump(run.flags))
         parse_args(['-c', str(config)])
