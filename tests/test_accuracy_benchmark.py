@@ -73,7 +73,7 @@ def test_every_method_takes_the_rate_that_is_best_for_the_student_alone(accuracy
         yaml.safe_dump({**yaml.safe_load(file.read_text()), 'rates': [1e-6, 0.05], 'methods': ['alone', 'pe_q3']})
     )
     accuracy.main([*tiny, '--no-run'])
-    assert 'student alone' not in capsys.readouterr().out  # no method is summed up before the rate is known
+    assert '| student alone |' not in capsys.readouterr().out  # no method is summed up before the rate is known
     accuracy.main(tiny)
     tuning = json.loads((tmp_path / 'r' / 'accuracy.json').read_text())['suites']['tiny']['tuning']
     assert [t['lr'] for t in tuning] == [1e-6, 0.05]
