@@ -125,6 +125,66 @@ def test_evaluate_gives_the_accuracy_of_the_best_epoch_again(finished, capsys):
         assert float(re.search(r'top-1 ([\d.]+) %', said)[1]) == pytest.approx(best, abs=1e-3)
 
 
+def top1(said):
+    return float(re.search(r'top-1 ([\d.]+) %', said)[1])
+
+
+def test_evaluate_takes_from_its_run_how_the_student_was_built_and_fed(image_folder, tmp_path, capsys):
+    how = ['--img-size', '24', '--crop-pct', '0.5', '--mean', '0.1', '--std', '0.9', '--in-chans', '1', '--gp', 'max']
+    how += ['--model-kwargs', 'act_layer=silu', '--val-split', 'train', '--pretrained-cfg-overlay', 'crop_mode=border']
+    where = ['-b', '8', '-j', '0', '--device', 'cpu']
+    argv = [str(image_folder), '--model', 'test_resnet', '--num-classes', '3', *how, *where, '--warmup-epochs', '0']
+    run([*argv, '--epochs', '3', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'])
+    rows = summary(tmp_path / 'run')
+    best = max(float(r['eval_top1']) for r in rows)
+    for path, row in ((tmp_path / 'run', None), *((tmp_path / 'run' / f'checkpoint-{i}.pth.tar', rows[i]) for i in (0, 2))):
+        said = run([*where, '--evaluate', str(path)], capsys)
+        assert top1(said) == pytest.approx(float(row['eval_top1']) if row else best, abs=1e-3)
+        assert row is None or f'loss {float(row["eval_loss"]):.4f}' in said
+        assert re.search(r"--evaluate: from '\S+args.yaml': model test_resnet, .*img_size 24, .*crop_pct 0.5", said)
+
+
+def test_evaluate_takes_the_weights_that_the_run_evaluated_where_its_average_stayed_on_the_cpu(small_run, tmp_path, capsys):
+    average = ['--model-ema', '--model-ema-force-cpu', '--model-ema-decay', '0.99']
+    run([*small_run, '--model', 'test_resnet', *average])
+    for path, i in (('checkpoint-0.pth.tar', 0), ('last.pth.tar', 1)):
+        said = run(['--device', 'cpu', '-b', '8', '-j', '0', '--evaluate', str(tmp_path / 'run' / path)], capsys)
+        assert f'loss {float(summary(tmp_path / "run")[i]["eval_loss"]):.4f}' in said
+
+
+def test_a_flag_that_is_given_with_evaluate_wins_over_its_run_and_that_is_said(finished, tmp_path, capsys):
+    folder, argv, _ = finished
+    where = ['-b', '8', '-j', '0', '--device', 'cpu']
+    unlike = run([*where, '--img-size', '224', '--val-split', 'train', '--evaluate', str(folder)], capsys)
+    assert 'given otherwise: img_size 32' in unlike
+    assert 'on 36 images' in unlike
+    assert 'img_size' not in run([*where, '--input-size', '3', '32', '32', '--evaluate', str(folder)], capsys).split(
+        'given otherwise'
+    )[0]
+    (tmp_path / 'more.yaml').write_text('crop_pct: 0.5\n')
+    assert 'img_size 32' in run([*where, '-c', str(tmp_path / 'more.yaml'), '--evaluate', str(folder)], capsys)
+    # a checkpoint of no run says nothing
+    alone = tmp_path / 'alone.safetensors'
+    alone.write_bytes((folder / 'student.safetensors').read_bytes())
+    said = run([str(argv[0]), '--model', 'test_resnet', '--num-classes', '3', *where, '--evaluate', str(alone)], capsys)
+    assert '--evaluate: from' not in said
+
+
+def test_evaluate_of_another_model_than_its_run_is_refused(finished, capsys):
+    error = refused(['--model', 'test_vit', '--device', 'cpu', '-j', '0', '--evaluate', str(finished[0])], capsys)
+    assert 'does not fit VisionTransformer' in error
+
+
+def test_no_run_that_is_evaluated_makes_code_run(finished, tmp_path, capsys):
+    lines = yaml.safe_load((finished[0] / 'args.yaml').read_text())
+    for key, value in (('data', 'pipe:touch x'), ('data_dir', 'pipe:touch x')):
+        (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**lines, key: value}))
+        (tmp_path / 'student.safetensors').write_bytes((finished[0] / 'student.safetensors').read_bytes())
+        error = refused(['--device', 'cpu', '--evaluate', str(tmp_path)], capsys)
+        assert f'--evaluate: {key} in' in error
+        assert 'runs code' in error
+
+
 def test_resume_continues_with_projectors_optimizer_and_schedule(finished, small_run, tmp_path, capsys):
     folder, _, _ = finished
     argv = [*small_run, *PAIR, '--epochs', '3', '--resume', str(folder / 'checkpoint-1.pth.tar')]

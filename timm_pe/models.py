@@ -10,7 +10,7 @@ from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 
-from .args import read_run_settings
+from .args import describe_evaluation, find_run_args, read_run_settings
 from .checkpoints import resolve_resume
 from .errors import UsageError, one_line
 from .loading import (
@@ -47,6 +47,8 @@ def check_names(args: argparse.Namespace) -> None:
     settings = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
     if args.teacher_checkpoint and os.path.isfile(settings):
         read_run_settings(settings, '--teacher-checkpoint')
+    if find_run_args(args.evaluate):
+        _logger.info(describe_evaluation(args))
     args.resume = resolve_resume(args)
 
 
