@@ -258,6 +258,30 @@ def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_pat
     assert re.search(r'mean +0\.5 0\.5 0\.5 +0\.4 0\.4 0\.4', said)
 
 
+def test_a_teacher_from_a_run_folder_is_normalized_by_the_tag_and_overlay_of_its_own_model(small_run, tmp_path, capsys):
+    plain = ['--epochs', '1', '--experiment']
+    run([*small_run, '--model', 'resnet18d.ra4_e3600_r224_in1k', *plain, 'tag'])
+    overlay = ['--pretrained-cfg-overlay', 'mean=(0.1,0.2,0.3)', 'std=(0.4,0.5,0.6)']
+    run([*small_run, '--model', 'test_resnet', *overlay, *plain, 'overlay'])
+    student = ['--model', 'test_convnext', '--epochs', '1']
+
+    def said(name, path, *more):
+        return run([*small_run, *student, '--teacher', name, '--teacher-checkpoint', str(path), *more], capsys)
+
+    # the weights that the bare name means had other statistics
+    assert timm.get_pretrained_cfg('resnet18d').mean == (0.485, 0.456, 0.406)
+    text = said('resnet18d', tmp_path / 'tag')
+    assert re.search(r'mean +\S+ \S+ \S+ +0\.5 0\.5 0\.5', text)
+    assert re.search(r'std +\S+ \S+ \S+ +0\.5 0\.5 0\.5', text)
+    for path in (tmp_path / 'overlay', tmp_path / 'overlay' / 'last.pth.tar'):
+        text = said('test_resnet', path)
+        assert re.search(r'mean +\S+ \S+ \S+ +0\.1 0\.2 0\.3', text)
+        assert re.search(r'std +\S+ \S+ \S+ +0\.4 0\.5 0\.6', text)
+    text = said('test_resnet', tmp_path / 'overlay', '--teacher-mean', '0.7')
+    assert re.search(r'mean +\S+ \S+ \S+ +0\.7 0\.7 0\.7', text)
+    assert re.search(r'std +\S+ \S+ \S+ +0\.4 0\.5 0\.6', text)
+
+
 def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from .projectors import PROJECTOR_NAMES
 from .task import TARGETS
 
 # how the args.yaml of a run says that its student was built and fed: what a teacher takes from there, ...
-_OF_A_TEACHER = ('mean', 'std', 'in_chans', 'gp', 'model_kwargs', 'img_size', 'input_size')
+_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')
 # ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
 # one of them is given: they say one thing together
 _OF_AN_EVALUATION = (

@@ -44,8 +44,8 @@ def check_names(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path and os.path.exists(path) and not os.path.isfile(path):  # a device would be read without end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
-    settings = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
-    if args.teacher_checkpoint and os.path.isfile(settings):
+    settings = find_run_args(args.teacher_checkpoint)
+    if settings:
         read_run_settings(settings, '--teacher-checkpoint')
     if find_run_args(args.evaluate):
         _logger.info(describe_evaluation(args))

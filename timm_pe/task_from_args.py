@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from .args import read_run_settings, resolve_dtype
+from .args import find_run_args, read_run_settings, resolve_dtype
 from .data import Data, mixing_active, resolve_smoothing
 from .errors import UsageError, one_line
 from .loading import announce_download
@@ -30,6 +29,9 @@ from .task import TARGETS, ProjectorEnsembleTask
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
+
+# what a pretrained cfg says of a model's input
+_INPUT_FIELDS = ('mean', 'std', 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -> Teacher | None:
@@ -69,24 +71,33 @@ def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -
 
 def _take_run_folder_settings(args: argparse.Namespace) -> None:
     """A teacher from a run folder of train_distill is built and fed as it was in that run, where no flag says else."""
-    path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
-    if not args.teacher_checkpoint or not os.path.isfile(path):
+    path = find_run_args(args.teacher_checkpoint)
+    if not path:
         return
     run = read_run_settings(path, '--teacher-checkpoint')
     args.teacher_mean = args.teacher_mean or run['mean']
     args.teacher_std = args.teacher_std or run['std']
+    built = _built_in(args, run)
     model_kwargs = {**(run['model_kwargs'] or {}), 'in_chans': run['in_chans'], 'global_pool': run['gp']}
     # an architecture of one size was built for that of its images
-    model_kwargs['img_size'] = _built_for(args.teacher, run)
+    model_kwargs['img_size'] = built.get('img_size')
+    # what that run's model name and overlay said of its input; the name of the teacher may have another tag
+    model_kwargs['pretrained_cfg_overlay'] = {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS}
     args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
 
 
-def _built_for(name: str, run: Mapping[str, Any]) -> Any:
-    given = {key: run.get(key) for key in ('img_size', 'input_size', 'in_chans')}
+def _built_in(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm built the student of a `run` with, `pretrained_cfg` and `img_size` in it."""
+    given = {key: run[key] for key in ('img_size', 'input_size', 'in_chans')}
+    overlay = {'pretrained_cfg_overlay': run['pretrained_cfg_overlay']} if run['pretrained_cfg_overlay'] else {}
+    name = run['model'] or args.teacher
     try:
-        return resolve_model_input_args(name, given, **(run.get('model_kwargs') or {})).get('img_size')
-    except Exception as e:  # the config.json of a hub or local-dir model may be anything
-        raise UsageError(f'--teacher {name}: {one_line(e)}') from e
+        return resolve_model_input_args(name, given, **{**(run['model_kwargs'] or {}), **overlay})
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything, or gone
+        raise UsageError(
+            f"--teacher-checkpoint: cannot tell how '{name}' was built and fed in its run ({one_line(e)}): give a weights file "
+            f'outside of the run, --teacher-mean and --teacher-std'
+        ) from e
 
 
 def create_run_task(
