@@ -137,14 +137,19 @@ def test_evaluate_takes_from_its_run_how_the_student_was_built_and_fed(image_fol
     run([*argv, '--epochs', '3', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'])
     rows = summary(tmp_path / 'run')
     best = max(float(r['eval_top1']) for r in rows)
-    for path, row in ((tmp_path / 'run', None), *((tmp_path / 'run' / f'checkpoint-{i}.pth.tar', rows[i]) for i in (0, 2))):
+    for path, row in (
+        (tmp_path / 'run', None),
+        *((tmp_path / 'run' / f'checkpoint-{i}.pth.tar', rows[i]) for i in (0, 2)),
+    ):
         said = run([*where, '--evaluate', str(path)], capsys)
         assert top1(said) == pytest.approx(float(row['eval_top1']) if row else best, abs=1e-3)
         assert row is None or f'loss {float(row["eval_loss"]):.4f}' in said
         assert re.search(r"--evaluate: from '\S+args.yaml': model test_resnet, .*img_size 24, .*crop_pct 0.5", said)
 
 
-def test_evaluate_takes_the_weights_that_the_run_evaluated_where_its_average_stayed_on_the_cpu(small_run, tmp_path, capsys):
+def test_evaluate_takes_the_weights_that_the_run_evaluated_where_its_average_stayed_on_the_cpu(
+    small_run, tmp_path, capsys
+):
     average = ['--model-ema', '--model-ema-force-cpu', '--model-ema-decay', '0.99']
     run([*small_run, '--model', 'test_resnet', *average])
     for path, i in (('checkpoint-0.pth.tar', 0), ('last.pth.tar', 1)):
@@ -158,9 +163,8 @@ def test_a_flag_that_is_given_with_evaluate_wins_over_its_run_and_that_is_said(f
     unlike = run([*where, '--img-size', '224', '--val-split', 'train', '--evaluate', str(folder)], capsys)
     assert 'given otherwise: img_size 32' in unlike
     assert 'on 36 images' in unlike
-    assert 'img_size' not in run([*where, '--input-size', '3', '32', '32', '--evaluate', str(folder)], capsys).split(
-        'given otherwise'
-    )[0]
+    said = run([*where, '--input-size', '3', '32', '32', '--evaluate', str(folder)], capsys)
+    assert 'img_size' not in said.split('given otherwise')[0]
     (tmp_path / 'more.yaml').write_text('crop_pct: 0.5\n')
     assert 'img_size 32' in run([*where, '-c', str(tmp_path / 'more.yaml'), '--evaluate', str(folder)], capsys)
     # a checkpoint of no run says nothing

@@ -21,19 +21,20 @@ from .projectors import PROJECTOR_NAMES
 from .task import TARGETS
 
 # how the args.yaml of a run says that its student was built and fed: what a teacher takes from there, ...
-_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')
+_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
 # ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
 # one of them is given: they say one thing together
 _OF_AN_EVALUATION = (
-    *(('model',), ('model_kwargs',), ('pretrained_cfg_overlay',), ('num_classes',), ('in_chans',), ('gp',), ('bn_eps',)),
     ('img_size', 'input_size'),
-    *(('crop_pct',), ('interpolation',), ('mean',), ('std',), ('input_img_mode',), ('val_split',), ('class_map',)),
     ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
     ('amp', 'amp_dtype', 'model_dtype'),
-    ('model_ema_force_cpu',),
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
-    *(('task',), ('target_format',), ('multilabel_threshold',), ('tta',)),
-)
+    *((name,) for name in (
+        *('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps', 'model_ema_force_cpu'),
+        *('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map'),
+        *('task', 'target_format', 'multilabel_threshold', 'tta'),
+    )),
+)  # fmt: skip
 
 
 def create_parser(prog: str = 'train_distill') -> Parser:
