@@ -25,15 +25,13 @@ _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 
 # ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
 # one of them is given: they say one thing together
 _OF_AN_EVALUATION = (
+    *((name,) for name in ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps')),
     ('img_size', 'input_size'),
+    *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map')),
     ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
     ('amp', 'amp_dtype', 'model_dtype'),
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
-    *((name,) for name in (
-        *('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps', 'model_ema_force_cpu'),
-        *('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map'),
-        *('task', 'target_format', 'multilabel_threshold', 'tta'),
-    )),
+    *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
 )  # fmt: skip
 
 
