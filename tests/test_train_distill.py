@@ -300,6 +300,49 @@ def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     assert re.search(r'epochs +2 of 4 batches, warmup 5', said)
 
 
+WEIGHTS = {
+    'class weights': (['--loss', 'bce', '--loss-class-weight', '1,2'], '--loss-class-weight has 2 values'),
+    'positive weights': (['--loss', 'bce', '--loss-pos-weight', '1,2,3,4'], '--loss-pos-weight has 4 values'),
+    'cross-entropy': (['--loss-class-weight', '1 2 3 4 5'], '--loss-class-weight has 5 values'),
+    'a file': (['--loss', 'bce', '--loss-class-weight', 'FILE.txt'], '--loss-class-weight has 2 values'),
+    'counts': (
+        ['--loss', 'bce', '--loss-class-weight', 'inv_freq', '--class-stats', 'FILE.json'],
+        '--class-stats has 2 values',
+    ),
+}
+
+
+@pytest.mark.parametrize('known', [True, False], ids=['classes given', "the model's own"])
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_loss_weights_of_another_number_of_classes_are_refused_with_both_numbers(
+    name, known, image_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / 'FILE.txt').write_text('0.5\n2')
+    (tmp_path / 'FILE.json').write_text('{"pos_counts": [3, 4], "num_samples": 7}')
+    flags, said = WEIGHTS[name]
+    flags = [flag.replace('FILE', str(tmp_path / 'FILE')) for flag in flags]
+    if known:
+        monkeypatch.setattr(train_distill, 'create_student', None)  # refused before
+    classes = ['--num-classes', '3'] if known else ['--model-kwargs', 'num_classes=3']
+    run_of = ['-b', '8', '-j', '0', '--device', 'cpu', '--img-size', '32', '--model', 'test_resnet']
+    error = refused([str(image_folder), *run_of, *classes, *flags, '--output', str(tmp_path / 'out')], capsys)
+    assert f'{said}, the student has 3 classes' in error
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flag', ['--loss-class-weight', '--loss-pos-weight', '--class-stats'])
+def test_a_missing_file_of_loss_weights_is_named_as_missing(flag, small_run, capsys):
+    more = ['--loss-class-weight', 'inv_freq'] if flag == '--class-stats' else []
+    error = refused([*small_run, '--model', 'test_resnet', '--loss', 'bce', *more, flag, 'gone/weights.json'], capsys)
+    assert f"{flag}: no file 'gone/weights.json'" in error
+
+
+def test_one_loss_weight_and_one_a_class_train(small_run, tmp_path):
+    for i, weights in enumerate((['--loss-pos-weight', '2'], ['--loss-class-weight', '1,2,3'])):
+        run([*small_run, '--model', 'test_resnet', '--loss', 'bce', *weights, '--epochs', '1', '--experiment', str(i)])
+        assert summary(tmp_path / str(i))
+
+
 def test_lookahead_is_synchronized_before_validation(small_run, tmp_path):
     run([*small_run, *PAIR, '--opt', 'lookahead_momentum', '--epochs', '1'])
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')

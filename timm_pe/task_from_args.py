@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn as nn
 from timm.loss import create_classification_loss
@@ -107,8 +109,8 @@ def create_run_task(
     runtime: Runtime,
 ) -> TrainingTask:
     """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    criterion = _create_criterion(args, student.num_classes).to(runtime.device)
     student = place_student(student, args, runtime)
-    criterion = _create_criterion(args).to(runtime.device)
     common = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teacher is not None:
         return _create_projector_task(args, student, teacher, criterion, common)
@@ -189,12 +191,39 @@ def loss_type(args: argparse.Namespace) -> str | None:
     return args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
 
 
-def _create_criterion(args: argparse.Namespace) -> nn.Module:
+def check_loss_weights(args: argparse.Namespace, num_classes: int | None) -> None:
+    """Refuse weights and counts of the task loss that can't be read, or are not those of `num_classes`; None knows no number.
+
+    Raises:
+        UsageError: With the flag, and both numbers.
+    """
+    _load_loss_weights(args, num_classes)
+
+
+def _load_loss_weights(
+    args: argparse.Namespace, num_classes: int | None
+) -> tuple[tuple[torch.Tensor, int] | None, dict[str, float | torch.Tensor | None]]:
+    """Counts of --class-stats, and weights by timm's names for them."""
+    if args.class_stats and not os.path.isfile(args.class_stats):
+        raise UsageError(f"--class-stats: no file '{args.class_stats}'")
     try:
         stats = load_class_stats(args.class_stats)
-        for_db = stats is not None and loss_type(args) == 'db'
-        weights = {
-            kind: resolve_class_weights(
+    except (ValueError, TypeError, OSError) as e:
+        raise UsageError(f"--class-stats: cannot read '{args.class_stats}' ({one_line(e)})") from e
+    if stats is not None:
+        _check_number('--class-stats', stats[0], num_classes)
+    bce = args.loss_pos_weight is None
+    weights = {}
+    for kind, flag, given in (
+        (
+            'pos_weight',
+            '--bce-pos-weight' if bce else '--loss-pos-weight',
+            args.bce_pos_weight if bce else args.loss_pos_weight,
+        ),
+        ('class_weight', '--loss-class-weight', args.loss_class_weight),
+    ):
+        try:
+            weights[kind] = resolve_class_weights(
                 given,
                 kind,
                 stats,
@@ -202,11 +231,23 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
                 beta=args.loss_weight_beta,
                 max_weight=args.loss_weight_max,
             )
-            for kind, given in (
-                ('pos_weight', args.loss_pos_weight if args.loss_pos_weight is not None else args.bce_pos_weight),
-                ('class_weight', args.loss_class_weight),
-            )
-        }
+        except (ValueError, TypeError, OSError) as e:
+            if 'could not convert' in str(e) and not os.path.exists(given):
+                raise UsageError(f"{flag}: no file '{given}', and no numbers") from e
+            raise UsageError(f'{flag}: {one_line(e)}') from e
+        _check_number(flag, weights[kind], num_classes)
+    return stats, weights
+
+
+def _check_number(flag: str, values: float | torch.Tensor | None, num_classes: int | None) -> None:
+    if isinstance(values, torch.Tensor) and num_classes is not None and len(values) != num_classes:
+        raise UsageError(f'{flag} has {len(values)} values, the student has {num_classes} classes: give one for each')
+
+
+def _create_criterion(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    stats, weights = _load_loss_weights(args, num_classes)
+    for_db = stats is not None and loss_type(args) == 'db'
+    try:
         return create_classification_loss(
             loss_type(args),
             multi_label=args.task == 'multilabel',
