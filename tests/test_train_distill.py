@@ -403,6 +403,8 @@ FLAGS = {
     'grad checkpointing': ['--grad-checkpointing'],
     'mlp projector and mse': ['--pe-projector', 'mlp', '--pe-loss', 'mse', '--pe-act', 'relu'],
     'bfloat16 parameters': ['--model-dtype', 'bfloat16'],
+    'bfloat16 orthogonal projectors': ['--model-dtype', 'bfloat16', '--pe-projector', 'orthogonal'],
+    'float16 orthogonal projectors': ['--model-dtype', 'float16', '--pe-projector', 'orthogonal', '--opt-eps', '1e-4'],
     'validation every second epoch': ['--val-interval', '2'],
     'average on the cpu': ['--model-ema', '--model-ema-force-cpu', '--model-ema-warmup'],
     'head init and dropout': ['--head-init-scale', '0.1', '--head-init-bias', '-2', '--drop', '0.2'],
