@@ -343,6 +343,41 @@ def test_one_loss_weight_and_one_a_class_train(small_run, tmp_path):
         assert summary(tmp_path / str(i))
 
 
+def test_pretrained_path_fetches_nothing_and_says_so_of_nothing(small_run, tmp_path, capsys):
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
+    argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']
+    said = run([*argv, '--pretrained-path', str(tmp_path / 'ten.pth')], capsys)
+    assert 'Hugging Face' not in said
+    said = run(
+        [*argv, '--pretrained', '--pretrained-cfg-overlay', f'file={tmp_path / "ten.pth"}', 'num_classes=-1'], capsys
+    )
+    assert 'Hugging Face' not in said
+    with pytest.raises(SystemExit):
+        run([*argv, '--pretrained'], capsys)
+    assert 'Hugging Face hub' in capsys.readouterr().err
+
+
+def test_pretrained_path_fills_a_model_of_a_folder_from_the_file(small_run, tmp_path, capsys):
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), str(tmp_path / 'model'))
+    other = timm.create_model('test_resnet', num_classes=10)
+    torch.save(other.state_dict(), tmp_path / 'ten.pth')
+    argv = ['--model', f'local-dir:{tmp_path / "model"}', '--pretrained-path', str(tmp_path / 'ten.pth')]
+    run([*small_run, *argv, '--epochs', '1', '--lr', '0'])
+    saved = load(tmp_path / 'run' / 'last.pth.tar')['state_dict']
+    assert torch.equal(saved['conv1.0.weight'], other.state_dict()['conv1.0.weight'])
+
+
+def test_an_initial_checkpoint_of_other_classes_is_refused_with_the_flag_that_takes_it(small_run, tmp_path, capsys):
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
+    argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']
+    error = refused([*argv, '--initial-checkpoint', str(tmp_path / 'ten.pth')], capsys)
+    assert 'fc.weight [10, 96] for [3, 96]' in error
+    assert '10 classes' in error
+    assert '--pretrained-path takes all but its classifier' in error
+
+
 def test_lookahead_is_synchronized_before_validation(small_run, tmp_path):
     run([*small_run, *PAIR, '--opt', 'lookahead_momentum', '--epochs', '1'])
     checkpoint = load(tmp_path / 'run' / 'last.pth.tar')

@@ -70,7 +70,8 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     """
     check_model_name(name, what)
     if pretrained:
-        announce_download(name, what)
+        if not _reads_file(name, kwargs):
+            announce_download(name, what)
         _check_local_dir(name, what)
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -87,6 +88,12 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     if pretrained:
         check_values(model, model.state_dict(), what, name)
     return model
+
+
+def _reads_file(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether timm takes the pretrained weights from a file of the cfg."""
+    cfg = {**(kwargs.get('pretrained_cfg') or {}), **(kwargs.get('pretrained_cfg_overlay') or {})}
+    return bool(cfg.get('file')) and not cfg.get('source', ':' in name)
 
 
 def _check_local_dir(name: str, what: str) -> None:

@@ -16,6 +16,7 @@ from .errors import UsageError, one_line
 from .loading import (
     check_model_name,
     check_values,
+    classes_in_checkpoint,
     create_timm_model,
     find_checkpoint,
     load_weights,
@@ -68,6 +69,10 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         # num_classes -1: the file's head is taken only where it fits
         file = str(find_checkpoint(args.pretrained_path, '--pretrained-path'))
         overlay = {'file': file, 'num_classes': -1, **overlay}
+    if overlay.get('file'):
+        overlay.setdefault(
+            'source', ''
+        )  # a model of the hub or of a folder has one, which timm would ask in place of the file
     try:
         model_args = resolve_model_input_args(
             args.model,
@@ -89,7 +94,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         'bn_momentum': args.bn_momentum,
         'bn_eps': args.bn_eps,
         'scriptable': args.torchscript or None,
-        **({} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
+        **({'pretrained_cfg_overlay': overlay} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
         **model_args,
     }
     if args.pretrained_path:
@@ -103,11 +108,23 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     _check_classifier(model, args)
     if args.initial_checkpoint:
         state_dict = read_state_dict(args.initial_checkpoint, '--initial-checkpoint')
-        load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
+        _load_initial(model, state_dict, args)
     _init_head(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         _set_grad_checkpointing(model, args.model)
     return model
+
+
+def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+    try:
+        load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
+    except UsageError as e:
+        classes = classes_in_checkpoint(args.model, state_dict)
+        if not classes or classes == model.num_classes:
+            raise
+        raise UsageError(
+            f'{e}; it has {classes} classes, the model {model.num_classes}: --pretrained-path takes all but its classifier'
+        ) from e
 
 
 def _check_classifier(model: nn.Module, args: argparse.Namespace) -> None:
