@@ -300,6 +300,36 @@ def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     assert re.search(r'epochs +2 of 4 batches, warmup 5', said)
 
 
+@pytest.mark.parametrize(
+    'more', [[], ['--sched-on-updates'], ['--sched', 'none'], ['--warmup-epochs', '0']], ids=' '.join
+)
+def test_a_first_epoch_at_the_warmup_rate_is_said_at_the_start(more, small_run, tmp_path, capsys):
+    said = run([*small_run, '--model', 'test_resnet', '--warmup-epochs', '1', '--warmup-lr', '2e-5', *more], capsys)
+    rows = summary(tmp_path / 'run')
+    whole = not more
+    assert (float(rows[0]['lr']) == 2e-5) == whole
+    phrase = (
+        r'epochs +2 of 4 batches, warmup 1 \(all of epoch 0 at lr 2e-05: --sched-on-updates warms up batch by batch\)'
+    )
+    assert len(re.findall(phrase, said)) == whole
+    if whole:
+        said = run(
+            [
+                *small_run,
+                '--model',
+                'test_resnet',
+                '--warmup-epochs',
+                '1',
+                '--epochs',
+                '3',
+                '--resume',
+                str(tmp_path / 'run'),
+            ],
+            capsys,
+        )
+        assert 'all of epoch 0' not in said
+
+
 WEIGHTS = {
     'class weights': (['--loss', 'bce', '--loss-class-weight', '1,2'], '--loss-class-weight has 2 values'),
     'positive weights': (['--loss', 'bce', '--loss-pos-weight', '1,2,3,4'], '--loss-pos-weight has 4 values'),
