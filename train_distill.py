@@ -31,7 +31,7 @@ from timm_pe.logs import setup_logging
 from timm_pe.models import check_names, create_student
 from timm_pe.nonfinite import NonFiniteLoss
 from timm_pe.runtime import setup_runtime
-from timm_pe.task_from_args import create_run_task, create_run_teacher
+from timm_pe.task_from_args import check_loss_weights, create_run_task, create_run_teacher
 
 OUT_OF_MEMORY = (
     'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
     with one_line_errors():
         check_names(args)
         check_data(args)
+        if not args.evaluate:
+            check_loss_weights(args, args.num_classes)
         runtime = setup_runtime(args)
         student = create_student(args)
         datasets = create_datasets(args, student.in_chans)

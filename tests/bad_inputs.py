@@ -216,7 +216,7 @@ _FLAGS = [
     ('--jsd-loss --bce-loss', '--'),
     ('--bce-target-thresh 0.2', '--bce-target-thresh needs --loss bce'),
     ('--loss-class-weight 1,2', 'loss'),
-    ('--loss-class-weight nosuch.json', 'task loss'),
+    ('--loss-class-weight nosuch.json', "--loss-class-weight: no file 'nosuch.json'"),
     ('--loss-class-weight inv_freq', '--class-stats goes with'),
     ('--loss-class-weight inv_freq --class-stats /no/stats.json', '/no/stats.json'),
     ('--loss-class-weight inv_freq --class-stats /dev/zero', '--class-stats'),
@@ -683,7 +683,7 @@ def _bad_data() -> Iterator[Bad]:
             (folder / 'stats.json').write_text(content)
             return ['--class-stats', str(folder / 'stats.json'), '--loss-class-weight', 'inv_freq']
 
-        yield Bad(f'class stats: {name}', make_stats, 'task loss')
+        yield Bad(f'class stats: {name}', make_stats, '--class-stats: ')
 
 
 def _bad_output() -> Iterator[Bad]:

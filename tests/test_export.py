@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from conftest import CLASSES
-from helpers import run, summary
+from helpers import load, run, summary
 from safetensors.torch import load_file, save_file
 from timm.models import _hub
 
@@ -100,6 +100,34 @@ def test_plain_timm_loads_the_folders_and_says_the_same(runs, folders, images, t
     zoo = timm.create_model(f'local-dir:{folders["cifar_resnet8"]}', pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(zoo(images), logits_of('cifar_resnet8', runs['cifar_resnet8'], images))
+
+
+def test_the_student_of_split_batch_norms_is_its_main_ones_for_plain_timm_export_and_evaluation(
+    small_run, tmp_path, capsys
+):
+    split = ['--model', 'test_resnet', '--aug-splits', '2', '--split-bn', '--aa', 'rand-m3', '--loss', 'jsd']
+    run([*small_run, *split, '--drop', '0.1'])
+    folder = tmp_path / 'run'
+    rows = summary(folder)
+    best = max(rows, key=lambda row: float(row['eval_top1']))
+    plain = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'student.safetensors'))
+    saved = load(folder / 'model_best.pth.tar')['state_dict']
+    assert sum('aux_bn' in key for key in saved) == 75  # the checkpoint stays timm's
+    assert all(torch.equal(value, saved[key]) for key, value in plain.state_dict().items())
+    on_cpu = ['--device', 'cpu', '-b', '8', '-j', '0']
+    for file in ('student.safetensors', 'model_best.pth.tar'):
+        said = run([*on_cpu, '--evaluate', str(folder / file)], capsys)
+        assert f'top-1 {float(best["eval_top1"]):.3f} %' in said
+        assert f'loss {float(best["eval_loss"]):.4f}' in said
+        assert ('75 weights of auxiliary batch norms are left out' in said) == (file == 'model_best.pth.tar')
+    # a student of before, with all of them
+    save_file(saved, folder / 'student.safetensors', metadata={'format': 'pt'})
+    export.main([str(folder), '--output', str(tmp_path / 'exported')])
+    exported = timm.create_model(f'local-dir:{tmp_path / "exported"}', pretrained=True)
+    assert all(torch.equal(value, saved[key]) for key, value in exported.state_dict().items())
+    # goes on where it was, with all of them
+    run([*small_run, *split, '--drop', '0.1', '--epochs', '3', '--resume', str(folder)])
+    assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2']
 
 
 @pytest.mark.parametrize('name', STUDENTS)

@@ -121,6 +121,29 @@ def test_orthogonal_projectors_stay_orthogonal_while_they_train(in_dim, out_dim,
     torch.testing.assert_close(gram, torch.eye(min(in_dim, out_dim)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(('in_dim', 'out_dim'), [(6, 6), (4, 9), (9, 4)])
+def test_orthogonal_projectors_of_half_precision_train_and_stay_orthogonal_to_its_rounding(in_dim, out_dim, dtype):
+    torch.manual_seed(0)
+    whole = create_projector('orthogonal', in_dim, out_dim)
+    half = create_projector('orthogonal', in_dim, out_dim)
+    half.load_state_dict(whole.state_dict())
+    half.to(dtype)
+    x = torch.randn(8, in_dim)
+    torch.testing.assert_close(half(x.to(dtype)).float(), whole(x), rtol=0.02, atol=0.03)
+    optimizer = torch.optim.SGD(half.parameters(), lr=0.5)
+    for _ in range(5):
+        loss = (half(x.to(dtype)).float() - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in half.parameters())
+        optimizer.step()
+    basis = half(torch.eye(in_dim, dtype=dtype)).float()  # W transposed
+    product = basis @ basis.T if in_dim <= out_dim else basis.T @ basis
+    torch.testing.assert_close(product, torch.eye(min(in_dim, out_dim)), rtol=0, atol=0.03)
+    assert (half(x.to(dtype)).float() - 1).square().mean() < (whole(x) - 1).square().mean()
+
+
 def test_linear_bn_is_a_linear_map_standardized_over_the_batch():
     torch.manual_seed(0)
     projector = create_projector('linear_bn', 4, 3).double()

@@ -80,11 +80,33 @@ def test_a_run_is_a_row_of_its_last_epoch_and_its_best_one(family):
         'student-1 test_vit, seed 1',
         'student_pe-1 test_vit, seed 1',
     ]
-    assert family.column('runs', 'Top-1 %') == ['98.00', '81.00', '87.00']
+    assert family.column('runs', 'Top-1 %') == ['98.50 epoch 2, which taught', '81.00', '87.00']
     assert family.column('runs', 'Best epoch') == ['2 98.50 %', '2 81.50 %', '2 87.50 %']
     assert family.column('runs', 'Parameters') == ['1,234,567'] * 3
     assert family.column('runs', 'Teacher') == ['–', '–', 'cifar_resnet20']
     assert 'means' not in family.tables
+
+
+@pytest.mark.parametrize(
+    ('file', 'args', 'shown'),
+    [
+        ('', {}, '98.50 epoch 2, which taught'),
+        ('', {'eval_metric': 'loss'}, '98.50 epoch 2, which taught'),
+        ('model_best.pth.tar', {}, '98.50 epoch 2, which taught'),
+        ('checkpoint-0.pth.tar', {}, '68.00 epoch 0, which taught'),
+        ('milestone-1.pth.tar', {}, '68.00 epoch 0, which taught'),
+        ('last.pth.tar', {}, '98.00 epoch 3, which taught'),
+        ('checkpoint-1.pth.tar', {}, '–'),  # was not validated
+    ],
+)
+def test_a_teacher_is_shown_by_the_weights_that_its_students_took(file, args, shown, tmp_path):
+    teacher = make_run(tmp_path, 'teacher', 98.0, model='cifar_resnet20', **args)
+    (teacher / 'x').with_name(file or 'x').write_text('')
+    checkpoint = {'teacher': 'cifar_resnet20', 'teacher_checkpoint': str(teacher / file)}
+    page = make([teacher, make_run(tmp_path, 'taught', 85.0, **checkpoint)], tmp_path)
+    assert page.column('runs', 'Top-1 %')[0] == shown
+    assert page.column('runs', 'Top-1 %')[1] == '85.00'
+    assert len(re.findall(rf'{shown.split()[0]} <small>%</small>', page.source)) == 1  # its tile
 
 
 def test_a_difference_is_to_the_same_model_without_a_teacher_and_of_the_same_seed(seeds):
@@ -107,7 +129,7 @@ def test_runs_of_one_method_are_shown_as_mean_and_standard_deviation(seeds):
     expected = [f'{x.mean():.2f} ± {x.std(ddof=1):.2f}' for x in (alone, taught)]
     assert seeds.column('means', 'Runs') == ['teacher', 'student', 'student_pe']
     assert seeds.column('means', 'Seeds') == ['1', '3', '3']
-    assert seeds.column('means', 'Top-1 %') == ['98.00', *expected]
+    assert seeds.column('means', 'Top-1 %') == ['98.50', *expected]
     difference = taught - alone
     assert seeds.column('means', 'Difference') == ['–', '–', f'+{difference.mean():.2f} ± {difference.std(ddof=1):.2f}']
     assert 'better in 3 of 3' in seeds.text

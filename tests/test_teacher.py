@@ -230,6 +230,13 @@ def test_a_module_that_takes_no_size_it_is_given_is_refused():
         teacher(torch.randn(2, 3, 9, 9))
 
 
+def test_a_feature_that_cannot_be_told_is_not_blamed_on_the_size_of_the_images():
+    model = timm.create_model('test_resnet', num_classes=0)
+    model.head_hidden_size = 7
+    with pytest.raises(UsageError, match='feature of ResNet is 96 wide, its structure told 7.*tap='):
+        create_teacher(model)(torch.randn(2, 3, 8, 8))
+
+
 def test_a_torchvision_model_teaches_through_a_named_tap():
     import torchvision
 

@@ -125,6 +125,70 @@ def test_evaluate_gives_the_accuracy_of_the_best_epoch_again(finished, capsys):
         assert float(re.search(r'top-1 ([\d.]+) %', said)[1]) == pytest.approx(best, abs=1e-3)
 
 
+def top1(said):
+    return float(re.search(r'top-1 ([\d.]+) %', said)[1])
+
+
+def test_evaluate_takes_from_its_run_how_the_student_was_built_and_fed(image_folder, tmp_path, capsys):
+    how = ['--img-size', '24', '--crop-pct', '0.5', '--mean', '0.1', '--std', '0.9', '--in-chans', '1', '--gp', 'max']
+    how += ['--model-kwargs', 'act_layer=silu', '--val-split', 'train', '--pretrained-cfg-overlay', 'crop_mode=border']
+    where = ['-b', '8', '-j', '0', '--device', 'cpu']
+    argv = [str(image_folder), '--model', 'test_resnet', '--num-classes', '3', *how, *where, '--warmup-epochs', '0']
+    run([*argv, '--epochs', '3', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'])
+    rows = summary(tmp_path / 'run')
+    best = max(float(r['eval_top1']) for r in rows)
+    for path, row in (
+        (tmp_path / 'run', None),
+        *((tmp_path / 'run' / f'checkpoint-{i}.pth.tar', rows[i]) for i in (0, 2)),
+    ):
+        said = run([*where, '--evaluate', str(path)], capsys)
+        assert top1(said) == pytest.approx(float(row['eval_top1']) if row else best, abs=1e-3)
+        assert row is None or f'loss {float(row["eval_loss"]):.4f}' in said
+        assert re.search(r"--evaluate: from '\S+args.yaml': model test_resnet, .*img_size 24, .*crop_pct 0.5", said)
+
+
+def test_evaluate_takes_the_weights_that_the_run_evaluated_where_its_average_stayed_on_the_cpu(
+    small_run, tmp_path, capsys
+):
+    average = ['--model-ema', '--model-ema-force-cpu', '--model-ema-decay', '0.99']
+    run([*small_run, '--model', 'test_resnet', *average])
+    for path, i in (('checkpoint-0.pth.tar', 0), ('last.pth.tar', 1)):
+        said = run(['--device', 'cpu', '-b', '8', '-j', '0', '--evaluate', str(tmp_path / 'run' / path)], capsys)
+        assert f'loss {float(summary(tmp_path / "run")[i]["eval_loss"]):.4f}' in said
+
+
+def test_a_flag_that_is_given_with_evaluate_wins_over_its_run_and_that_is_said(finished, tmp_path, capsys):
+    folder, argv, _ = finished
+    where = ['-b', '8', '-j', '0', '--device', 'cpu']
+    unlike = run([*where, '--img-size', '224', '--val-split', 'train', '--evaluate', str(folder)], capsys)
+    assert 'given otherwise: img_size 32' in unlike
+    assert 'on 36 images' in unlike
+    said = run([*where, '--input-size', '3', '32', '32', '--evaluate', str(folder)], capsys)
+    assert 'img_size' not in said.split('given otherwise')[0]
+    (tmp_path / 'more.yaml').write_text('crop_pct: 0.5\n')
+    assert 'img_size 32' in run([*where, '-c', str(tmp_path / 'more.yaml'), '--evaluate', str(folder)], capsys)
+    # a checkpoint of no run says nothing
+    alone = tmp_path / 'alone.safetensors'
+    alone.write_bytes((folder / 'student.safetensors').read_bytes())
+    said = run([str(argv[0]), '--model', 'test_resnet', '--num-classes', '3', *where, '--evaluate', str(alone)], capsys)
+    assert '--evaluate: from' not in said
+
+
+def test_evaluate_of_another_model_than_its_run_is_refused(finished, capsys):
+    error = refused(['--model', 'test_vit', '--device', 'cpu', '-j', '0', '--evaluate', str(finished[0])], capsys)
+    assert 'does not fit VisionTransformer' in error
+
+
+def test_no_run_that_is_evaluated_makes_code_run(finished, tmp_path, capsys):
+    lines = yaml.safe_load((finished[0] / 'args.yaml').read_text())
+    for key, value in (('data', 'pipe:touch x'), ('data_dir', 'pipe:touch x')):
+        (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**lines, key: value}))
+        (tmp_path / 'student.safetensors').write_bytes((finished[0] / 'student.safetensors').read_bytes())
+        error = refused(['--device', 'cpu', '--evaluate', str(tmp_path)], capsys)
+        assert f'--evaluate: {key} in' in error
+        assert 'runs code' in error
+
+
 def test_resume_continues_with_projectors_optimizer_and_schedule(finished, small_run, tmp_path, capsys):
     folder, _, _ = finished
     argv = [*small_run, *PAIR, '--epochs', '3', '--resume', str(folder / 'checkpoint-1.pth.tar')]
@@ -198,6 +262,30 @@ def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_pat
     assert re.search(r'mean +0\.5 0\.5 0\.5 +0\.4 0\.4 0\.4', said)
 
 
+def test_a_teacher_from_a_run_folder_is_normalized_by_the_tag_and_overlay_of_its_own_model(small_run, tmp_path, capsys):
+    plain = ['--epochs', '1', '--experiment']
+    run([*small_run, '--model', 'resnet18d.ra4_e3600_r224_in1k', *plain, 'tag'])
+    overlay = ['--pretrained-cfg-overlay', 'mean=(0.1,0.2,0.3)', 'std=(0.4,0.5,0.6)']
+    run([*small_run, '--model', 'test_resnet', *overlay, *plain, 'overlay'])
+    student = ['--model', 'test_convnext', '--epochs', '1']
+
+    def said(name, path, *more):
+        return run([*small_run, *student, '--teacher', name, '--teacher-checkpoint', str(path), *more], capsys)
+
+    # the weights that the bare name means had other statistics
+    assert timm.get_pretrained_cfg('resnet18d').mean == (0.485, 0.456, 0.406)
+    text = said('resnet18d', tmp_path / 'tag')
+    assert re.search(r'mean +\S+ \S+ \S+ +0\.5 0\.5 0\.5', text)
+    assert re.search(r'std +\S+ \S+ \S+ +0\.5 0\.5 0\.5', text)
+    for path in (tmp_path / 'overlay', tmp_path / 'overlay' / 'last.pth.tar'):
+        text = said('test_resnet', path)
+        assert re.search(r'mean +\S+ \S+ \S+ +0\.1 0\.2 0\.3', text)
+        assert re.search(r'std +\S+ \S+ \S+ +0\.4 0\.5 0\.6', text)
+    text = said('test_resnet', tmp_path / 'overlay', '--teacher-mean', '0.7')
+    assert re.search(r'mean +\S+ \S+ \S+ +0\.7 0\.7 0\.7', text)
+    assert re.search(r'std +\S+ \S+ \S+ +0\.4 0\.5 0\.6', text)
+
+
 def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -210,6 +298,114 @@ def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
     assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said
     assert re.search(r'epochs +2 of 4 batches, warmup 5', said)
+
+
+@pytest.mark.parametrize(
+    'more', [[], ['--sched-on-updates'], ['--sched', 'none'], ['--warmup-epochs', '0']], ids=' '.join
+)
+def test_a_first_epoch_at_the_warmup_rate_is_said_at_the_start(more, small_run, tmp_path, capsys):
+    said = run([*small_run, '--model', 'test_resnet', '--warmup-epochs', '1', '--warmup-lr', '2e-5', *more], capsys)
+    rows = summary(tmp_path / 'run')
+    whole = not more
+    assert (float(rows[0]['lr']) == 2e-5) == whole
+    phrase = (
+        r'epochs +2 of 4 batches, warmup 1 \(all of epoch 0 at lr 2e-05: --sched-on-updates warms up batch by batch\)'
+    )
+    assert len(re.findall(phrase, said)) == whole
+    if whole:
+        said = run(
+            [
+                *small_run,
+                '--model',
+                'test_resnet',
+                '--warmup-epochs',
+                '1',
+                '--epochs',
+                '3',
+                '--resume',
+                str(tmp_path / 'run'),
+            ],
+            capsys,
+        )
+        assert 'all of epoch 0' not in said
+
+
+WEIGHTS = {
+    'class weights': (['--loss', 'bce', '--loss-class-weight', '1,2'], '--loss-class-weight has 2 values'),
+    'positive weights': (['--loss', 'bce', '--loss-pos-weight', '1,2,3,4'], '--loss-pos-weight has 4 values'),
+    'cross-entropy': (['--loss-class-weight', '1 2 3 4 5'], '--loss-class-weight has 5 values'),
+    'a file': (['--loss', 'bce', '--loss-class-weight', 'FILE.txt'], '--loss-class-weight has 2 values'),
+    'counts': (
+        ['--loss', 'bce', '--loss-class-weight', 'inv_freq', '--class-stats', 'FILE.json'],
+        '--class-stats has 2 values',
+    ),
+}
+
+
+@pytest.mark.parametrize('known', [True, False], ids=['classes given', "the model's own"])
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_loss_weights_of_another_number_of_classes_are_refused_with_both_numbers(
+    name, known, image_folder, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / 'FILE.txt').write_text('0.5\n2')
+    (tmp_path / 'FILE.json').write_text('{"pos_counts": [3, 4], "num_samples": 7}')
+    flags, said = WEIGHTS[name]
+    flags = [flag.replace('FILE', str(tmp_path / 'FILE')) for flag in flags]
+    if known:
+        monkeypatch.setattr(train_distill, 'create_student', None)  # refused before
+    classes = ['--num-classes', '3'] if known else ['--model-kwargs', 'num_classes=3']
+    run_of = ['-b', '8', '-j', '0', '--device', 'cpu', '--img-size', '32', '--model', 'test_resnet']
+    error = refused([str(image_folder), *run_of, *classes, *flags, '--output', str(tmp_path / 'out')], capsys)
+    assert f'{said}, the student has 3 classes' in error
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flag', ['--loss-class-weight', '--loss-pos-weight', '--class-stats'])
+def test_a_missing_file_of_loss_weights_is_named_as_missing(flag, small_run, capsys):
+    more = ['--loss-class-weight', 'inv_freq'] if flag == '--class-stats' else []
+    error = refused([*small_run, '--model', 'test_resnet', '--loss', 'bce', *more, flag, 'gone/weights.json'], capsys)
+    assert f"{flag}: no file 'gone/weights.json'" in error
+
+
+def test_one_loss_weight_and_one_a_class_train(small_run, tmp_path):
+    for i, weights in enumerate((['--loss-pos-weight', '2'], ['--loss-class-weight', '1,2,3'])):
+        run([*small_run, '--model', 'test_resnet', '--loss', 'bce', *weights, '--epochs', '1', '--experiment', str(i)])
+        assert summary(tmp_path / str(i))
+
+
+def test_pretrained_path_fetches_nothing_and_says_so_of_nothing(small_run, tmp_path, capsys):
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
+    argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']
+    said = run([*argv, '--pretrained-path', str(tmp_path / 'ten.pth')], capsys)
+    assert 'Hugging Face' not in said
+    said = run(
+        [*argv, '--pretrained', '--pretrained-cfg-overlay', f'file={tmp_path / "ten.pth"}', 'num_classes=-1'], capsys
+    )
+    assert 'Hugging Face' not in said
+    with pytest.raises(SystemExit):
+        run([*argv, '--pretrained'], capsys)
+    assert 'Hugging Face hub' in capsys.readouterr().err
+
+
+def test_pretrained_path_fills_a_model_of_a_folder_from_the_file(small_run, tmp_path, capsys):
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), str(tmp_path / 'model'))
+    other = timm.create_model('test_resnet', num_classes=10)
+    torch.save(other.state_dict(), tmp_path / 'ten.pth')
+    argv = ['--model', f'local-dir:{tmp_path / "model"}', '--pretrained-path', str(tmp_path / 'ten.pth')]
+    run([*small_run, *argv, '--epochs', '1', '--lr', '0'])
+    saved = load(tmp_path / 'run' / 'last.pth.tar')['state_dict']
+    assert torch.equal(saved['conv1.0.weight'], other.state_dict()['conv1.0.weight'])
+
+
+def test_an_initial_checkpoint_of_other_classes_is_refused_with_the_flag_that_takes_it(small_run, tmp_path, capsys):
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
+    argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']
+    error = refused([*argv, '--initial-checkpoint', str(tmp_path / 'ten.pth')], capsys)
+    assert 'fc.weight [10, 96] for [3, 96]' in error
+    assert '10 classes' in error
+    assert '--pretrained-path takes all but its classifier' in error
 
 
 def test_lookahead_is_synchronized_before_validation(small_run, tmp_path):
@@ -272,6 +468,8 @@ FLAGS = {
     'grad checkpointing': ['--grad-checkpointing'],
     'mlp projector and mse': ['--pe-projector', 'mlp', '--pe-loss', 'mse', '--pe-act', 'relu'],
     'bfloat16 parameters': ['--model-dtype', 'bfloat16'],
+    'bfloat16 orthogonal projectors': ['--model-dtype', 'bfloat16', '--pe-projector', 'orthogonal'],
+    'float16 orthogonal projectors': ['--model-dtype', 'float16', '--pe-projector', 'orthogonal', '--opt-eps', '1e-4'],
     'validation every second epoch': ['--val-interval', '2'],
     'average on the cpu': ['--model-ema', '--model-ema-force-cpu', '--model-ema-warmup'],
     'head init and dropout': ['--head-init-scale', '0.1', '--head-init-bias', '-2', '--drop', '0.2'],

@@ -3,7 +3,9 @@
 import argparse
 import ast
 import functools
+import os
 import reprlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +14,25 @@ from timm.utils import ParseKwargs
 
 from .args_check import AT_MOST, check, check_values, odd_value
 from .args_timm import add_timm_args
-from .args_yaml import read_config, read_yaml, typed_value
+from .args_yaml import read_config, read_yaml, runs_code, typed_value
 from .cli import Parser
 from .losses import FEATURE_LOSS_NAMES, TEACHER_NORMS
 from .projectors import PROJECTOR_NAMES
 from .task import TARGETS
+
+# how the args.yaml of a run says that its student was built and fed: what a teacher takes from there, ...
+_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
+# ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
+# one of them is given: they say one thing together
+_OF_AN_EVALUATION = (
+    *((name,) for name in ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps')),
+    ('img_size', 'input_size'),
+    *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map')),
+    ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
+    ('amp', 'amp_dtype', 'model_dtype'),
+    ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
+    *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
+)  # fmt: skip
 
 
 def create_parser(prog: str = 'train_distill') -> Parser:
@@ -95,7 +111,7 @@ def _add_teacher_args(parser: argparse.ArgumentParser) -> None:
     add('--nonfinite', type=str, default='stop', choices=('stop', 'skip'), help='what a loss or gradient that is NaN or infinite does: stop the run, or skip the update and say so')
     add('--log-tb', action='store_true', default=False, help="log to TensorBoard: RUN/tensorboard")
     add('--log-trackio', action='store_true', default=False, help='log to trackio: RUN/trackio, or TRACKIO_DIR of the environment')
-    add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder, and stop (a --teacher is not even loaded)')
+    add('--evaluate', metavar='PATH', type=str, default='', help='validate the student in this checkpoint or run folder as its run did where no flag says else, and stop (a --teacher is not even loaded)')
 # fmt: on
 
 
@@ -112,9 +128,14 @@ def parse_args(argv: list[str] | None = None, prog: str = 'train_distill') -> tu
     parser = create_parser(prog)
     config_parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
     config_parser.add_argument('-c', '--config', type=str, default='')
-    config = config_parser.parse_known_args(argv)[0].config
-    if config:
-        parser.set_defaults(**read_config(parser, config))
+    config_parser.add_argument('--evaluate', type=str)
+    known = config_parser.parse_known_args(argv)[0]
+    config = read_config(parser, known.config) if known.config else {}
+    evaluated = config.get('evaluate') if known.evaluate is None else known.evaluate
+    if evaluated and find_run_args(evaluated):
+        given = {*config, *_given_flags(argv, prog)}
+        parser.set_defaults(**_evaluation_settings(evaluated, given))
+    parser.set_defaults(**config)
     args = parser.parse_args(argv)
     check_values(parser, args)
     text = yaml.safe_dump(vars(args), default_flow_style=False)
@@ -122,16 +143,57 @@ def parse_args(argv: list[str] | None = None, prog: str = 'train_distill') -> tu
     return args, text
 
 
-def read_run_settings(path: str, what: str) -> dict[str, Any]:
+def _given_flags(argv: list[str] | None, prog: str) -> set[str]:
+    """What the command line names, at whatever value."""
+    parser = create_parser(prog)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def find_run_args(path: str | None) -> str:
+    """The args.yaml of a run folder, or of that in which a checkpoint file lies; empty where there is none."""
+    folder = path if path and os.path.isdir(path) else os.path.dirname(path or '')
+    file = os.path.join(folder, 'args.yaml')
+    return file if path and os.path.isfile(file) else ''
+
+
+def _evaluation_settings(path: str, given: Collection[str]) -> dict[str, Any]:
+    """What an evaluation takes from the run of the checkpoint `path`, where these flags are `given`."""
+    run = read_run_settings(find_run_args(path), '--evaluate', [name for names in _OF_AN_EVALUATION for name in names])
+    if run['input_size'] and run['in_chans'] is None:
+        run['in_chans'] = run['input_size'][0]
+    taken = [name for names in _OF_AN_EVALUATION if not set(names) & set(given) for name in names]
+    return {name: run[name] for name in taken if run[name] is not None}
+
+
+def describe_evaluation(args: argparse.Namespace) -> str:
+    """In words which flags of --evaluate are those of its run, and which that run had at another value."""
+    unset = _unset()
+    run = {k: v for k, v in _evaluation_settings(args.evaluate, ()).items() if v != unset.get_default(k)}
+    same = [f'{name} {_shown(value)}' for name, value in run.items() if getattr(args, name) == value]
+    other = [f'{name} {_shown(value)}' for name, value in run.items() if getattr(args, name) != value]
+    given = f'; given otherwise: {", ".join(other)}' if other else ''
+    return f"--evaluate: from '{find_run_args(args.evaluate)}': {', '.join(same) or 'nothing'}{given}."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ' '.join(f'{k}={v}' for k, v in value.items())
+    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def read_run_settings(path: str, what: str, names: Sequence[str] = _OF_A_TEACHER) -> dict[str, Any]:
     """How the args.yaml of a run folder says that its student was built and fed.
 
     Args:
         path: The args.yaml.
         what: What the folder was given for ('--teacher-checkpoint'), for messages.
+        names: Flags to read.
 
     Returns:
-        Its mean, std, in_chans, gp, model_kwargs, img_size and input_size, None where it says nothing of them. What is none of a flag's values
-        ends the process with one line, as on the command line.
+        Their values, None where it says nothing of them. What is none of a flag's values ends the process with one line, as on the
+        command line.
     """
     parser = create_parser()
     try:
@@ -140,9 +202,11 @@ def read_run_settings(path: str, what: str) -> dict[str, Any]:
         parser.error(f'{what}: {e}')
     if not run:
         parser.error(f"{what}: '{path}' is empty, it should say how the student was built and fed")
-    settings = dict.fromkeys(('mean', 'std', 'in_chans', 'gp', 'model_kwargs', 'img_size', 'input_size'))
+    settings = dict.fromkeys(names)
     for action in parser._actions:
         if action.dest in settings and run.get(action.dest) is not None:
+            if runs_code(action.dest, run[action.dest]):
+                parser.error(f"{what}: {action.dest} in '{path}' runs code and is taken from the command line alone")
             settings[action.dest] = typed_value(parser, action, action.dest, run[action.dest], path, what)
     for key, value in settings.items():
         odd = odd_value(value)

@@ -31,7 +31,7 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
         dest = str(key).replace('-', '_')
         if dest == 'config':  # an args.yaml names the YAML it came from
             continue
-        if (dest in _RUN_CODE and value) or (isinstance(value, str) and value.startswith('pipe:')):
+        if runs_code(dest, value):
             parser.error(f'--config: {key} runs code and is taken from the command line alone')
         if dest not in actions:
             near = difflib.get_close_matches(dest, actions, n=1)
@@ -41,6 +41,11 @@ def read_config(parser: Parser, path: str) -> dict[str, Any]:
             parser.error(f"--config: '{path}' gives {dest} twice, as {dest} and as {dest.replace('_', '-')}")
         values[dest] = typed_value(parser, actions[dest], key, value, path)
     return values
+
+
+def runs_code(name: str, value: Any) -> bool:
+    """Whether a flag at this value lets something run, which a file must not do."""
+    return bool(name in _RUN_CODE and value) or (isinstance(value, str) and value.startswith('pipe:'))
 
 
 def read_yaml(path: str) -> dict[str, Any]:

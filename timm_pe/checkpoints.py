@@ -13,6 +13,7 @@ from dataclasses import fields
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from timm.layers import SplitBatchNorm2d
 from timm.models import clean_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
@@ -145,8 +146,14 @@ class Saver(CheckpointSaver):
 
 
 def save_student(model: nn.Module, path: str) -> None:
-    """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in unwrap_model(model).state_dict().items()}
+    """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads.
+
+    Of split batch norms they are the main ones', which evaluation uses and which have the names of the plain ones.
+    """
+    model = unwrap_model(model)
+    auxiliary = tuple(f'{name}.aux_bn.' for name, m in model.named_modules() if isinstance(m, SplitBatchNorm2d))
+    state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith(auxiliary)}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     with replaced(path) as beside:
         save_file(tensors, beside, metadata={'format': 'pt'})
 

@@ -316,7 +316,9 @@ def flat_metrics(
 
 def evaluate_checkpoint(args: argparse.Namespace, student: nn.Module, data: Data, runtime: Runtime) -> None:
     """Validate the weights of --evaluate, say what came out, and stop."""
-    load_weights(student, read_state_dict(args.evaluate, '--evaluate'), '--evaluate', args.evaluate)
+    # a moving average that the run kept on the CPU was not what it evaluated
+    state_dict = read_state_dict(args.evaluate, '--evaluate', use_ema=not args.model_ema_force_cpu)
+    load_weights(student, state_dict, '--evaluate', args.evaluate)
     student = place_student(student, args, runtime).eval()
     metrics = validate(student, data, runtime, args, 'Evaluate')
     _logger.info(f"'{args.evaluate}': {format_metrics(metrics)} on {len(data.eval.dataset)} images.")

@@ -70,7 +70,8 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     """
     check_model_name(name, what)
     if pretrained:
-        announce_download(name, what)
+        if not _reads_file(name, kwargs):
+            announce_download(name, what)
         _check_local_dir(name, what)
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -87,6 +88,12 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
     if pretrained:
         check_values(model, model.state_dict(), what, name)
     return model
+
+
+def _reads_file(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether timm takes the pretrained weights from a file of the cfg."""
+    cfg = {**(kwargs.get('pretrained_cfg') or {}), **(kwargs.get('pretrained_cfg_overlay') or {})}
+    return bool(cfg.get('file')) and not cfg.get('source', ':' in name)
 
 
 def _check_local_dir(name: str, what: str) -> None:
@@ -229,11 +236,27 @@ def _kind(value: Any) -> str:
 def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
     """Strict `model.load_state_dict` that lists what does not fit.
 
+    A model without split batch norms takes the main ones of a checkpoint with them.
+
     Raises:
         UsageError: See `check_weights`.
     """
+    state_dict = _without_auxiliary(model, state_dict, what, source)
     check_weights(model, state_dict, what, source)
     model.load_state_dict(state_dict)
+
+
+def _without_auxiliary(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str
+) -> dict[str, torch.Tensor]:
+    """`state_dict` without what timm's --split-bn adds to a model, where `model` has only the main batch norms."""
+    own = model.state_dict()
+    auxiliary = {k for k in state_dict if k not in own and re.sub(r'\.aux_bn\.\d+(?=\.\w+$)', '', k) in own}
+    if auxiliary:
+        _logger.info(
+            f"{what}: {len(auxiliary)} weights of auxiliary batch norms are left out of '{source}': the main ones evaluate."
+        )
+    return {k: v for k, v in state_dict.items() if k not in auxiliary}
 
 
 def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:

@@ -148,6 +148,8 @@ def _run_rows(
         ('global batch', f'{batch * runtime.world_size * accum} = {batch} x {runtime.world_size} ranks x {accum} steps')
     )
     warmup = f', warmup {args.warmup_epochs}' if args.warmup_epochs else ''
+    if warmup and start_epoch == 0 and not args.sched_on_updates and args.sched != 'none':
+        warmup += f' (all of epoch 0 at lr {args.warmup_lr:g}: --sched-on-updates warms up batch by batch)'
     first = f', starting at {start_epoch}' if start_epoch else ''
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
     mixing = [f'{n} {getattr(args, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(args, n)]

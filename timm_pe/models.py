@@ -10,12 +10,13 @@ from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import resolve_model_input_args
 
-from .args import read_run_settings
+from .args import describe_evaluation, find_run_args, read_run_settings
 from .checkpoints import resolve_resume
 from .errors import UsageError, one_line
 from .loading import (
     check_model_name,
     check_values,
+    classes_in_checkpoint,
     create_timm_model,
     find_checkpoint,
     load_weights,
@@ -44,9 +45,11 @@ def check_names(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path and os.path.exists(path) and not os.path.isfile(path):  # a device would be read without end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
-    settings = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
-    if args.teacher_checkpoint and os.path.isfile(settings):
+    settings = find_run_args(args.teacher_checkpoint)
+    if settings:
         read_run_settings(settings, '--teacher-checkpoint')
+    if find_run_args(args.evaluate):
+        _logger.info(describe_evaluation(args))
     args.resume = resolve_resume(args)
 
 
@@ -66,6 +69,10 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         # num_classes -1: the file's head is taken only where it fits
         file = str(find_checkpoint(args.pretrained_path, '--pretrained-path'))
         overlay = {'file': file, 'num_classes': -1, **overlay}
+    if overlay.get('file'):
+        overlay.setdefault(
+            'source', ''
+        )  # a model of the hub or of a folder has one, which timm would ask in place of the file
     try:
         model_args = resolve_model_input_args(
             args.model,
@@ -87,7 +94,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         'bn_momentum': args.bn_momentum,
         'bn_eps': args.bn_eps,
         'scriptable': args.torchscript or None,
-        **({} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
+        **({'pretrained_cfg_overlay': overlay} if ':' in args.model else {'pretrained_cfg': pretrained_cfg}),
         **model_args,
     }
     if args.pretrained_path:
@@ -101,11 +108,23 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     _check_classifier(model, args)
     if args.initial_checkpoint:
         state_dict = read_state_dict(args.initial_checkpoint, '--initial-checkpoint')
-        load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
+        _load_initial(model, state_dict, args)
     _init_head(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         _set_grad_checkpointing(model, args.model)
     return model
+
+
+def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+    try:
+        load_weights(model, state_dict, '--initial-checkpoint', args.initial_checkpoint)
+    except UsageError as e:
+        classes = classes_in_checkpoint(args.model, state_dict)
+        if not classes or classes == model.num_classes:
+            raise
+        raise UsageError(
+            f'{e}; it has {classes} classes, the model {model.num_classes}: --pretrained-path takes all but its classifier'
+        ) from e
 
 
 def _check_classifier(model: nn.Module, args: argparse.Namespace) -> None:

@@ -6,10 +6,12 @@ after them. It may live in a package of its own, see plugins.py.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from .errors import UsageError
 from .plugins import Names
@@ -113,6 +115,15 @@ class OrthogonalProjector(nn.Linear):
         nn.utils.parametrize.register_parametrization(self, 'weight', _FixedDiagonal())
         nn.utils.parametrizations.orthogonal(self)
         self.weight = start
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parametrization = cast(Any, self).parametrizations.weight
+        dtype = parametrization.original.dtype
+        if dtype.itemsize >= 4:
+            return super().forward(x)
+        # W is made in float32: PyTorch's matrix functions know no half precision
+        whole = {k: v.float() for k, v in (*parametrization.named_parameters(), *parametrization.named_buffers())}
+        return F.linear(x, functional_call(parametrization, whole, ()).to(dtype))
 
 
 class _FixedDiagonal(nn.Module):

@@ -38,6 +38,7 @@ from .args import create_parser
 from .args_yaml import read_yaml
 from .cli import Parser
 from .errors import UsageError, one_line
+from .loading import RUN_FOLDER_FILES
 from .task import TARGETS
 from .version import __version__
 
@@ -87,6 +88,13 @@ class Run:
     def best(self) -> dict[str, float | None]:
         """The first row of the highest top-1; empty where none was validated."""
         return max(self.validated, key=lambda row: row['eval_top1'], default={})
+
+    @property
+    def exported(self) -> dict[str, float | None]:
+        """The row of the epoch that student.safetensors and model_best are: the first of the best --eval-metric; empty without one."""
+        metric = f'eval_{self.args.get("eval_metric") or "top1"}'
+        sign = -1 if metric == 'eval_loss' else 1
+        return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
 
     @property
     def teacher(self) -> str | None:
@@ -255,11 +263,37 @@ def difference(run: Run, runs: Sequence[Run]) -> float | None:
 
 def teaches(run: Run, runs: Sequence[Run]) -> bool:
     """Whether the teacher of another of the runs was loaded from this one's folder."""
-    checkpoints = [
-        Path(os.path.realpath(r.args['teacher_checkpoint'])) for r in runs if r.args.get('teacher_checkpoint')
-    ]
+    return taught_epoch(run, runs) is not None
+
+
+def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | None:
+    """The row of the epoch whose weights taught the first other run that took some of this one's; None where none did.
+
+    Empty where the epoch was not validated, or the file does not tell it.
+    """
     folder = Path(os.path.realpath(run.folder))
-    return any(folder in (path, path.parent) for path in checkpoints)
+    for other in runs:
+        path = Path(os.path.realpath(other.args.get('teacher_checkpoint') or os.devnull))
+        if folder not in (path, path.parent):
+            continue
+        file = path.name
+        if path == folder:
+            names = RUN_FOLDER_FILES[0 if other.args.get('teacher_ema', True) else 1 :]
+            file = next((name for name in names if (folder / name).is_file()), names[0])
+        if file in RUN_FOLDER_FILES[:2]:
+            return run.exported
+        kept = re.fullmatch(r'(checkpoint|milestone)-(\d+)\.pth\.tar', file)
+        epoch = run.rows[-1]['epoch'] if file == RUN_FOLDER_FILES[2] else None
+        if kept:
+            epoch = int(kept[2]) - (kept[1] == 'milestone')  # named by the number of epochs done
+        return next((row for row in run.validated if row['epoch'] == epoch), {})
+    return None
+
+
+def shown_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
+    """The row that stands for a run: its last validated one; of a teacher of others, that of the weights they took."""
+    taught = taught_epoch(run, runs)
+    return run.final if taught is None else taught
 
 
 def describe_method(run: Run) -> str:
@@ -572,6 +606,7 @@ def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         'run': run,
         'method': describe_method(run),
         'teaches': teaches(run, runs),
+        'shown': shown_epoch(run, runs),
         'difference': difference(run, runs),
         'baseline': other.name if other else None,
     }
@@ -585,9 +620,9 @@ def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
         'method': describe_method(group.runs[0]),
         'teacher': group.runs[0].teacher,
         'teaches': any(teaches(run, runs) for run in group.runs),
-        'top1': group.mean(lambda run: run.final.get('eval_top1')),
-        'top5': group.mean(lambda run: run.final.get('eval_top5')),
-        'loss': group.mean(lambda run: run.final.get('eval_loss')),
+        'top1': group.mean(lambda run: shown_epoch(run, runs).get('eval_top1')),
+        'top5': group.mean(lambda run: shown_epoch(run, runs).get('eval_top5')),
+        'loss': group.mean(lambda run: shown_epoch(run, runs).get('eval_loss')),
         'seconds': group.mean(lambda run: run.seconds)[0],
         'difference': group.mean(lambda run: difference(run, runs)),
         'better': sum(d > 0 for d in differences),

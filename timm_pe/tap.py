@@ -9,6 +9,9 @@ from torch import nn
 
 from .errors import UsageError
 
+# how the module is named that the feature enters
+_PATH = 'path=, of a teacher tap= or --teacher-tap'
+
 
 class FeatureTap:
     """Gives the feature that entered the classifier in the last forward of a model.
@@ -20,6 +23,8 @@ class FeatureTap:
     - a tuple, the two heads of a distilled model: the mean of their inputs.
     - a `ModuleList`, one head a branch or a stage: their inputs side by side.
     - no classifier (`num_classes=0`, or an encoder that never has one): the model's output, pooled.
+
+    A model with `forward_head` and no `get_classifier()` is asked which module runs only without `pre_logits=True`.
 
     Make the tap before `torch.compile` and DDP wrap the model, and after `reset_classifier`. A deepcopy of a module that
     holds both the model and its tap (what an EMA makes) holds a tap of its own. The tap keeps one feature, with its
@@ -62,7 +67,7 @@ class FeatureTap:
         if feature.shape[1] != self.width:
             raise UsageError(
                 f'The feature of {self._name} is {feature.shape[1]} wide, its structure told {self.width}. '
-                'Give the name of the module that takes the feature as path=.'
+                f'Give the name of the module that takes the feature ({_PATH}).'
             )
         return feature
 
@@ -110,7 +115,7 @@ class _Site:
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """`[b, d]`, `[b, n, d]`, `[b, h, w, d]` or `[b, d, h, w]` -> `[b, d]`."""
         if not isinstance(x, torch.Tensor):
-            raise UsageError(f'A feature is one tensor, not a {type(x).__name__}: tap another module (path=).')
+            raise UsageError(f'A feature is one tensor, not a {type(x).__name__}: tap another module ({_PATH}).')
         if x.ndim == 2:
             return x
         if self._pools_token:
@@ -135,14 +140,7 @@ def _tap_classifier(model: nn.Module) -> list[list[_Site]]:
 def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
     """The layers that classify, as `_tap_classifier` hooks them; none for an encoder."""
     if not hasattr(model, 'get_classifier'):
-        if hasattr(model, 'forward_features'):
-            return []
-        linears = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
-        example = f', for example {linears[-1]!r}' if linears else ''
-        raise UsageError(
-            f'{type(model).__name__} has no get_classifier() to find its penultimate feature by. '
-            f'Name the module that the feature enters (path=){example}.'
-        )
+        return _classifier_of_head(model)
     try:
         classifier = cast(Any, model).get_classifier()
     except AttributeError as e:
@@ -151,10 +149,75 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
             return []
         raise UsageError(
             f'{type(model).__name__} does not find its own classifier ({e}). '
-            'Name the module that the penultimate feature enters (path=).'
+            f'Name the module that the penultimate feature enters ({_PATH}).'
         ) from e
     heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
     return [[_final_layer(x) for x in (head if isinstance(head, nn.ModuleList) else [head])] for head in heads]
+
+
+def _classifier_of_head(model: nn.Module) -> list[list[nn.Module]]:
+    """What classifies in a model without `get_classifier()`; none for an encoder."""
+    if hasattr(model, 'forward_features') and not (
+        hasattr(model, 'forward_head') and getattr(model, 'num_classes', None) != 0
+    ):
+        return []
+    found = _find_in_head(model) if hasattr(model, 'forward_head') else None
+    if found is None:
+        linears = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+        example = f', for example {linears[-1]!r}' if linears else ''
+        raise UsageError(
+            f'{type(model).__name__} has no get_classifier() to find its penultimate feature by. '
+            f'Name the module that the feature enters ({_PATH}){example}.'
+        )
+    return [found] if found else []
+
+
+@torch.no_grad()
+def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
+    """The module that `forward_head` runs only without `pre_logits=True`, if the pre-logits are what enters it.
+
+    Empty where the flag changes nothing, None where no such module is found.
+    """
+    weight = next(model.parameters(), torch.empty(0))
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        width = _declared_width(model)
+        # a map, tokens, a map with its channels last, or pooled already: what the head takes is not told
+        for shape in ((2, width, 4, 4), (2, 4, width), (2, 4, 4, width), (2, width)):
+            x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+            try:
+                pre_logits, before = _run_head(model, x, pre_logits=True)
+                output, after = _run_head(model, x)
+                if torch.equal(output, pre_logits):
+                    return []
+                for module, entered in after:
+                    if not any(module is other for other, _ in before) and any(True for _ in module.parameters()):
+                        return [module] if entered is not None and torch.equal(entered, pre_logits) else None
+            except Exception:  # a head may trip in any way over what it does not take
+                continue
+    finally:
+        for module, mode in training:
+            module.training = mode
+    return None
+
+
+def _run_head(
+    model: nn.Module, x: torch.Tensor, **kwargs: bool
+) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor | None]]]:
+    """What `forward_head` gives, and the modules that it ran, each with what entered it."""
+    ran: list[tuple[nn.Module, torch.Tensor | None]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # a copy: what follows may work in place
+        ran.append((module, args[0].clone() if args and isinstance(args[0], torch.Tensor) else None))
+
+    handles = [module.register_forward_pre_hook(keep) for module in model.modules()]
+    try:
+        return cast(Any, model).forward_head(x, **kwargs), ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _final_layer(head: nn.Module) -> nn.Module:
@@ -196,6 +259,6 @@ def _declared_width(model: nn.Module) -> int:
     if not width:
         raise UsageError(
             f'Nothing tells how wide the penultimate feature of {type(model).__name__} is. '
-            'Name a module with weights, or one that contains some, that the feature enters (path=).'
+            f'Name a module with weights, or one that contains some, that the feature enters ({_PATH}).'
         )
     return width

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn as nn
 from timm.loss import create_classification_loss
@@ -20,7 +21,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from .args import read_run_settings, resolve_dtype
+from .args import find_run_args, read_run_settings, resolve_dtype
 from .data import Data, mixing_active, resolve_smoothing
 from .errors import UsageError, one_line
 from .loading import announce_download
@@ -30,6 +31,9 @@ from .task import TARGETS, ProjectorEnsembleTask
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
+
+# what a pretrained cfg says of a model's input
+_INPUT_FIELDS = ('mean', 'std', 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -> Teacher | None:
@@ -69,24 +73,33 @@ def create_run_teacher(args: argparse.Namespace, data: Data, runtime: Runtime) -
 
 def _take_run_folder_settings(args: argparse.Namespace) -> None:
     """A teacher from a run folder of train_distill is built and fed as it was in that run, where no flag says else."""
-    path = os.path.join(args.teacher_checkpoint or '', 'args.yaml')
-    if not args.teacher_checkpoint or not os.path.isfile(path):
+    path = find_run_args(args.teacher_checkpoint)
+    if not path:
         return
     run = read_run_settings(path, '--teacher-checkpoint')
     args.teacher_mean = args.teacher_mean or run['mean']
     args.teacher_std = args.teacher_std or run['std']
+    built = _built_in(args, run)
     model_kwargs = {**(run['model_kwargs'] or {}), 'in_chans': run['in_chans'], 'global_pool': run['gp']}
     # an architecture of one size was built for that of its images
-    model_kwargs['img_size'] = _built_for(args.teacher, run)
+    model_kwargs['img_size'] = built.get('img_size')
+    # what that run's model name and overlay said of its input; the name of the teacher may have another tag
+    model_kwargs['pretrained_cfg_overlay'] = {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS}
     args.teacher_kwargs = {**{k: v for k, v in model_kwargs.items() if v is not None}, **args.teacher_kwargs}
 
 
-def _built_for(name: str, run: Mapping[str, Any]) -> Any:
-    given = {key: run.get(key) for key in ('img_size', 'input_size', 'in_chans')}
+def _built_in(args: argparse.Namespace, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm built the student of a `run` with, `pretrained_cfg` and `img_size` in it."""
+    given = {key: run[key] for key in ('img_size', 'input_size', 'in_chans')}
+    overlay = {'pretrained_cfg_overlay': run['pretrained_cfg_overlay']} if run['pretrained_cfg_overlay'] else {}
+    name = run['model'] or args.teacher
     try:
-        return resolve_model_input_args(name, given, **(run.get('model_kwargs') or {})).get('img_size')
-    except Exception as e:  # the config.json of a hub or local-dir model may be anything
-        raise UsageError(f'--teacher {name}: {one_line(e)}') from e
+        return resolve_model_input_args(name, given, **{**(run['model_kwargs'] or {}), **overlay})
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything, or gone
+        raise UsageError(
+            f"--teacher-checkpoint: cannot tell how '{name}' was built and fed in its run ({one_line(e)}): give a weights file "
+            f'outside of the run, --teacher-mean and --teacher-std'
+        ) from e
 
 
 def create_run_task(
@@ -96,8 +109,8 @@ def create_run_task(
     runtime: Runtime,
 ) -> TrainingTask:
     """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    criterion = _create_criterion(args, student.num_classes).to(runtime.device)
     student = place_student(student, args, runtime)
-    criterion = _create_criterion(args).to(runtime.device)
     common = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teacher is not None:
         return _create_projector_task(args, student, teacher, criterion, common)
@@ -178,12 +191,39 @@ def loss_type(args: argparse.Namespace) -> str | None:
     return args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
 
 
-def _create_criterion(args: argparse.Namespace) -> nn.Module:
+def check_loss_weights(args: argparse.Namespace, num_classes: int | None) -> None:
+    """Refuse weights and counts of the task loss that can't be read, or are not those of `num_classes`; None knows no number.
+
+    Raises:
+        UsageError: With the flag, and both numbers.
+    """
+    _load_loss_weights(args, num_classes)
+
+
+def _load_loss_weights(
+    args: argparse.Namespace, num_classes: int | None
+) -> tuple[tuple[torch.Tensor, int] | None, dict[str, float | torch.Tensor | None]]:
+    """Counts of --class-stats, and weights by timm's names for them."""
+    if args.class_stats and not os.path.isfile(args.class_stats):
+        raise UsageError(f"--class-stats: no file '{args.class_stats}'")
     try:
         stats = load_class_stats(args.class_stats)
-        for_db = stats is not None and loss_type(args) == 'db'
-        weights = {
-            kind: resolve_class_weights(
+    except (ValueError, TypeError, OSError) as e:
+        raise UsageError(f"--class-stats: cannot read '{args.class_stats}' ({one_line(e)})") from e
+    if stats is not None:
+        _check_number('--class-stats', stats[0], num_classes)
+    bce = args.loss_pos_weight is None
+    weights = {}
+    for kind, flag, given in (
+        (
+            'pos_weight',
+            '--bce-pos-weight' if bce else '--loss-pos-weight',
+            args.bce_pos_weight if bce else args.loss_pos_weight,
+        ),
+        ('class_weight', '--loss-class-weight', args.loss_class_weight),
+    ):
+        try:
+            weights[kind] = resolve_class_weights(
                 given,
                 kind,
                 stats,
@@ -191,11 +231,23 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
                 beta=args.loss_weight_beta,
                 max_weight=args.loss_weight_max,
             )
-            for kind, given in (
-                ('pos_weight', args.loss_pos_weight if args.loss_pos_weight is not None else args.bce_pos_weight),
-                ('class_weight', args.loss_class_weight),
-            )
-        }
+        except (ValueError, TypeError, OSError) as e:
+            if 'could not convert' in str(e) and not os.path.exists(given):
+                raise UsageError(f"{flag}: no file '{given}', and no numbers") from e
+            raise UsageError(f'{flag}: {one_line(e)}') from e
+        _check_number(flag, weights[kind], num_classes)
+    return stats, weights
+
+
+def _check_number(flag: str, values: float | torch.Tensor | None, num_classes: int | None) -> None:
+    if isinstance(values, torch.Tensor) and num_classes is not None and len(values) != num_classes:
+        raise UsageError(f'{flag} has {len(values)} values, the student has {num_classes} classes: give one for each')
+
+
+def _create_criterion(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    stats, weights = _load_loss_weights(args, num_classes)
+    for_db = stats is not None and loss_type(args) == 'db'
+    try:
         return create_classification_loss(
             loss_type(args),
             multi_label=args.task == 'multilabel',
