@@ -110,7 +110,7 @@ def test_a_complete_cache_trains_without_a_single_forward_of_the_teacher(argv, f
     forwards.clear()
     said = run([*argv, '--epochs', '3'], capsys)
     assert not forwards
-    assert f'teacher cache   2 views x 36 images x {WIDTH} float16 = 9.2 kB in ' in said
+    assert f'teacher cache   2 views x 36 images x {WIDTH} float16, 9.6 kB in ' in said
     assert '72 of 72 rows there' in said
     assert "--pe-act auto is 'none'" in said
 
@@ -177,7 +177,7 @@ def test_filling_while_training_gives_what_precompute_gives(argv, tmp_path, forw
     assert sum(forwards) < 12 * IMAGES / 2
     precompute.main([*argv, '--teacher-cache', str(tmp_path / 'ahead')])
     ahead = files(tmp_path / 'ahead')
-    assert set(trained) == set(ahead) == {f'view-{v}.{part}.npy' for v in range(2) for part in ('done', 'feature')}
+    assert set(trained) == set(ahead) == {f'view-{v}.{part}.npy' for v in range(2) for part in ('done', 'feature', 'feature_scale')}
     for name in ahead:
         np.testing.assert_allclose(trained[name], ahead[name], rtol=2**-10, atol=1e-6)
 
@@ -189,7 +189,9 @@ def test_logits_are_kept_where_a_loss_compares_them_and_nothing_that_no_loss_rea
         np.testing.assert_allclose(train(argv, tmp_path, name, kd), online, rtol=1e-5)
     assert files(tmp_path / 'cache')['view-0.logits.npy'].shape == (IMAGES, 3)
     precompute.main([*argv, '--teacher-cache', str(tmp_path / 'logits'), '--pe-target', 'logits'])
-    assert [p.name for p in sorted((tmp_path / 'logits').glob('view-0*'))] == ['view-0.done.npy', 'view-0.logits.npy']
+    assert [p.name for p in sorted((tmp_path / 'logits').glob('view-0*'))] == [
+        f'view-0.{part}.npy' for part in ('done', 'logits', 'logits_scale')
+    ]
     assert train([*argv, '--teacher-cache', str(tmp_path / 'logits'), '--pe-target', 'logits'], tmp_path, 'kd1proj')
 
 
@@ -274,8 +276,8 @@ def test_sizes_are_said_before_anything_is_written_and_a_full_disk_leaves_nothin
     assert e.value.code == 2
     said, error = err.splitlines()[-2:]
     where = f'{tmp_path / "cache"}, 0 of 72 rows there.'
-    assert said.endswith(f'Teacher cache: 2 views x 36 images x 64 float16 = 9.2 kB in {where}')
-    assert error.startswith("train_distill: error: --teacher-cache: cannot make the files of 9.2 kB in '")
+    assert said.endswith(f'Teacher cache: 2 views x 36 images x 64 float16, 9.6 kB in {where}')
+    assert error.startswith("train_distill: error: --teacher-cache: cannot make the files of 9.6 kB in '")
     assert 'No space left on device' in error
     assert 'take fewer --teacher-cache-views' in error
     assert list(tmp_path.iterdir()) == []
@@ -294,7 +296,10 @@ def test_a_full_disk_leaves_the_views_that_were_there_before(tmp_path, monkeypat
     monkeypatch.setattr(os, 'posix_fallocate', full)
     with pytest.raises(UsageError, match='No space left'):
         opened(tmp_path, views=2)
-    assert sorted(p.name for p in tmp_path.glob('[!.]*')) == ['manifest.json', 'view-0.done.npy', 'view-0.feature.npy']
+    assert sorted(p.name for p in tmp_path.glob('[!.]*')) == [
+        'manifest.json',
+        *(f'view-0.{part}.npy' for part in ('done', 'feature', 'feature_scale')),
+    ]
     cache = small_cache(tmp_path, views=1)
     cache.look()
     assert cache.counts == [1]
@@ -304,7 +309,7 @@ def test_all_blocks_of_the_files_are_there_from_the_start(argv, tmp_path):
     cache = opened(tmp_path / 'cache', images=100_000)
     for path in (tmp_path / 'cache').glob('view-*'):
         assert path.stat().st_blocks * 512 >= path.stat().st_size
-    assert cache.num_bytes == 2 * 100_000 * 4 * 2
+    assert cache.num_bytes == 2 * 100_000 * (4 * 2 + 4 + 1)  # with scale and flag
 
 
 def test_what_a_batch_finds_missing_is_computed_once_and_only_that_is_written(tmp_path):
@@ -345,7 +350,7 @@ def test_a_flag_is_set_only_after_its_row_is_on_the_disk(tmp_path, monkeypatch):
     cache(batch([1, 2]), lambda: answers([1, 2]))
     assert np.load(tmp_path / 'view-0.done.npy').sum() == 0  # a kill now loses the rows, and says so
     cache.flush()
-    assert flushed == [('float16', 0), ('uint8', 2)]
+    assert flushed == [('float16', 0), ('float32', 0), ('uint8', 2)]
 
 
 def test_rows_are_flushed_by_the_clock_too(tmp_path, monkeypatch):
@@ -453,22 +458,47 @@ def test_nothing_is_written_before_the_files_are_allocated(tmp_path):
     assert not (tmp_path / 'cache').exists()
 
 
-@pytest.mark.parametrize('value', [7e4, float('inf'), float('nan')])
-def test_what_float16_cannot_hold_is_an_error_and_never_an_inf(tmp_path, value):
+@pytest.mark.parametrize('scale', [1e-38, 1e-12, 1e-6, 1.0, 1e6, 1e36])
+def test_rows_of_any_scale_are_replayed_to_the_relative_precision_of_float16(tmp_path, scale):
+    torch.manual_seed(0)
+    widths = {'feature': 4, 'logits': 3}
+    rows = [torch.randn(10, width) * scale for width in widths.values()]
+    rows[0][3] *= 1e-3  # scales differ between rows
+    rows[0][7] = 0
+    cache = TeacherCache(tmp_path, {'seed': 1}, 10, widths, 1, torch.device('cpu'))
+    cache.allocate()
+    cache.open()
+    for compute in (lambda: TeacherOutput(*rows), never):  # computed now, and read
+        said = cache(batch(range(10)), compute)
+        cache.flush()
+        for cached, online in zip(said, rows, strict=True):
+            torch.testing.assert_close(cached, online, rtol=2**-11, atol=0)
+
+
+def test_features_of_any_scale_train_as_online(small_run, argv, tmp_path, monkeypatch):
+    forward = Teacher.forward
+    monkeypatch.setattr(Teacher, 'forward', lambda s, x: TeacherOutput(forward(s, x).feature * 1e-7, None))
+    more = ['--lr', '1e-4', '--pe-act', 'none']
+    np.testing.assert_allclose(
+        train(argv, tmp_path, 'cached', more), train([*small_run, *PAIR], tmp_path, 'online', more), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_what_is_not_finite_is_an_error_and_never_kept(tmp_path, value):
     cache = opened(tmp_path)
-    with pytest.raises(
-        UsageError, match=r'feature reaches (7e\+04|inf|nan), float16 holds 65504 at most: leave the cache'
-    ):
-        cache(batch([1]), lambda: TeacherOutput(torch.full((1, 4), value), None))
+    with pytest.raises(UsageError, match="the teacher's feature is not finite, .* --teacher-dtype"):
+        cache(batch([1]), lambda: TeacherOutput(torch.tensor([[1.0, value, 0.0, 0.0]]), None))
     cache.flush()
     assert len(cache.missing(0)) == 10
     assert not np.load(tmp_path / 'view-0.feature.npy').any()
 
 
-def test_an_overflow_ends_a_run_with_one_line(argv, capsys, monkeypatch):
-    forward = Teacher.forward
-    monkeypatch.setattr(Teacher, 'forward', lambda s, x: TeacherOutput(forward(s, x).feature * 1e6, None))
-    assert 'float16 holds 65504 at most' in refused([*argv, '--pe-act', 'none'], capsys)
+def test_a_cache_of_an_earlier_version_is_refused_as_one(argv, tmp_path, capsys):
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache' / 'manifest.json').write_text(json.dumps({'format': 1, 'seed': 7}))
+    error = refused(argv, capsys)
+    assert error.endswith('was made by another version of timm_pe (format 1, this one: 2): give another folder, or delete it')
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -487,7 +517,10 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
             open_teacher_cache(*made)
         return str(e.value)
 
+    assert 'made by another version of timm_pe (format 7, this one: 2)' in message(format=7)
     for name, value in manifest.items():
+        if name == 'format':
+            continue
         said = message(**{name: 'something else'})
         assert f'this one: {name} something else there and {value} here: give another folder, or delete it' in said
         assert f'{name} None there and {value} here' in message(**{name: 'missing'})

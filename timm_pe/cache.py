@@ -3,8 +3,9 @@
 Augmentation is a function of (seed, view, image), so K views of the images can be asked about once: epoch e trains on view
 e mod K. The folder holds `manifest.json`, all that the answers depend on, and for each view
 
-    view-0.feature.npy   float16 [n, m]; and view-0.logits.npy [n, c] in a run that compares logits
-    view-0.done.npy      uint8 [n], 1 where the row is there
+    view-0.feature.npy         float16 [n, m], times the row's scale; and view-0.logits.npy [n, c] where a loss compares logits
+    view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
+    view-0.done.npy            uint8 [n], 1 where the row is there
 """
 
 import argparse
@@ -37,9 +38,11 @@ from .teacher import Teacher, TeacherOutput
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _FLUSH_EVERY_S = 30.0
 _PIXEL_SAMPLES = 8
+# the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
+_EXPONENT = 15
 
 
 @dataclass
@@ -54,7 +57,7 @@ class _View:
 class TeacherCache:
     """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled as rows are asked for.
 
-    Rows are float16. Those that are computed now and those that are read later are the same numbers.
+    Rows are float16 with a scale of their own. Those that are computed now and those that are read later are the same numbers.
 
     Args:
         folder: Where the files are, or will be.
@@ -93,15 +96,15 @@ class TeacherCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all rows of all views."""
-        return self.num_views * self.num_images * sum(self.widths.values()) * np.dtype(np.float16).itemsize
+        """Bytes of the arrays of all views."""
+        return self.num_views * sum(int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in self._arrays(0).values())
 
     def describe(self) -> str:
         """Sizes, place and state, on one line."""
         widths = ' + '.join(f'{w:,}' for w in self.widths.values())
         return (
             f'{self.num_views} view{"s" * (self.num_views > 1)} x {self.num_images:,} images x '
-            f'{widths if len(self.widths) == 1 else f"({widths})"} float16 = {_format_bytes(self.num_bytes)} in '
+            f'{widths if len(self.widths) == 1 else f"({widths})"} float16, {_format_bytes(self.num_bytes)} in '
             f'{self.folder}, {sum(self.counts):,} of {self.num_views * self.num_images:,} rows there'
         )
 
@@ -135,6 +138,11 @@ class TeacherCache:
                 f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
             ) from e
         there = there if isinstance(there, dict) else {}
+        if 'format' in there and 'format' in self.manifest and there['format'] != self.manifest['format']:
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' was made by another version of timm_pe (format {there['format']}, this one: "
+                f'{self.manifest["format"]}): give another folder, or delete it'
+            )
         differences = [
             f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
             for name, value in self.manifest.items()
@@ -148,10 +156,14 @@ class TeacherCache:
 
     def _arrays(self, view: int) -> dict[str, tuple[Path, tuple[int, ...], np.dtype]]:
         """Path, shape and dtype of each file of a view, the flags last."""
-        shapes = {**{name: (self.num_images, width) for name, width in self.widths.items()}, 'done': (self.num_images,)}
+        n, described = self.num_images, {}
+        for name, width in self.widths.items():
+            described[name] = ((n, width), np.float16)
+            described[f'{name}_scale'] = ((n,), np.float32)
+        described['done'] = ((n,), np.uint8)
         return {
-            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(np.uint8 if name == 'done' else np.float16))
-            for name, shape in shapes.items()
+            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(dtype))
+            for name, (shape, dtype) in described.items()
         }
 
     def _has_files(self, view: int) -> bool:
@@ -232,7 +244,7 @@ class TeacherCache:
             compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
 
         Raises:
-            UsageError: Values that float16 cannot hold.
+            UsageError: Values that are not finite.
         """
         if self._mode is None:
             rows = self._rounded(compute())
@@ -244,7 +256,12 @@ class TeacherCache:
                 self._keep(view, target.index[missing], {k: v[missing] for k, v in self._rounded(compute()).items()})
             rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items()}
         return TeacherOutput(
-            **{name: self._to_device(rows[name]) if name in rows else None for name in TeacherOutput._fields}
+            **{
+                name: self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
+                if name in self.widths
+                else None
+                for name in TeacherOutput._fields
+            }
         )
 
     def _to_device(self, rows: np.ndarray) -> torch.Tensor:
@@ -256,16 +273,19 @@ class TeacherCache:
     def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
         rows = {}
         for name in self.widths:
-            values = getattr(output, name).detach().float().cpu()
-            rows[name] = values.half().numpy()
-            if not np.isfinite(rows[name]).all():
+            values = getattr(output, name).detach().float().cpu().numpy()
+            if not np.isfinite(values).all():
                 message = (
-                    f"--teacher-cache: the teacher's {name} reaches {values.abs().max():.4g}, float16 holds 65504 at most: "
-                    f'leave the cache out'
+                    f"--teacher-cache: the teacher's {name} is not finite, and no run can learn from it: are the teacher's "
+                    f'weights right, is --teacher-dtype wide enough?'
                 )
                 if dist.is_initialized() and dist.get_rank() > 0:
                     _logger.error(message)  # this rank alone knows, and one-line errors are those of rank 0
                 raise UsageError(message)
+            # a float32 below 2^-126 has fewer digits: no scale may be
+            exponents = np.maximum(np.frexp(np.abs(values).max(1))[1] - _EXPONENT, -126)
+            rows[name] = np.ldexp(values, -exponents[:, None]).astype(np.float16)
+            rows[f'{name}_scale'] = np.ldexp(np.float32(1), exponents)
         return rows
 
     def _keep(self, view: _View, index: np.ndarray, rows: dict[str, np.ndarray]) -> None:
