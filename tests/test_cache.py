@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -501,6 +502,76 @@ def test_a_cache_of_an_earlier_version_is_refused_as_one(argv, tmp_path, capsys)
     assert error.endswith('was made by another version of timm_pe (format 1, this one: 2): give another folder, or delete it')
 
 
+# Images that change or cannot be read -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(image_folder, argv, tmp_path):
+    """A copy of the images, which `argv` reads from here on."""
+    folder = tmp_path / 'images'
+    shutil.copytree(image_folder, folder)
+    argv[0] = str(folder)
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def precompute_fails(argv, capsys, code):
+    with pytest.raises(SystemExit) as e:
+        precompute.main(argv)
+    assert e.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_the_row_of_an_image_that_cannot_be_read_is_left_open_until_it_can(images, argv, tmp_path, workers, capsys):
+    broken = images / 'train' / 'bee' / '4.png'
+    whole = broken.read_bytes()
+    truncate(broken)
+    precompute.main([*argv, '-j', workers])
+    said = capsys.readouterr().err
+    assert said.count("1 of 36 images could not be read, the first is 'bee/4.png': others were taken") == 2  # each view
+    assert '70 of 72 rows there' in said
+    for view in range(2):
+        assert np.flatnonzero(np.load(tmp_path / 'cache' / f'view-{view}.done.npy') == 0).tolist() == [16]
+    broken.write_bytes(whole)
+    precompute.main([*argv, '-j', workers])
+    assert_replays_the_online_teacher(argv)
+
+
+def test_training_with_an_image_that_cannot_be_read_is_that_of_the_online_teacher(images, argv, tmp_path, small_run):
+    truncate(images / 'train' / 'bee' / '4.png')
+    small_run[0] = argv[0]
+    lr = ['--lr', '1e-5', '-b', '9']  # each image once an epoch
+    online = train([*small_run, *PAIR], tmp_path, 'online', lr)
+    for name in ('filled', 'replayed'):
+        np.testing.assert_allclose(train(argv, tmp_path, name, lr), online, rtol=1e-5)
+        for view in range(2):
+            assert np.flatnonzero(np.load(tmp_path / 'cache' / f'view-{view}.done.npy') == 0).tolist() == [16]
+
+
+def test_an_image_that_breaks_under_a_complete_cache_gets_what_the_teacher_says_of_its_substitute(
+    images, argv, tmp_path, small_run, monkeypatch
+):
+    precompute.main(argv)
+    truncate(images / 'train' / 'bee' / '4.png')
+    small_run[0] = argv[0]
+    lr = ['--lr', '1e-5', '-b', '9']
+    online = train([*small_run, *PAIR], tmp_path, 'online', lr)
+    np.testing.assert_allclose(train(argv, tmp_path, 'cached', lr), online, rtol=1e-5)
+
+
+def test_more_than_a_tenth_unreadable_ends_precompute_as_it_ends_training(images, argv, tmp_path, capsys):
+    for path in images.glob('train/*/[0369].png'):
+        truncate(path)
+    said = precompute_fails(argv, capsys, code=1)
+    assert "error: 12 of 36 images cannot be read, the first is 'ant/0.png': are the disk and the files in order?" in said
+    assert np.load(tmp_path / 'cache' / 'view-0.done.npy').sum() == 24  # what was computed is kept
+    assert '12 of 36 images cannot be read' in precompute_fails(argv, capsys, code=1)  # and asked for again
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -574,8 +645,6 @@ def test_what_does_not_touch_the_features_may_change(argv, tmp_path, filled_cach
 
 
 def test_other_images_are_noticed_by_name_and_under_the_same_name(image_folder, argv, tmp_path, capsys):
-    import shutil
-
     moved = tmp_path / 'moved'
     shutil.copytree(image_folder, moved)
     precompute.main(argv)

@@ -35,6 +35,7 @@ from .draws import Draw, IndexedTarget, SeededDataset
 from .errors import UsageError, one_line
 from .runtime import Runtime, describe_teacher_precision
 from .teacher import Teacher, TeacherOutput
+from .unreadable import forget_unreadable
 
 _logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class TeacherCache:
         Nothing here waits for the device unless rows are missing. Before `open` nothing is written.
 
         Args:
-            target: Which images, in which view.
+            target: Which images, in which view. One that could not be read shows another image: the answer is never kept.
             compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
 
         Raises:
@@ -250,11 +251,15 @@ class TeacherCache:
             rows = self._rounded(compute())
         else:
             view = self._open(target.view)
-            missing = np.asarray(view.done)[target.index] == 0
+            replaced = target.index < 0
+            missing = ~replaced & (np.asarray(view.done)[target.index] == 0)
+            # the whole batch, for one shape (compile, cuDNN) and one rounding
+            computed = self._rounded(compute()) if (missing | replaced).any() else {}
             if missing.any():
-                # the whole batch, for one shape (compile, cuDNN) and one rounding
-                self._keep(view, target.index[missing], {k: v[missing] for k, v in self._rounded(compute()).items()})
+                self._keep(view, target.index[missing], {k: v[missing] for k, v in computed.items()})
             rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items()}
+            for name, values in computed.items():
+                rows[name][replaced] = values[replaced]
         return TeacherOutput(
             **{
                 name: self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
@@ -517,6 +522,7 @@ def hash_pixels(dataset: SeededDataset) -> str:
     digest = hashlib.sha256()
     for index in np.linspace(0, len(dataset) - 1, _PIXEL_SAMPLES, dtype=int).tolist():
         digest.update(np.ascontiguousarray(dataset[Draw(0, index, 0)][0]))
+    forget_unreadable(dataset)
     return digest.hexdigest()[:16]
 
 

@@ -41,6 +41,9 @@ class CountingImageDataset(ImageDataset):
 
     Args:
         dataset: What to read; its reader, image mode and transforms are taken over.
+
+    Attributes:
+        replaced: Whether another image took the place of the one that was last asked for.
     """
 
     def __init__(self, dataset: ImageDataset):
@@ -53,6 +56,7 @@ class CountingImageDataset(ImageDataset):
             target_transform=dataset.target_transform,
             additional_features=dataset.additional_features,
         )
+        self.replaced = False
         self._count = multiprocessing.Array('q', [0, -1])  # how many, index of the first
 
     def __getitem__(self, index: int) -> tuple:
@@ -69,6 +73,7 @@ class CountingImageDataset(ImageDataset):
             ) from e
         finally:
             *unreadable, _ = self.reader.asked
+            self.replaced = bool(unreadable)
             if unreadable:
                 with self._count.get_lock():
                     self._count[1] = unreadable[0] if not self._count[0] else self._count[1]
