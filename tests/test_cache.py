@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 from helpers import refused, run, summary
+from PIL import Image
 from timm.data.loader import fast_collate
 
 import train_distill
@@ -111,7 +113,7 @@ def test_a_complete_cache_trains_without_a_single_forward_of_the_teacher(argv, f
     forwards.clear()
     said = run([*argv, '--epochs', '3'], capsys)
     assert not forwards
-    assert f'teacher cache   2 views x 36 images x {WIDTH} float16, 9.6 kB in ' in said
+    assert f'teacher cache   2 views x 36 images x {WIDTH} float16, 10.2 kB in ' in said
     assert '72 of 72 rows there' in said
     assert "--pe-act auto is 'none'" in said
 
@@ -171,6 +173,9 @@ def files(folder):
     return {path.name: np.load(path) for path in sorted(folder.glob('*.npy'))}
 
 
+PARTS = ('done', 'feature', 'feature_scale', 'source')
+
+
 def test_filling_while_training_gives_what_precompute_gives(argv, tmp_path, forwards):
     run([*argv, '--epochs', '12'])
     trained = files(tmp_path / 'cache')
@@ -178,7 +183,14 @@ def test_filling_while_training_gives_what_precompute_gives(argv, tmp_path, forw
     assert sum(forwards) < 12 * IMAGES / 2
     precompute.main([*argv, '--teacher-cache', str(tmp_path / 'ahead')])
     ahead = files(tmp_path / 'ahead')
-    assert set(trained) == set(ahead) == {f'view-{v}.{part}.npy' for v in range(2) for part in ('done', 'feature', 'feature_scale')}
+    assert (
+        set(trained)
+        == set(ahead)
+        == {
+            'images.npy',
+            *(f'view-{v}.{part}.npy' for v in range(2) for part in PARTS),
+        }
+    )
     for name in ahead:
         np.testing.assert_allclose(trained[name], ahead[name], rtol=2**-10, atol=1e-6)
 
@@ -191,7 +203,7 @@ def test_logits_are_kept_where_a_loss_compares_them_and_nothing_that_no_loss_rea
     assert files(tmp_path / 'cache')['view-0.logits.npy'].shape == (IMAGES, 3)
     precompute.main([*argv, '--teacher-cache', str(tmp_path / 'logits'), '--pe-target', 'logits'])
     assert [p.name for p in sorted((tmp_path / 'logits').glob('view-0*'))] == [
-        f'view-0.{part}.npy' for part in ('done', 'logits', 'logits_scale')
+        f'view-0.{part}.npy' for part in ('done', 'logits', 'logits_scale', 'source')
     ]
     assert train([*argv, '--teacher-cache', str(tmp_path / 'logits'), '--pe-target', 'logits'], tmp_path, 'kd1proj')
 
@@ -277,8 +289,8 @@ def test_sizes_are_said_before_anything_is_written_and_a_full_disk_leaves_nothin
     assert e.value.code == 2
     said, error = err.splitlines()[-2:]
     where = f'{tmp_path / "cache"}, 0 of 72 rows there.'
-    assert said.endswith(f'Teacher cache: 2 views x 36 images x 64 float16, 9.6 kB in {where}')
-    assert error.startswith("train_distill: error: --teacher-cache: cannot make the files of 9.6 kB in '")
+    assert said.endswith(f'Teacher cache: 2 views x 36 images x 64 float16, 10.2 kB in {where}')
+    assert error.startswith("train_distill: error: --teacher-cache: cannot make the files of 10.2 kB in '")
     assert 'No space left on device' in error
     assert 'take fewer --teacher-cache-views' in error
     assert list(tmp_path.iterdir()) == []
@@ -499,7 +511,9 @@ def test_a_cache_of_an_earlier_version_is_refused_as_one(argv, tmp_path, capsys)
     (tmp_path / 'cache').mkdir()
     (tmp_path / 'cache' / 'manifest.json').write_text(json.dumps({'format': 1, 'seed': 7}))
     error = refused(argv, capsys)
-    assert error.endswith('was made by another version of timm_pe (format 1, this one: 2): give another folder, or delete it')
+    assert error.endswith(
+        'was made by another version of timm_pe (format 1, this one: 2): give another folder, or delete it'
+    )
 
 
 # Images that change or cannot be read -----------------------------------------------------------------------------------
@@ -567,9 +581,172 @@ def test_more_than_a_tenth_unreadable_ends_precompute_as_it_ends_training(images
     for path in images.glob('train/*/[0369].png'):
         truncate(path)
     said = precompute_fails(argv, capsys, code=1)
-    assert "error: 12 of 36 images cannot be read, the first is 'ant/0.png': are the disk and the files in order?" in said
+    assert (
+        "error: 12 of 36 images cannot be read, the first is 'ant/0.png': are the disk and the files in order?" in said
+    )
     assert np.load(tmp_path / 'cache' / 'view-0.done.npy').sum() == 24  # what was computed is kept
     assert '12 of 36 images cannot be read' in precompute_fails(argv, capsys, code=1)  # and asked for again
+
+
+def done(tmp_path, view):
+    return np.load(tmp_path / 'cache' / f'view-{view}.done.npy')
+
+
+def change(path, keep_size=False):
+    """Another picture under the same name; `keep_size` makes the file as long as it was."""
+    size = path.stat().st_size
+    Image.new('RGB', (40, 40), 'red').save(path)
+    if keep_size:
+        path.write_bytes(path.read_bytes().ljust(size, b'\0'))  # a PNG may be followed by anything
+        assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize('keep_size', [False, True])
+@pytest.mark.parametrize('name', ['ant/0.png', 'bee/4.png'])  # one of those whose pixels the manifest has, and another
+def test_an_image_that_changed_is_named_once_and_its_rows_alone_are_computed_again(
+    images, argv, tmp_path, forwards, capsys, name, keep_size
+):
+    precompute.main(argv)
+    before = files(tmp_path / 'cache')
+    change(images / 'train' / name, keep_size)
+    forwards.clear()
+    capsys.readouterr()
+    precompute.main([*argv, '--teacher-cache-views', '1'])  # the other view is as stale as this one
+    said = capsys.readouterr().err
+    path = images / 'train' / name
+    assert (
+        said.count(f"1 of 36 images has changed since its rows were computed, '{path}': they are computed again") == 1
+    )
+    assert sum(forwards) == 1
+    index = 0 if name == 'ant/0.png' else 16
+    assert done(tmp_path, 0).all()
+    assert np.flatnonzero(done(tmp_path, 1) == 0).tolist() == [index]
+    precompute.main(argv)
+    assert ' changed since' not in capsys.readouterr().err
+    assert sum(forwards) == 2
+    assert_replays_the_online_teacher(argv)
+    after = files(tmp_path / 'cache')
+    for view in range(2):
+        rows = f'view-{view}.feature.npy'
+        assert np.flatnonzero((before[rows] != after[rows]).any(1)).tolist() == [index]
+
+
+def test_training_sees_a_changed_image_as_precompute_does(images, argv, tmp_path, forwards, capsys):
+    precompute.main(argv)
+    for name in ('ant/0.png', 'cat/7.png'):
+        change(images / 'train' / name)
+    forwards.clear()
+    capsys.readouterr()
+    said = run([*argv, '-b', '9'], capsys)
+    assert (
+        f"2 of 36 images have changed since their rows were computed, the first is '{images}/train/ant/0.png'" in said
+    )
+    assert '68 of 72 rows there' in said
+    assert done(tmp_path, 0).all()
+    assert done(tmp_path, 1).all()
+    assert_replays_the_online_teacher(argv)
+
+
+def test_a_copy_of_the_images_with_other_times_keeps_all_rows_and_is_compared_once(
+    images, argv, tmp_path, forwards, capsys, monkeypatch
+):
+    precompute.main(argv)
+    for path in images.rglob('*.png'):
+        os.utime(path, (1, 1))
+    forwards.clear()
+    compared, hash_file = [], cache_module.hash_file
+    monkeypatch.setattr(cache_module, 'hash_file', lambda path: compared.append(path) or hash_file(path))
+    for command in (precompute.main, run):
+        command(argv)
+        assert ' changed since' not in capsys.readouterr().err
+    assert len(compared) == 36
+    assert not forwards
+
+
+def test_without_what_is_known_of_the_files_all_of_them_are_compared(images, argv, tmp_path, forwards, capsys):
+    precompute.main(argv)
+    (tmp_path / 'cache' / 'images.npy').unlink()
+    change(images / 'train' / 'bee' / '4.png')
+    forwards.clear()
+    precompute.main(argv)
+    assert '1 of 36 images has changed' in capsys.readouterr().err
+    assert sum(forwards) == 2
+
+
+def test_an_image_that_changes_while_the_cache_is_filled_is_known_by_what_was_read(images, argv, tmp_path, capsys):
+    made = stages(argv)
+    cache = open_teacher_cache(*made)
+    allocate_cache(cache, made[1], made[3])
+    precompute.fill_view(made[0], cache, *made[1:], view=0)
+    change(images / 'train' / 'bee' / '4.png')  # between the views
+    precompute.fill_view(made[0], cache, *made[1:], view=1)
+    assert (done(tmp_path, 0).all(), done(tmp_path, 1).all()) == (True, True)
+    cache = open_teacher_cache(*made)
+    assert {view: rows.tolist() for view, rows in cache.stale.items()} == {0: [16]}
+    precompute.main(argv)
+    assert_replays_the_online_teacher(argv)
+
+
+def test_a_changed_image_under_a_cache_that_cannot_be_written_is_refused_by_name(images, argv, capsys, monkeypatch):
+    precompute.main(argv)
+    change(images / 'train' / 'bee' / '4.png')
+
+    def read_only(*args):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(cache_module, '_lock', read_only)
+    error = refused(argv, capsys)
+    assert f"1 of 36 images has changed since its rows were computed, '{images}/train/bee/4.png'" in error
+    assert 'cannot be written (Permission denied)' in error
+
+
+def test_a_complete_cache_that_cannot_be_written_is_read_although_the_times_of_the_images_differ(
+    images, argv, monkeypatch, forwards
+):
+    precompute.main(argv)
+    os.utime(images / 'train' / 'bee' / '4.png', (1, 1))
+    forwards.clear()
+
+    def read_only(*args):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(cache_module, '_write_whole', read_only)
+    run(argv)
+    assert not forwards
+
+
+def test_a_changed_image_is_refused_by_name_where_ranks_on_several_machines_only_read(
+    images, argv, monkeypatch, capsys
+):
+    precompute.main(argv)
+    change(images / 'train' / 'bee' / '4.png')
+    made = stages(argv)
+    monkeypatch.setattr(cache_module, '_on_several_machines', lambda runtime: True)
+    with pytest.raises(UsageError, match=r'70 of 72 rows .*1 of 36 images has changed .*bee/4\.png'):
+        open_teacher_cache(*made)
+
+
+def test_images_in_a_tar_are_told_apart_by_names_and_some_pixels_alone(images, argv, tmp_path, capsys, forwards):
+    argv[0] = str(tmp_path / 'images.tar')
+    with tarfile.open(argv[0], 'w') as tar:
+        tar.add(images / 'train', 'images')
+    precompute.main(argv)
+    assert json.loads((tmp_path / 'cache' / 'manifest.json').read_text())['image files'] is False
+    assert not list((tmp_path / 'cache').glob('*source*'))
+    forwards.clear()
+    os.utime(argv[0], (1, 1))
+    run(argv)
+    assert not forwards
+
+
+def test_pixels_that_come_out_otherwise_from_the_same_bytes_are_refused(argv, tmp_path, capsys):
+    precompute.main(argv)
+    path = tmp_path / 'cache' / 'manifest.json'
+    manifest = json.loads(path.read_text())
+    content, pixels = manifest['pixels'][2].split()
+    manifest['pixels'][2] = f'{content} {pixels[::-1]}'
+    path.write_text(json.dumps(manifest))
+    assert f'pixels {content} {pixels[::-1]} there and {content} {pixels} here' in refused(argv, capsys)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -579,7 +756,7 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
     precompute.main(argv)
     path = tmp_path / 'cache' / 'manifest.json'
     manifest = json.loads(path.read_text())
-    assert len(manifest) == 21
+    assert len(manifest) == 22
     made = stages(argv)
 
     def message(**changes):
@@ -644,7 +821,7 @@ def test_what_does_not_touch_the_features_may_change(argv, tmp_path, filled_cach
     assert not forwards
 
 
-def test_other_images_are_noticed_by_name_and_under_the_same_name(image_folder, argv, tmp_path, capsys):
+def test_other_images_are_noticed_by_name(image_folder, argv, tmp_path, capsys):
     moved = tmp_path / 'moved'
     shutil.copytree(image_folder, moved)
     precompute.main(argv)
@@ -656,10 +833,6 @@ def test_other_images_are_noticed_by_name_and_under_the_same_name(image_folder, 
     error = refused(argv, capsys)
     assert 'image names' in error
     first.with_name('00.png').rename(first)
-    shutil.copyfile(moved / 'train' / 'bee' / '3.png', first)
-    error = refused(argv, capsys)
-    assert 'image names' not in error
-    assert 'pixels' in error
     first.unlink()
     assert 'images 36 there and 35 here' in refused(argv, capsys)
     assert cache.is_dir()
@@ -907,6 +1080,17 @@ def test_a_rank_that_looks_later_still_takes_its_own_share(argv):
         share = replace(runtime, rank=rank, world_size=2)
         precompute.fill_view(args, cache, teacher, data, share, view=1)
         assert cache.missing(1).tolist() == ([] if rank else list(range(1, IMAGES, 2)))
+
+
+def test_two_ranks_agree_on_what_has_changed(images, argv, tmp_path):
+    precompute.main(argv)
+    change(images / 'train' / 'bee' / '4.png')
+    for module, views in ((['-m', 'timm_pe.precompute'], '1'), ([str(ROOT / 'train_distill.py')], '2')):
+        out = torchrun(module, [*argv, '-b', '18', '--teacher-cache-views', views])
+        assert out.returncode == 0, out.stderr
+        assert out.stderr.count('1 of 36 images has changed') == (views == '1')
+        assert done(tmp_path, int(views) - 1).all()
+    assert_replays_the_online_teacher(argv)
 
 
 def test_under_torchrun_a_mismatch_is_said_once(argv, tmp_path, filled_cache):
