@@ -1,6 +1,7 @@
 """./distributed_train.sh with two CPU processes (gloo)."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import summary, tensorboard_curves
+from PIL import Image
 
 import train_distill
 
@@ -216,3 +218,35 @@ def test_without_broadcast_buffers_projectors_still_start_equal_on_all_ranks(sma
     assert bases
     for name in bases:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_agreement_with_the_teacher_counts_each_image_once_where_ranks_share_an_odd_number(
+    small_run, image_folder, tmp_path
+):
+    folder = tmp_path / 'images'
+    shutil.copytree(image_folder, folder)
+    first, *_, last = sorted((folder / 'val').rglob('*.png'))
+    last.unlink()
+    Image.new('RGB', (40, 40), 'white').save(first)  # the one that both ranks see: it makes their shares equal
+    # the teacher always names class 0, the student does but for the white image
+    told = """
+import torch
+import timm_pe.trackers as module
+
+def telling(method, other):
+    def told(self, forward):
+        def named(input):
+            white = (input.mean((1, 2, 3)) > 1).long()
+            return torch.nn.functional.one_hot(other * white, 3).float() + 0 * forward(input)
+        return method(self, named)
+    return told
+
+agreement = module.TeacherAgreement
+agreement.record = telling(agreement.record, 0)
+agreement.compare = telling(agreement.compare, 1)
+"""
+    argv = [str(folder), *small_run[1:], *PAIR, '--teacher-num-classes', '3', '--log-tb', '--mean', '0', '--std', '0.5']
+    out = launch(argv, tmp_path, also=told)
+    assert out.returncode == 0, out.stderr
+    curves, _ = tensorboard_curves(tmp_path / 'run')
+    assert [value for _, value in curves['eval_teacher_agreement']] == pytest.approx([100 * 10 / 11] * 2)

@@ -124,6 +124,79 @@ def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
     assert [report.difference(run, runs) for run in runs] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ('differs', 'why'),
+    [
+        ({'dataset': 'torch/cifar10'}, 'dataset sklearn/digits and torch/cifar10'),
+        ({'data': 'others'}, 'data folder none and '),
+        ({'data_dir': 'others'}, 'data folder none and '),
+        ({'train_split': 'half'}, 'train split train and half'),
+        ({'val_split': 'test'}, 'val split validation and test'),
+        ({'val_num_samples': 100}, 'val num samples none and 100'),
+        ({'crop_pct': 1.0}, 'crop pct none and 1.0'),
+        ({'img_size': 96}, 'img size none and 96'),
+        ({'input_size': [3, 96, 96]}, 'input size none and [3, 96, 96]'),
+        ({'epochs': 10}, 'epochs 300 and 10'),
+        ({'stop_epoch': 4}, 'stop epoch none and 4'),
+        ({'batch_size': 32}, 'batch size 128 and 32'),
+        ({'grad_accum_steps': 2}, 'grad accum steps 1 and 2'),
+        ({'num_classes': 5}, 'num classes none and 5'),
+        ({'class_map': 'some.txt'}, 'class map none and some.txt'),
+        ({'seed': 7}, 'seed 42 and 7'),
+        ({'seed': 7, 'epochs': 10}, 'epochs 300 and 10, seed 42 and 7'),
+    ],
+    ids=lambda x: ' '.join(x) if isinstance(x, dict) else '',
+)
+def test_runs_under_other_conditions_have_no_difference_and_the_report_names_what_differs(differs, why, tmp_path):
+    folders = [make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone', **differs)]
+    taught, alone = read_runs(folders)
+    assert report.difference(taught, [taught, alone]) is None
+    page = make(folders, tmp_path)
+    said, other = page.column('runs', 'Difference')
+    assert said.startswith(f'– none to alone: {why}')
+    assert other == '–'
+
+
+def test_runs_that_ended_after_other_epochs_or_saw_other_numbers_of_validation_images_have_no_difference(tmp_path):
+    taught, alone = read_runs([make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')])
+    assert report.difference(taught, [taught, alone]) == 0
+    alone.rows.pop()
+    assert report.differing(taught, alone) == ['last epoch 3 and 2']
+    taught.rows.pop()
+    for run, number in ((taught, 10), (alone, 11)):
+        run.analysis = {**run.analysis, 'images': {'validation': number}}
+    assert report.differing(taught, alone) == ['validation images 10 and 11']
+    alone.analysis = None
+    assert report.difference(taught, [taught, alone]) == 0  # what is not known is not held against it
+
+
+def test_an_argument_that_earlier_versions_did_not_know_is_the_default(tmp_path):
+    folders = [make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')]
+    args = yaml.safe_load((folders[1] / 'args.yaml').read_text())
+    del args['tta'], args['grad_accum_steps']
+    (folders[1] / 'args.yaml').write_text(yaml.safe_dump(args))
+    taught, alone = read_runs(folders)
+    assert report.differing(taught, alone) == []
+
+
+def test_a_folder_of_data_is_the_same_in_whichever_way_it_is_named(tmp_path):
+    where = {'data': 'some/images/'}, {'data_dir': 'some/images'}, {'data': os.path.abspath('some/images')}
+    first, *others = read_runs([make_run(tmp_path, str(i), dataset='', **w) for i, w in enumerate(where)])
+    assert [report.differing(first, other) for other in others] == [[], []]
+
+
+def test_a_mean_of_differences_needs_a_counterpart_for_each_seed(tmp_path):
+    folders = [f for f in make_family(tmp_path / 'runs', seeds=3) if f.name != 'student-2']
+    page = make(folders, tmp_path)
+    assert page.column('means', 'Difference')[-1] == '– none to student-1: seed 2 and 1'
+    assert page.column('runs', 'Difference')[-3:] == [
+        '+6.00 to student-1',
+        '– none to student-1: seed 2 and 1',
+        '+8.00 to student-3',
+    ]
+    assert 'better in' not in page.text
+
+
 def test_runs_of_one_method_are_shown_as_mean_and_standard_deviation(seeds):
     alone, taught = np.array([81.0, 82, 83]), np.array([87.0, 89, 91])
     expected = [f'{x.mean():.2f} ± {x.std(ddof=1):.2f}' for x in (alone, taught)]

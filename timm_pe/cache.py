@@ -3,13 +3,19 @@
 Augmentation is a function of (seed, view, image), so K views of the images can be asked about once: epoch e trains on view
 e mod K. The folder holds `manifest.json`, all that the answers depend on, and for each view
 
-    view-0.feature.npy   float16 [n, m]; and view-0.logits.npy [n, c] in a run that compares logits
-    view-0.done.npy      uint8 [n], 1 where the row is there
+    view-0.feature.npy         float16 [n, m], times the row's scale; and view-0.logits.npy [n, c] where a loss compares logits
+    view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
+    view-0.source.npy          uint64 [n], hash of the image's file that the row was computed from
+    view-0.done.npy            uint8 [n], 1 where the row is there
+
+Where images are files, `images.npy`, int64 [n, 2], has their sizes and times of change: only files that differ in these are
+read and compared with `source`.
 """
 
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -17,7 +23,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +39,20 @@ from torch.utils.data import Dataset
 from .data import Data
 from .draws import Draw, IndexedTarget, SeededDataset
 from .errors import UsageError, one_line
+from .files import hash_content
 from .runtime import Runtime, describe_teacher_precision
 from .teacher import Teacher, TeacherOutput
+from .unreadable import forget_unreadable
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _FLUSH_EVERY_S = 30.0
 _PIXEL_SAMPLES = 8
+# the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
+_EXPONENT = 15
+# of files that are looked at: their disk may be far away
+_THREADS = 8
 
 
 @dataclass
@@ -54,7 +67,7 @@ class _View:
 class TeacherCache:
     """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled as rows are asked for.
 
-    Rows are float16. Those that are computed now and those that are read later are the same numbers.
+    Rows are float16 with a scale of their own. Those that are computed now and those that are read later are the same numbers.
 
     Args:
         folder: Where the files are, or will be.
@@ -63,9 +76,11 @@ class TeacherCache:
         widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
         num_views: K. Views do not depend on each other: a folder may have more, or get more later.
         device: Where rows are wanted.
+        paths: The images' files, in the order of the rows; None where they are no files, whose changes are not seen.
 
     Attributes:
         counts: Rows that each view had when the folder was last looked at.
+        stale: Rows of each view in the folder whose image has changed since (see `find_changed`): they count as not there.
     """
 
     def __init__(
@@ -76,11 +91,15 @@ class TeacherCache:
         widths: Mapping[str, int],
         num_views: int,
         device: torch.device,
+        paths: Sequence[str] | None = None,
     ):
         self.folder = Path(folder)
         self.manifest = json.loads(json.dumps(manifest, default=str))
         self.num_images, self.widths, self.num_views, self.device = num_images, dict(widths), num_views, device
+        self.paths = paths
         self.counts = [0] * num_views
+        self.stale: dict[int, np.ndarray] = {}
+        self._stats: np.ndarray | None = None
         self._mode: str | None = None
         self._view: _View | None = None
         self._pending: list[np.ndarray] = []
@@ -93,15 +112,17 @@ class TeacherCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all rows of all views."""
-        return self.num_views * self.num_images * sum(self.widths.values()) * np.dtype(np.float16).itemsize
+        """Bytes of the arrays of all views."""
+        return self.num_views * sum(
+            int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in self._arrays(0).values()
+        )
 
     def describe(self) -> str:
         """Sizes, place and state, on one line."""
         widths = ' + '.join(f'{w:,}' for w in self.widths.values())
         return (
             f'{self.num_views} view{"s" * (self.num_views > 1)} x {self.num_images:,} images x '
-            f'{widths if len(self.widths) == 1 else f"({widths})"} float16 = {_format_bytes(self.num_bytes)} in '
+            f'{widths if len(self.widths) == 1 else f"({widths})"} float16, {_format_bytes(self.num_bytes)} in '
             f'{self.folder}, {sum(self.counts):,} of {self.num_views * self.num_images:,} rows there'
         )
 
@@ -114,9 +135,61 @@ class TeacherCache:
             UsageError: A folder that is not a cache, one of another run (each difference is named), or damaged files.
         """
         self._check_manifest()
-        self.counts = [self._count(view) for view in range(self.num_views)]
+        self.counts = [self._count(view) - len(self.stale.get(view, ())) for view in range(self.num_views)]
         if self.is_complete:
             self._mode = 'r'
+        elif self._mode == 'r':
+            self._mode = None
+
+    def find_changed(self) -> None:
+        """Set `stale`, by the files' contents where their sizes or times are not what they were; nothing is written.
+
+        Raises:
+            UsageError: Damaged files.
+        """
+        self.stale = {}
+        if self.paths is None:
+            return
+        self._stats, known = stat_files(self.paths), np.full((self.num_images, 2), -1, np.int64)
+        path = self.folder / 'images.npy'
+        if path.exists():
+            known = _open_array(path, known.shape, known.dtype, 'r', 'to have all images compared anew')
+        # one that is out of reach now is compared when it is back
+        away = self._stats[:, 0] < 0
+        self._stats[away] = known[away]
+        views = [int(p.name.split('.')[0].removeprefix('view-')) for p in self.folder.glob('view-*.done.npy')]
+        views = {view: self._open_arrays(view, 'r') for view in views if self._has_files(view)}
+        there = np.zeros(self.num_images, bool)
+        for arrays in views.values():
+            there |= arrays['done'] != 0
+        differing = (known != self._stats).any(1)
+        if not differing.any():
+            self._stats = None  # nothing to keep
+        differing = np.flatnonzero(differing & there)
+        if not len(differing):
+            return
+        _logger.info(
+            f'Teacher cache: comparing {len(differing):,} images whose files have other sizes or times than before.'
+        )
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sources = np.array(list(pool.map(hash_file, [self.paths[i] for i in differing])), np.uint64)
+        unread = differing[sources == 0]
+        self._stats[unread] = known[unread]
+        differing, sources = differing[sources != 0], sources[sources != 0]
+        for view, arrays in views.items():
+            changed = (arrays['done'][differing] != 0) & (arrays['source'][differing] != sources)
+            if changed.any():
+                self.stale[view] = differing[changed]
+
+    def describe_stale(self) -> str:
+        """How many images have changed, and the first; '' where none has."""
+        if not self.stale:
+            return ''
+        images = np.unique(np.concatenate(list(self.stale.values())))
+        first = f"the first is '{self.paths[images[0]]}'" if len(images) > 1 else f"'{self.paths[images[0]]}'"
+        have = 'have' if len(images) > 1 else 'has'
+        since = 'since their rows were computed' if len(images) > 1 else 'since its rows were computed'
+        return f'{len(images):,} of {self.num_images:,} images {have} changed {since}, {first}'
 
     def _check_manifest(self) -> None:
         path = self.folder / 'manifest.json'
@@ -135,10 +208,15 @@ class TeacherCache:
                 f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
             ) from e
         there = there if isinstance(there, dict) else {}
+        if 'format' in there and 'format' in self.manifest and there['format'] != self.manifest['format']:
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' was made by another version of timm_pe (format {there['format']}, this one: "
+                f'{self.manifest["format"]}): give another folder, or delete it'
+            )
         differences = [
             f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
             for name, value in self.manifest.items()
-            if name not in there or there[name] != value
+            if name not in there or _differs(name, there[name], value)
         ]
         if differences:
             raise UsageError(
@@ -148,10 +226,16 @@ class TeacherCache:
 
     def _arrays(self, view: int) -> dict[str, tuple[Path, tuple[int, ...], np.dtype]]:
         """Path, shape and dtype of each file of a view, the flags last."""
-        shapes = {**{name: (self.num_images, width) for name, width in self.widths.items()}, 'done': (self.num_images,)}
+        n, described = self.num_images, {}
+        for name, width in self.widths.items():
+            described[name] = ((n, width), np.float16)
+            described[f'{name}_scale'] = ((n,), np.float32)
+        if self.paths is not None:
+            described['source'] = ((n,), np.uint64)
+        described['done'] = ((n,), np.uint8)
         return {
-            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(np.uint8 if name == 'done' else np.float16))
-            for name, shape in shapes.items()
+            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(dtype))
+            for name, (shape, dtype) in described.items()
         }
 
     def _has_files(self, view: int) -> bool:
@@ -188,7 +272,13 @@ class TeacherCache:
                 for view in range(self.num_views):
                     if not self._has_files(view):
                         self._create_files(view, made)
+                self._forget_stale(made)
         except OSError as e:
+            if self.stale:
+                raise UsageError(
+                    f"--teacher-cache: {self.describe_stale()}, and '{self.folder}' cannot be written "
+                    f'({e.strerror or one_line(e)}): make it writable, or give another folder'
+                ) from e
             free = _free_bytes(self.folder)
             for path in reversed(made):
                 with contextlib.suppress(OSError):
@@ -206,12 +296,39 @@ class TeacherCache:
         for path, shape, dtype in arrays.values():
             _create_array(path, shape, dtype, made)
 
+    def _forget_stale(self, made: list[Path]) -> None:
+        """Unset the flags of the rows of images that have changed, and only then keep what the files are now."""
+        for view, rows in self.stale.items():
+            done = self._open_arrays(view, 'r+')['done']
+            done[rows] = 0
+            done.flush()
+        if self.stale:  # it has the pixels of some of these images
+            _write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+            _logger.warning(f'Teacher cache: {self.describe_stale()}: they are computed again.')
+        self.keep_stats(made)
+        self.stale = {}
+
+    def keep_stats(self, made: list[Path]) -> None:
+        """Keep the sizes and times of the files as `find_changed` saw them, so that they are not compared again.
+
+        Args:
+            made: Takes the path of the file, for a caller that undoes what it made.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self._stats is not None:
+            file = io.BytesIO()
+            np.save(file, self._stats)
+            _write_whole(self.folder / 'images.npy', file.getvalue(), made)
+
     def open(self) -> None:
         """Begin to write what is missing (rows of a complete cache are read without).
 
         Raises:
             UsageError: Files that `allocate` should have made cannot be opened.
         """
+        self.stale = {}  # `allocate` has unset their flags, for all ranks
         self.look()
         self._mode = self._mode or 'r+'
         self._open(0)
@@ -228,23 +345,35 @@ class TeacherCache:
         Nothing here waits for the device unless rows are missing. Before `open` nothing is written.
 
         Args:
-            target: Which images, in which view.
+            target: Which images, in which view. One that could not be read shows another image: the answer is never kept.
             compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
 
         Raises:
-            UsageError: Values that float16 cannot hold.
+            UsageError: Values that are not finite.
         """
         if self._mode is None:
             rows = self._rounded(compute())
         else:
             view = self._open(target.view)
-            missing = np.asarray(view.done)[target.index] == 0
+            replaced = target.index < 0
+            missing = ~replaced & (np.asarray(view.done)[target.index] == 0)
+            # the whole batch, for one shape (compile, cuDNN) and one rounding
+            computed = self._rounded(compute()) if (missing | replaced).any() else {}
             if missing.any():
-                # the whole batch, for one shape (compile, cuDNN) and one rounding
-                self._keep(view, target.index[missing], {k: v[missing] for k, v in self._rounded(compute()).items()})
-            rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items()}
+                kept = dict(computed)
+                if self.paths is not None:  # what is not known is 0, and stale once its file has another time
+                    kept['source'] = np.zeros(len(missing), np.uint64) if target.sources is None else target.sources
+                self._keep(view, target.index[missing], {k: v[missing] for k, v in kept.items()})
+            rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items() if name != 'source'}
+            for name, values in computed.items():
+                rows[name][replaced] = values[replaced]
         return TeacherOutput(
-            **{name: self._to_device(rows[name]) if name in rows else None for name in TeacherOutput._fields}
+            **{
+                name: self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
+                if name in self.widths
+                else None
+                for name in TeacherOutput._fields
+            }
         )
 
     def _to_device(self, rows: np.ndarray) -> torch.Tensor:
@@ -256,16 +385,19 @@ class TeacherCache:
     def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
         rows = {}
         for name in self.widths:
-            values = getattr(output, name).detach().float().cpu()
-            rows[name] = values.half().numpy()
-            if not np.isfinite(rows[name]).all():
+            values = getattr(output, name).detach().float().cpu().numpy()
+            if not np.isfinite(values).all():
                 message = (
-                    f"--teacher-cache: the teacher's {name} reaches {values.abs().max():.4g}, float16 holds 65504 at most: "
-                    f'leave the cache out'
+                    f"--teacher-cache: the teacher's {name} is not finite, and no run can learn from it: are the teacher's "
+                    f'weights right, is --teacher-dtype wide enough?'
                 )
                 if dist.is_initialized() and dist.get_rank() > 0:
                     _logger.error(message)  # this rank alone knows, and one-line errors are those of rank 0
                 raise UsageError(message)
+            # a float32 below 2^-126 has fewer digits: no scale may be
+            exponents = np.maximum(np.frexp(np.abs(values).max(1))[1] - _EXPONENT, -126)
+            rows[name] = np.ldexp(values, -exponents[:, None]).astype(np.float16)
+            rows[f'{name}_scale'] = np.ldexp(np.float32(1), exponents)
         return rows
 
     def _keep(self, view: _View, index: np.ndarray, rows: dict[str, np.ndarray]) -> None:
@@ -285,6 +417,13 @@ class TeacherCache:
         self._view.done[np.concatenate(self._pending)] = 1
         self._view.done.flush()
         self._pending.clear()
+
+
+def _differs(name: str, there: Any, here: Any) -> bool:
+    """Whether two values of a manifest cannot be of one cache; of pixels only those of the same bytes are compared."""
+    if name == 'pixels' and isinstance(there, list) and len(there) == len(here):
+        return any(str(t).split()[:1] == h.split()[:1] and t != h for t, h in zip(there, here, strict=True))
+    return there != here
 
 
 def _show(value: Any, other: Any) -> str:
@@ -310,7 +449,9 @@ def _free_bytes(folder: Path) -> str:
         return 'unknown'
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str) -> np.memmap:
+def _open_array(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str, without: str = 'to fill that view anew'
+) -> np.memmap:
     try:
         # to read first: opened for writing, a truncated file would grow to what its header says
         array = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -318,11 +459,11 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str) 
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         reason = getattr(e, 'strerror', None) or one_line(e, 120)
-        raise UsageError(f"--teacher-cache: cannot open '{path}' ({reason}): delete it to fill that view anew") from e
+        raise UsageError(f"--teacher-cache: cannot open '{path}' ({reason}): delete it {without}") from e
     if getattr(array, 'shape', None) != shape or array.dtype != dtype:
         raise UsageError(
             f"--teacher-cache: '{path}' holds {getattr(array, 'dtype', 'no array')} {list(getattr(array, 'shape', []))}, "
-            f'not {dtype} {list(shape)}: delete it to fill that view anew'
+            f'not {dtype} {list(shape)}: delete it {without}'
         )
     return array
 
@@ -376,10 +517,12 @@ def _lock(folder: Path, made: list[Path]) -> Iterator[None]:
 def open_teacher_cache(
     args: argparse.Namespace, teacher: Teacher | None, data: Data, runtime: Runtime
 ) -> TeacherCache | None:
-    """The cache that --teacher-cache names, looked at and not yet written to; None without the flag.
+    """The cache that --teacher-cache names, looked at; None without the flag.
+
+    Only sizes and times of files that were found to have the same content are written, to a complete cache.
 
     Raises:
-        UsageError: See `TeacherCache.look`; or a cache with missing rows and ranks on several machines.
+        UsageError: See `TeacherCache.look` and `TeacherCache.find_changed`; or a cache with missing rows and ranks on several machines.
     """
     if not args.teacher_cache:
         return None
@@ -387,24 +530,47 @@ def open_teacher_cache(
         'feature': teacher.width if args.pe_target == 'feature' else 0,
         'logits': teacher.num_classes if args.kd_loss_weight or args.pe_target == 'logits' else 0,
     }
+    dataset = data.train.dataset
+    paths = list_files(dataset.dataset)
+    _hash_sources(dataset, paths is not None)
     cache = TeacherCache(
         args.teacher_cache,
-        create_manifest(args, teacher, data, widths),
-        len(data.train.dataset),
+        {**create_manifest(args, teacher, data, widths), 'image files': paths is not None},
+        len(dataset),
         {name: width for name, width in widths.items() if width},
         args.teacher_cache_views,
         runtime.device,
+        paths,
     )
     several = _on_several_machines(runtime)
     with _ranks_together(runtime):
         cache.look()
+    with _ranks_together(runtime):
+        if runtime.is_primary:
+            cache.find_changed()
+    if runtime.distributed:
+        stale = [cache.stale]
+        dist.broadcast_object_list(stale, src=0)
+        cache.stale = stale[0]
+    with _ranks_together(runtime):
+        cache.look()
         if several and not cache.is_complete:
+            stale = f' ({cache.describe_stale()})' if cache.stale else ''
             raise UsageError(
                 f"--teacher-cache: ranks on several machines can only read a cache, and '{cache.folder}' has "
-                f'{sum(cache.counts):,} of {cache.num_images * cache.num_views:,} rows: fill it on one of them first (python '
-                f'-m timm_pe.precompute, with the same flags)'
+                f'{sum(cache.counts):,} of {cache.num_images * cache.num_views:,} rows{stale}: fill it on one of them first '
+                f'(python -m timm_pe.precompute, with the same flags; images that it cannot read have to be mended)'
             )
+    if runtime.is_primary and cache.is_complete:
+        with contextlib.suppress(OSError):  # a folder to read from alone: they are compared again next time
+            cache.keep_stats([])
+    _hash_sources(dataset, paths is not None and not cache.is_complete)
     return cache
+
+
+def _hash_sources(dataset: SeededDataset, wanted: bool) -> None:
+    if hasattr(dataset.dataset, 'hash_sources'):
+        dataset.dataset.hash_sources(wanted)
 
 
 def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime: Runtime) -> None:
@@ -476,8 +642,7 @@ def hash_names(dataset: Dataset) -> str:
 
     File names without the root folder; for Hugging Face data their own fingerprint, for torchvision's the labels.
     """
-    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):  # timm's own wrappers
-        dataset = dataset.dataset
+    dataset = _unwrapped(dataset)
     reader = getattr(dataset, 'reader', None)
     fingerprint = getattr(getattr(reader, 'dataset', None), '_fingerprint', None)
     if fingerprint:
@@ -492,12 +657,61 @@ def hash_names(dataset: Dataset) -> str:
     return hashlib.sha256('\n'.join(names).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
 
 
-def hash_pixels(dataset: SeededDataset) -> str:
-    """Short SHA-256 of a few images as they leave the transform: sees other files of the same names, and other libraries."""
-    digest = hashlib.sha256()
+def hash_pixels(dataset: SeededDataset) -> list[str]:
+    """Of a few images, the hash of the file and short SHA-256 of what leaves the transform: sees other files and libraries.
+
+    The file is '-' where it is not hashed, and '?' where the image cannot be read.
+    """
+    hashes = []
     for index in np.linspace(0, len(dataset) - 1, _PIXEL_SAMPLES, dtype=int).tolist():
-        digest.update(np.ascontiguousarray(dataset[Draw(0, index, 0)][0]))
-    return digest.hexdigest()[:16]
+        pixels = hashlib.sha256(np.ascontiguousarray(dataset[Draw(0, index, 0)][0])).hexdigest()[:16]
+        source = getattr(dataset.dataset, 'source', 0)
+        replaced = getattr(dataset.dataset, 'replaced', False)
+        hashes.append('? ?' if replaced else f'{f"{source:016x}" if source else "-"} {pixels}')
+    forget_unreadable(dataset)
+    return hashes
+
+
+def _unwrapped(dataset: Any) -> Any:
+    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):  # timm's own wrappers
+        dataset = dataset.dataset
+    return dataset
+
+
+def list_files(dataset: Dataset) -> list[str] | None:
+    """The files of the images of a data set, in their order; None where images are not files of their own under one folder."""
+    dataset = _unwrapped(dataset)
+    root = getattr(getattr(dataset, 'reader', None), 'root', None)
+    if not root or not hasattr(dataset, 'filenames') or not os.path.isdir(root):
+        return None
+    first = str(dataset.filename(0, absolute=True))  # to ask for all names can be to read the whole data set
+    # names inside a tar do not begin with its folder; a link to nowhere is a file that cannot be read
+    if not first.startswith(str(root)) or not os.path.lexists(first):
+        return None
+    return [str(path) for path in dataset.filenames(absolute=True)]
+
+
+def stat_files(paths: Sequence[str]) -> np.ndarray:
+    """Size in bytes and time of change in nanoseconds of each file, int64 [n, 2]; -1 where it is out of reach."""
+    stats = np.full((len(paths), 2), -1, np.int64)
+
+    def look(part: np.ndarray) -> None:
+        for i in part:
+            with contextlib.suppress(OSError):
+                stat = os.stat(paths[i])
+                stats[i] = stat.st_size, stat.st_mtime_ns
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(look, np.array_split(np.arange(len(paths)), _THREADS)))
+    return stats
+
+
+def hash_file(path: str) -> int:
+    """`hash_content` of a file, 0 where it cannot be read."""
+    try:
+        return hash_content(Path(path).read_bytes())
+    except OSError:
+        return 0
 
 
 def _on_several_machines(runtime: Runtime) -> bool:

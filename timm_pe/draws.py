@@ -44,11 +44,17 @@ def kept_rng() -> Iterator[None]:
 
 
 class Draw(NamedTuple):
-    """One draw of an image: which view of it, which image, the how-many-th time."""
+    """One draw of an image: which view of it, which image, the how-many-th time.
+
+    Once it is loaded, `replaced` says whether it could not be read and shows another image, and `source` is the hash of its
+    file, or 0.
+    """
 
     view: int
     index: Any
     repeat: int
+    replaced: bool = False
+    source: int = 0
 
 
 class Batch(list):
@@ -66,12 +72,14 @@ class IndexedTarget(NamedTuple):
     """The targets of a batch, and which images they are of: what a cached teacher is asked by.
 
     Loaders pin it and move it to the device as they do a tensor. `index` stays on the host, where it is needed: reading
-    it never waits for the device.
+    it never waits for the device. It is -1 for an image that could not be read and shows another one. `sources` are hashes of
+    the images' files, 0 where there is none.
     """
 
     target: torch.Tensor
     index: np.ndarray
     view: int
+    sources: np.ndarray | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> 'IndexedTarget':
         """The target as `target.to(...)`."""
@@ -161,7 +169,12 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, batch: Batch) -> Batch:
         with kept_rng():
-            return Batch([self._load(draw) for draw in batch], batch.epoch, batch.number, list(batch))
+            samples, draws = [], []
+            for draw in batch:
+                samples.append(self._load(draw))
+                replaced, source = getattr(self.dataset, 'replaced', False), getattr(self.dataset, 'source', 0)
+                draws.append(draw._replace(replaced=replaced, source=source))
+            return Batch(samples, batch.epoch, batch.number, draws)
 
     def __getitem__(self, draw: Draw) -> tuple:
         with kept_rng():
@@ -196,7 +209,9 @@ class SeededCollate:
         if not self.indexed:
             return collated
         input, target = collated
-        return input, IndexedTarget(target, np.array([draw.index for draw in batch.draws]), batch.draws[0].view)
+        index = np.array([-1 if draw.replaced else draw.index for draw in batch.draws])
+        sources = np.array([draw.source for draw in batch.draws], np.uint64)
+        return input, IndexedTarget(target, index, batch.draws[0].view, sources)
 
 
 class SeededErasing:

@@ -293,7 +293,8 @@ def _forward(trainer: Trainer, input: torch.Tensor, target: torch.Tensor | Index
     """The task's terms; with a cache the teacher runs only where that has no answer yet."""
     if not isinstance(target, IndexedTarget):
         return trainer.task(input, target)
-    teacher = trainer.cache(target, lambda: trainer.task.teacher(input))
+    # a complete cache sends the teacher to the host; an image that breaks later still has to be asked about
+    teacher = trainer.cache(target, lambda: trainer.task.teacher.to(input.device)(input))
     return trainer.task(input, target.target, teacher=teacher)
 
 

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and a short hash of what is in one."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 
@@ -27,3 +28,8 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[str]:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
+
+
+def hash_content(content: bytes) -> int:
+    """64 bits of the SHA-256 of some bytes, never 0. Processors have instructions for it; a JPEG takes 30 times as long to decode."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') or 1

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import TrainingTask
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import distribute_bn, get_outdir, unwrap_model
 from torch.utils.data import IterableDataset
 
@@ -263,7 +263,8 @@ def check_teacher(
         _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
         return None
     # the images of a stream come in no fixed order
-    agreement = TeacherAgreement() if is_tracked(args) and not isinstance(data.eval.dataset, IterableDataset) else None
+    measured = is_tracked(args) and not isinstance(data.eval.dataset, IterableDataset)
+    agreement = TeacherAgreement(evaluation_sample_limit(data.eval)) if measured else None
     forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
     metrics = validate(forward, data, runtime, args, 'Teacher')
     _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')

@@ -26,6 +26,7 @@ from .models import check_names, create_student
 from .runtime import Runtime, setup_runtime
 from .task_from_args import create_run_task, create_run_teacher
 from .teacher import Teacher
+from .unreadable import describe_unreadable
 
 _logger = logging.getLogger(__name__)
 PROG = 'python -m timm_pe.precompute'
@@ -92,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             allocate_cache(cache, teacher, runtime)
             for view in range(cache.num_views):
                 fill_view(args, cache, teacher, data, runtime, view)
+                # of all images: those whose rows are there could be read
+                said = describe_unreadable(data.train.dataset, cache.num_images, runtime.distributed)
+                if said:
+                    _logger.warning(said)
             if runtime.distributed:
                 dist.barrier()
             cache.look()

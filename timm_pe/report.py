@@ -47,8 +47,14 @@ if TYPE_CHECKING:
 
 # what two runs of one method may differ in, next to their number in the name
 _OF_A_SEED = ('seed', 'experiment')
-# runs that differ in none of these can be compared: with and without a teacher
-_OF_A_STUDENT = ('model', 'model_kwargs', 'dataset', 'data', 'data_dir')
+# runs of one student, which a teacher is or is not added to
+_OF_A_STUDENT = ('model', 'model_kwargs')
+# what two of them must share for their difference to be the teacher's, next to the data folder
+_OF_A_PAIR = (
+    *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
+    *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
+    *('epochs', 'stop_epoch', 'batch_size', 'grad_accum_steps', 'num_classes', 'class_map', 'seed'),
+)
 # what the report takes from an analysis.json
 _KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
 
@@ -238,19 +244,42 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 
 
 def baseline(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that shows what a teacher adds: the same model without one, of the same seed where there is that.
+    """The run that shows what a teacher adds: the same model without one, under equal conditions (see `differing`).
 
-    None for a run without a teacher, and where no run of its model is without one.
+    None for a run without a teacher, and where there is no such run.
     """
+    return next((other for other in _without_teacher(run, runs) if not differing(run, other)), None)
+
+
+def _without_teacher(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the same model without a teacher; none for a run without a teacher."""
     if run.teacher is None:
-        return None
-    alone = [
+        return []
+    return [
         other
         for other in runs
         if other.teacher is None and all(other.args.get(k) == run.args.get(k) for k in _OF_A_STUDENT)
     ]
-    same_seed = [other for other in alone if other.args.get('seed') == run.args.get('seed')]
-    return next(iter(same_seed + alone), None)
+
+
+def differing(run: Run, other: Run) -> list[str]:
+    """The conditions that two runs do not share, each with both values; numbers that one of them lacks are not compared."""
+    pairs = {'data folder': (_data_folder(run), _data_folder(other))}
+    defaults = create_parser()
+    for name in _OF_A_PAIR:
+        values = [r.args.get(name, defaults.get_default(name)) for r in (run, other)]
+        pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '') else value for value in values)
+    known = {
+        'last epoch': [r.final.get('epoch') for r in (run, other)],
+        'validation images': [((r.analysis or {}).get('images') or {}).get('validation') for r in (run, other)],
+    }
+    pairs.update({name: (f'{a:g}', f'{b:g}') for name, (a, b) in known.items() if None not in (a, b)})
+    return [f'{name} {a} and {b}' for name, (a, b) in pairs.items() if a != b]
+
+
+def _data_folder(run: Run) -> str:
+    folder = run.args.get('data_dir') or run.args.get('data')
+    return os.path.abspath(folder) if folder else 'none'
 
 
 def difference(run: Run, runs: Sequence[Run]) -> float | None:
@@ -259,6 +288,18 @@ def difference(run: Run, runs: Sequence[Run]) -> float | None:
     if other is None or not run.final or not other.final:
         return None
     return run.final['eval_top1'] - other.final['eval_top1']
+
+
+def why_no_difference(run: Run, runs: Sequence[Run]) -> str:
+    """What keeps a run with a teacher from having a `baseline`: the run that comes nearest, and what differs.
+
+    Empty where it has one, and where no run is of its model without a teacher.
+    """
+    others = [(differing(run, other), other.name) for other in _without_teacher(run, runs)]
+    if not others or baseline(run, runs):
+        return ''
+    differences, name = min(others, key=lambda o: len(o[0]))
+    return f'none to {name}: {", ".join(differences)}'
 
 
 def teaches(run: Run, runs: Sequence[Run]) -> bool:
@@ -609,12 +650,14 @@ def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         'shown': shown_epoch(run, runs),
         'difference': difference(run, runs),
         'baseline': other.name if other else None,
+        'why': why_no_difference(run, runs),
     }
 
 
 def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
     """What the tiles and the table of means say of a group; numbers are (mean, standard deviation)."""
     differences = [d for d in (difference(run, runs) for run in group.runs) if d is not None]
+    paired = len(differences) == len(group.runs)  # else the mean would be over other seeds than its top-1
     return {
         'group': group,
         'method': describe_method(group.runs[0]),
@@ -624,7 +667,8 @@ def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
         'top5': group.mean(lambda run: shown_epoch(run, runs).get('eval_top5')),
         'loss': group.mean(lambda run: shown_epoch(run, runs).get('eval_loss')),
         'seconds': group.mean(lambda run: run.seconds)[0],
-        'difference': group.mean(lambda run: difference(run, runs)),
+        'difference': group.mean(lambda run: difference(run, runs) if paired else None),
+        'why': '; '.join(filter(None, (why_no_difference(run, runs) for run in group.runs))),
         'better': sum(d > 0 for d in differences),
         'compared': len(differences),
     }

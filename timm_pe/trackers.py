@@ -399,9 +399,14 @@ class TeacherAgreement:
     """How often the student names the class that the teacher names, on the validation images.
 
     The teacher's classes are those it gave when it was validated before the first epoch, so nothing is computed twice.
+
+    Args:
+        max_images: Images of this rank that count: those after them only make its share as long as the others'. None
+            where there are none of these.
     """
 
-    def __init__(self):
+    def __init__(self, max_images: int | None = None):
+        self.max_images = max_images
         self.teacher: list[torch.Tensor] = []
         self.same, self.images = torch.tensor(0), 0
         self.percent: float | None = None
@@ -425,6 +430,8 @@ class TeacherAgreement:
             output = forward(input)
             logits = output[0] if isinstance(output, (tuple, list)) else output
             same = logits.argmax(-1) == next(batches)
+            if self.max_images is not None:
+                same = same[: max(self.max_images - self.images, 0)]
             self.same, self.images = self.same + same.sum(), self.images + same.numel()
             return output
 

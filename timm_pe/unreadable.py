@@ -1,5 +1,6 @@
 """Images that cannot be read: timm takes the next ones in their place; here they are counted, and the first is named."""
 
+import io
 import multiprocessing
 from typing import Any
 
@@ -8,6 +9,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
 from .errors import RunError
+from .files import hash_content
 
 # more than this share of an epoch is no accident
 _MAX_SHARE = 0.1
@@ -15,14 +17,21 @@ _FEW = 10
 
 
 class _Reads(Reader):
-    """A reader that knows what it was asked for since `asked` was last emptied."""
+    """A reader that knows what it was asked for since `asked` was last emptied, and with `hashes` the content it gave."""
 
     def __init__(self, reader: Any):
         self.reader, self.asked = reader, []
+        self.hashes, self.source = False, 0
 
     def __getitem__(self, index: int) -> tuple:
         self.asked.append(index)
-        return self.reader[index]
+        if not self.hashes:
+            return self.reader[index]
+        file, *rest = self.reader[index]
+        with file:
+            content = file.read()
+        self.source = hash_content(content)
+        return io.BytesIO(content), *rest
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -41,6 +50,10 @@ class CountingImageDataset(ImageDataset):
 
     Args:
         dataset: What to read; its reader, image mode and transforms are taken over.
+
+    Attributes:
+        replaced: Whether another image took the place of the one that was last asked for.
+        source: `hash_content` of the file that the last image was read from; 0 where files are not hashed.
     """
 
     def __init__(self, dataset: ImageDataset):
@@ -53,7 +66,17 @@ class CountingImageDataset(ImageDataset):
             target_transform=dataset.target_transform,
             additional_features=dataset.additional_features,
         )
+        self.replaced = False
         self._count = multiprocessing.Array('q', [0, -1])  # how many, index of the first
+
+    def hash_sources(self, wanted: bool) -> None:
+        """Hash each file from here on, or no longer; the reader must give open files."""
+        self.reader.hashes, self.reader.source = wanted, 0
+
+    @property
+    def source(self) -> int:
+        """See the class."""
+        return self.reader.source
 
     def __getitem__(self, index: int) -> tuple:
         self.reader.asked.clear()
@@ -69,6 +92,7 @@ class CountingImageDataset(ImageDataset):
             ) from e
         finally:
             *unreadable, _ = self.reader.asked
+            self.replaced = bool(unreadable)
             if unreadable:
                 with self._count.get_lock():
                     self._count[1] = unreadable[0] if not self._count[0] else self._count[1]
