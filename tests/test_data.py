@@ -1,4 +1,8 @@
 import argparse
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -260,3 +264,57 @@ def test_the_class_map_of_tar_files_is_seen(image_folder, tmp_path):
 def test_a_data_set_without_a_class_map_has_none():
     assert class_map_of(None) is None
     assert class_map_of(torch.utils.data.TensorDataset(torch.zeros(1))) is None
+
+
+ORDER = """
+import sys
+from timm_pe import UsageError
+from timm_pe.args import parse_args
+from timm_pe.data import class_map_of, create_datasets
+try:
+    print(class_map_of(create_datasets(parse_args(sys.argv[1:])[0])[0]))
+except UsageError as e:
+    print(e)
+"""
+
+
+def _orders(argv):
+    """What processes of different hash seeds make of a data set's classes."""
+    said = set()
+    for seed in range(4):  # at random, two names come in one order all four times once in eight
+        env = {**os.environ, 'PYTHONHASHSEED': str(seed)}
+        command = [sys.executable, '-c', ORDER, *argv]
+        said.add(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.strip())
+    return said
+
+
+def _folder_of_classes(root, image_folder, *names):
+    for split in ('train', 'val'):
+        for name in names:
+            shutil.copytree(image_folder / split / 'ant', root / split / name)
+    return [str(root), '--num-classes', str(len(names))]
+
+
+def test_class_folders_that_timm_cannot_sort_are_refused_whatever_the_hash_seed(image_folder, tmp_path):
+    (said,) = _orders(_folder_of_classes(tmp_path, image_folder, 'Ant', 'bee', 'ant'))
+    assert "class folders 'Ant' and 'ant'" in said
+
+
+@pytest.mark.parametrize('names', [('01', '1'), ('A02B', 'a2b')])
+def test_class_folders_that_timm_cannot_sort_are_named_with_the_remedy(image_folder, tmp_path, names):
+    argv = _folder_of_classes(tmp_path, image_folder, *names)
+    with pytest.raises(UsageError, match=f"class folders '{names[0]}' and '{names[1]}'.* rename one of them"):
+        create_datasets(parse_args(argv)[0])
+
+
+def test_a_class_map_orders_what_timm_cannot_sort(image_folder, tmp_path):
+    argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
+    (tmp_path / 'classes.txt').write_text('1\n01\n')
+    args, _ = parse_args([*argv, '--class-map', str(tmp_path / 'classes.txt')])
+    assert class_map_of(create_datasets(args)[0]) == {'1': 0, '01': 1}
+
+
+def test_torchvision_sorts_what_timm_cannot(image_folder, tmp_path):
+    argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
+    args, _ = parse_args([*argv, '--dataset', 'torch/image_folder'])
+    assert class_map_of(create_datasets(args)[0]) == {'01': 0, '1': 1}

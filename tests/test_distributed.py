@@ -216,3 +216,17 @@ def test_without_broadcast_buffers_projectors_still_start_equal_on_all_ranks(sma
     assert bases
     for name in bases:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_ranks_that_find_other_classes_are_refused(small_run, tmp_path):
+    other_order = """
+import os
+if os.environ.get('RANK') == '1':
+    import timm.data.readers.reader_image_folder as module
+    module.natural_key = lambda name: [-ord(c) for c in os.path.basename(name)]
+"""
+    out = launch([*small_run, *PAIR], tmp_path, also=other_order)
+    assert out.returncode != 0
+    said = [line for line in out.stderr.splitlines() if 'train_distill: error:' in line]
+    assert "rank 0 has class 'ant' as 0, rank 1 has it as 2" in said[0]
+    assert not (tmp_path / 'run').exists()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
@@ -24,6 +25,7 @@ from timm.data.readers.reader import Reader
 from timm.data.target_transforms import MultiLabelTarget
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models.naflexvit import NaFlexVit
+from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 
@@ -233,7 +235,7 @@ def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_ch
     if args.target_format:
         extra['target_format'] = args.target_format
     try:
-        return create_dataset(
+        dataset = create_dataset(
             args.dataset,
             root=root,
             split=split,
@@ -251,6 +253,21 @@ def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_ch
         )
     except Exception as e:
         raise UsageError(f"cannot open data set '{args.dataset or root}', split '{split}': {one_line(e)}") from e
+    if is_folder and not args.class_map:
+        _check_class_order(dataset)
+    return dataset
+
+
+def _check_class_order(dataset: Dataset) -> None:
+    """Refuse class folders that are equal to timm's sort: it sorts a set, so their order would be another in each process."""
+    names = {}
+    for name in sorted(class_map_of(dataset) or ()):
+        first = names.setdefault(tuple(natural_key(name)), name)
+        if first != name:
+            raise UsageError(
+                f"class folders '{first}' and '{name}' are equal to timm, which sorts without case and leading zeros, so their "
+                f'labels would be a matter of chance: rename one of them, or give all in their order with --class-map'
+            )
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -293,6 +310,26 @@ def create_datasets(args: argparse.Namespace, in_chans: int = 3) -> tuple[Datase
     evaluation = _create_dataset(args, args.val_split, False, in_chans)
     _check_splits(train, evaluation, args)
     return train, evaluation
+
+
+def _check_ranks(datasets: tuple[Dataset | None, Dataset], runtime: Runtime) -> None:
+    """Raise unless all ranks have the same classes in the same order.
+
+    Raises:
+        UsageError: They do not: machines with different folders.
+    """
+    if not runtime.distributed:
+        return
+    ranks: list = [None] * runtime.world_size
+    dist.all_gather_object(ranks, [class_map_of(dataset) or {} for dataset in datasets])
+    for rank, maps in enumerate(ranks):
+        for first, other in zip(ranks[0], maps, strict=True):
+            name = next((n for n in {**first, **other} if first.get(n) != other.get(n)), None)
+            if name is not None:
+                raise UsageError(
+                    f"rank 0 has class '{name}' as {first.get(name)}, rank {rank} has it as {other.get(name)}: all machines "
+                    f'must have the same class folders, or the same --class-map'
+                )
 
 
 def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
@@ -383,9 +420,10 @@ def create_data(
         runtime: Device and ranks.
 
     Raises:
-        UsageError: Other classes than the student's, flags that the loader cannot do, or fewer training images than
-            one batch.
+        UsageError: Other classes than the student's, or than those of another rank, flags that the loader cannot do, or
+            fewer training images than one batch.
     """
+    _check_ranks(datasets, runtime)
     if args.task == 'multilabel':
         for dataset in filter(None, datasets):
             dataset.target_transform = MultiLabelTarget(student.num_classes, dense=args.target_format == 'multihot')
