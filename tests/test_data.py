@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from timm_pe.data import (
     count_classes,
     create_data,
     create_datasets,
+    plain_loader,
     set_epoch,
 )
 from timm_pe.draws import derive_seed, seeded_mixup
@@ -318,3 +320,31 @@ def test_torchvision_sorts_what_timm_cannot(image_folder, tmp_path):
     argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
     args, _ = parse_args([*argv, '--dataset', 'torch/image_folder'])
     assert class_map_of(create_datasets(args)[0]) == {'01': 0, '1': 1}
+
+
+BEYOND = ('-j', '0', '--train-img-sizes', '24', '32', '--train-batches-per-epoch', '9')  # 9 x 8 draws of 36 images
+
+
+def test_an_image_that_recurs_within_an_epoch_is_drawn_anew(image_folder):
+    plain = plain_loader(open_data(folder(image_folder, *BEYOND)).train)
+    draws = [draw for batch in plain.batch_sampler for draw in batch]
+    times = Counter(index for _, (index, _), _ in draws)
+    assert set(times.values()) == {2}
+    for image in times:
+        first, second = (draw._replace(index=(image, 1)) for draw in draws if draw.index[0] == image)  # at one size
+        assert (first.repeat, second.repeat) == (0, 1)
+        assert not np.array_equal(plain.dataset[first][0], plain.dataset[second][0])
+
+
+def test_a_resume_beyond_the_data_goes_on_with_the_same_draws(image_folder):
+    loader = open_data(folder(image_folder, *BEYOND)).train
+    set_epoch(loader, 1)
+    whole = list(plain_loader(loader).batch_sampler)
+    set_epoch(loader, 1, start=6)
+    assert list(plain_loader(loader).batch_sampler) == whole[6:]
+
+
+def test_a_teacher_cache_has_no_second_draw_of_an_image(image_folder, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*folder(image_folder, *BEYOND), '--teacher', 'test_vit', '--teacher-cache', 'cache'])
+    assert '--teacher-cache keeps one feature an image and view, --train-img-sizes gives' in capsys.readouterr().err

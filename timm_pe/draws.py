@@ -51,6 +51,11 @@ class Draw(NamedTuple):
     repeat: int
 
 
+def _image_of(index: Any) -> int:
+    """The image of a sampler's index; with scheduled sizes that is (image, size of the batch)."""
+    return index if isinstance(index, int) else index[0]
+
+
 class Batch(list):
     """The draws, or then the samples, of a batch that knows its place in the run; its samples know their draws."""
 
@@ -122,9 +127,10 @@ class DrawBatchSampler(Sampler):
         for number, indices in enumerate(self.batch_sampler):
             draws = []
             for index in indices:
-                draws.append(Draw(view, index, times[index] * self.world_size + self.rank if self.repeated else 0))
-                if self.repeated:
-                    times[index] += 1
+                image = _image_of(index)
+                repeat = times[image]  # above 0 in a second pass over the data too (--train-batches-per-epoch)
+                times[image] += 1
+                draws.append(Draw(view, index, repeat * self.world_size + self.rank if self.repeated else repeat))
             if number >= start:
                 yield Batch(draws, epoch, number)
 
@@ -168,9 +174,7 @@ class SeededDataset(Dataset):
             return self._load(draw)
 
     def _load(self, draw: Draw) -> tuple:
-        # with scheduled sizes an index is (index, choice of the batch)
-        index = draw.index if isinstance(draw.index, int) else draw.index[0]
-        _seed_all(derive_seed(self.seed, draw.view, index, draw.repeat))
+        _seed_all(derive_seed(self.seed, draw.view, _image_of(draw.index), draw.repeat))
         return self.dataset[draw.index]
 
     def __len__(self) -> int:
