@@ -16,6 +16,7 @@ from timm.data import create_dataset
 from timm_pe import UsageError
 from timm_pe.args import parse_args
 from timm_pe.data import (
+    _check_splits,
     check_data,
     check_num_classes,
     class_map_of,
@@ -348,3 +349,37 @@ def test_a_teacher_cache_has_no_second_draw_of_an_image(image_folder, capsys):
     with pytest.raises(SystemExit):
         parse_args([*folder(image_folder, *BEYOND), '--teacher', 'test_vit', '--teacher-cache', 'cache'])
     assert '--teacher-cache keeps one feature an image and view, --train-img-sizes gives' in capsys.readouterr().err
+
+
+FOLDER_KINDS = ['', 'imagenet', 'torch/image_folder']  # a name without a slash is a folder too
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_splits_whose_classes_differ_are_refused_whatever_reads_them(image_folder, tmp_path, kind):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'val' / 'cat').rename(tmp_path / 'val' / 'dog')
+    with pytest.raises(UsageError, match=r'different classes.*: cat, dog in one of them only \(3 and 3 classes\)'):
+        create_datasets(parse_args(folder(tmp_path, '--dataset', kind))[0])
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_a_folder_without_splits_is_warned_about_whatever_reads_it(image_folder, kind, caplog):
+    create_datasets(parse_args(folder(image_folder / 'train', '--dataset', kind))[0])
+    assert 'training and validation use the SAME images' in caplog.text
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_a_split_without_a_folder_is_refused_whatever_reads_it(image_folder, kind):
+    with pytest.raises(UsageError, match="no folder for split 'test' in .*: it has train, val"):
+        create_datasets(parse_args(folder(image_folder, '--dataset', kind, '--val-split', 'test'))[0])
+
+
+def test_splits_that_number_the_same_classes_otherwise_are_refused():
+    splits = [argparse.Namespace(class_to_idx=classes) for classes in ({'a': 0, 'b': 1}, {'b': 0, 'a': 1})]
+    with pytest.raises(UsageError, match='a is 0 in one and 1 in the other'):
+        _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+
+
+def test_splits_that_do_not_both_tell_their_classes_are_not_compared():
+    splits = [argparse.Namespace(class_to_idx={'a': 0}), argparse.Namespace()]
+    _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])

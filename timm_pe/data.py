@@ -28,6 +28,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from .args import resolve_dtype, resolve_smoothing
 from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
@@ -333,9 +334,28 @@ def _check_ranks(datasets: tuple[Dataset | None, Dataset], runtime: Runtime) -> 
 
 
 def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
-    if train is None or args.dataset:
+    if train is None:
         return
-    roots = [os.path.abspath(getattr(d.reader, 'root', '')) for d in (train, evaluation)]
+    if '/' not in args.dataset or isinstance(train, ImageFolder):
+        _check_split_folders(train, evaluation, args)
+    classes, eval_classes = class_map_of(train), class_map_of(evaluation)
+    if not classes or not eval_classes or classes == eval_classes:
+        return
+    only = sorted(set(classes).symmetric_difference(eval_classes))
+    moved = [n for n in classes if classes[n] != eval_classes.get(n)]
+    differ = (
+        f'{", ".join(only[:5])} in one of them only'
+        if only
+        else f'{moved[0]} is {classes[moved[0]]} in one and {eval_classes[moved[0]]} in the other'
+    )
+    raise UsageError(
+        f'training and validation split have different classes, so their labels would not mean the same: '
+        f'{differ} ({len(classes)} and {len(eval_classes)} classes)'
+    )
+
+
+def _check_split_folders(train: Dataset, evaluation: Dataset, args: argparse.Namespace) -> None:
+    roots = [os.path.abspath(getattr(getattr(d, 'reader', d), 'root', '')) for d in (train, evaluation)]
     data_dir = os.path.abspath(args.data_dir or args.data)
     if roots[0] == roots[1] == data_dir:
         _logger.warning(f"No split folders in '{data_dir}': training and validation use the SAME images.")
@@ -343,13 +363,6 @@ def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Nam
         split = (args.train_split, args.val_split)[roots.index(data_dir)]
         raise UsageError(
             f"no folder for split '{split}' in '{data_dir}': it has {', '.join(sorted(os.listdir(data_dir)))}"
-        )
-    classes, eval_classes = (getattr(d.reader, 'class_to_idx', None) for d in (train, evaluation))
-    if classes != eval_classes:
-        only = sorted(set(classes).symmetric_difference(eval_classes))
-        raise UsageError(
-            f'training and validation split have different classes, so their labels would not mean the same: '
-            f'{", ".join(only[:5])} in one of them only ({len(classes)} and {len(eval_classes)} classes)'
         )
 
 
