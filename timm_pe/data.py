@@ -7,7 +7,7 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from .args import resolve_dtype, resolve_smoothing
-from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
+from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import RunError, UsageError, one_line
 from .interrupts import ignore_in_worker
 from .runtime import Runtime
@@ -136,12 +136,15 @@ def first_batch(loader: Any) -> tuple:
         UsageError: Its images cannot be read.
     """
     set_epoch(loader, 0)
+    plain = plain_loader(loader)
+    if not isinstance(plain.dataset, IterableDataset):
+        # read here: workers would read ahead, and go on while the first epoch counts what cannot be read
+        loader = _loader_over(loader, [next(iter(plain.batch_sampler))], num_workers=0)
     try:
         batch = next(iter(loader))
     except RunError as e:  # nothing has begun yet
         raise UsageError(one_line(e)) from e
     forget_unreadable(loader.dataset)
-    plain = plain_loader(loader)
     if isinstance(plain, MultiEpochsDataLoader):
         plain.iterator = None
     return batch
@@ -149,12 +152,17 @@ def first_batch(loader: Any) -> tuple:
 
 def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
     """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
+    return _loader_over(loader, ViewBatches(view, indices, batch_size), plain_loader(loader).num_workers)
+
+
+def _loader_over(loader: Any, batches: Iterable[Batch], num_workers: int) -> Any:
+    """`loader` over other batches, with the same pixels and normalization."""
     plain = plain_loader(loader)
     other = DataLoader(
         plain.dataset,
-        batch_sampler=ViewBatches(view, indices, batch_size),
+        batch_sampler=batches,
         collate_fn=plain.collate_fn,
-        num_workers=plain.num_workers,
+        num_workers=num_workers,
         pin_memory=plain.pin_memory,
         worker_init_fn=plain.worker_init_fn,
         generator=torch.Generator(),
@@ -476,6 +484,7 @@ def _check_target(dataset: Dataset) -> None:
         dataset[0]
     except (ValueError, TypeError) as e:
         raise UsageError(f'--task multilabel: the targets of the data set do not fit: {one_line(e)}') from e
+    forget_unreadable(dataset)
 
 
 def _check_sizes(args: argparse.Namespace, student: nn.Module, config: dict[str, Any]) -> None:
