@@ -12,6 +12,8 @@ import pytest
 import timm
 import torch
 from timm.data import create_dataset
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from timm_pe import UsageError
 from timm_pe.args import parse_args
@@ -26,7 +28,7 @@ from timm_pe.data import (
     plain_loader,
     set_epoch,
 )
-from timm_pe.draws import derive_seed, seeded_mixup
+from timm_pe.draws import DrawBatchSampler, derive_seed, seeded_mixup
 from timm_pe.runtime import setup_runtime
 
 
@@ -383,3 +385,28 @@ def test_splits_that_number_the_same_classes_otherwise_are_refused():
 def test_splits_that_do_not_both_tell_their_classes_are_not_compared():
     splits = [argparse.Namespace(class_to_idx={'a': 0}), argparse.Namespace()]
     _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+
+
+def _epoch_order(sampler, seed, epoch=0):
+    """The images of an epoch on two ranks, in their order."""
+    ranks = []
+    for rank in range(2):
+        index_sampler = sampler(range(64), 2, rank)
+        batches = DrawBatchSampler(BatchSampler(index_sampler, 4, True), seed, rank, 2, repeated=False)
+        batches.set_epoch(epoch)
+        ranks.append([draw.index for batch in batches for draw in batch])
+    return ranks
+
+
+@pytest.mark.parametrize('sampler', [DistributedSampler, RepeatAugSampler])
+def test_the_order_of_several_ranks_follows_the_seed_and_the_epoch(sampler):
+    orders = {(s, e): _epoch_order(sampler, s, e) for s in (1, 2) for e in (0, 1)}
+    assert len({str(order) for order in orders.values()}) == 4
+    assert orders[1, 0] == _epoch_order(sampler, 1)
+
+
+def test_ranks_share_the_images_of_the_batch_that_one_process_would_take():
+    first, second = _epoch_order(DistributedSampler, seed=3)
+    order = BatchSampler(RandomSampler(range(64)), 8, True)
+    alone = [draw.index for batch in DrawBatchSampler(order, 3, 0, 1, repeated=False) for draw in batch]
+    assert alone == [index for pair in zip(first, second, strict=True) for index in pair]

@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import summary, tensorboard_curves
 
 import train_distill
+from timm_pe.args import parse_args
+from timm_pe.data import create_data, create_datasets, plain_loader
+from timm_pe.runtime import setup_runtime
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_vit', '--teacher', 'test_resnet', '--no-teacher-pretrained']
@@ -230,3 +234,31 @@ if os.environ.get('RANK') == '1':
     said = [line for line in out.stderr.splitlines() if 'train_distill: error:' in line]
     assert "rank 0 has class 'ant' as 0, rank 1 has it as 2" in said[0]
     assert not (tmp_path / 'run').exists()
+
+
+def test_two_ranks_train_on_the_batches_of_one_process_with_the_double_batch_at_any_seed(small_run, tmp_path):
+    note_indices = """
+import os
+if 'TIMM_PE_DUMP' in os.environ:
+    import timm_pe.draws as module
+
+    load = module.SeededDataset.__getitems__
+
+    def noting(self, batch):
+        with open(os.path.join(os.environ['TIMM_PE_DUMP'], 'read-' + os.environ.get('RANK', 'alone')), 'a') as f:
+            print(*(draw.index for draw in batch), file=f)
+        return load(self, batch)
+
+    module.SeededDataset.__getitems__ = noting
+"""
+    argv = [*small_run, '--model', 'test_resnet', '--seed', '7', '-j', '0']
+    out = launch([*argv, '-b', '4'], tmp_path, also=note_indices)
+    assert out.returncode == 0, out.stderr
+    ranks = [(tmp_path / f'read-{rank}').read_text().splitlines() for rank in range(2)]
+    together = [sorted(f'{a} {b}'.split()) for a, b in zip(*ranks, strict=True)]
+
+    args, _ = parse_args([*argv, '-b', '8'])
+    data = create_data(args, create_datasets(args), timm.create_model('test_resnet', num_classes=3), setup_runtime(args))
+    batches = plain_loader(data.train).batch_sampler
+    alone = [sorted(str(draw.index) for draw in batch) for _ in range(2) for batch in batches]
+    assert together == alone

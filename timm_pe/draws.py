@@ -84,11 +84,11 @@ class IndexedTarget(NamedTuple):
 
 
 class DrawBatchSampler(Sampler):
-    """timm's batches of indices as batches of `Draw`s; the order of a RandomSampler is a function of the epoch too.
+    """timm's batches of indices as batches of `Draw`s; their order is a function of seed and epoch, on any number of ranks.
 
     Args:
         batch_sampler: Batch sampler (torch's, or timm's ScheduledBatchSampler) over an index sampler.
-        seed: Run seed.
+        seed: Run seed, the same on all ranks: the order of DistributedSampler and RepeatAugSampler follows it too.
         rank: This rank.
         world_size: Number of ranks.
         repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
@@ -117,11 +117,12 @@ class DrawBatchSampler(Sampler):
     def __iter__(self) -> Iterator[Batch]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         start, self.start = self.start, 0
-        for part in (self.batch_sampler, self.sampler):
-            if hasattr(part, 'set_epoch'):
-                part.set_epoch(epoch)
+        if hasattr(self.batch_sampler, 'set_epoch'):  # the epochs of its schedule
+            self.batch_sampler.set_epoch(epoch)
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
+        elif hasattr(self.sampler, 'set_epoch'):  # those of several ranks make no more of an epoch than a seed
+            self.sampler.set_epoch(derive_seed(self.seed, epoch))
         view = epoch % self.views if self.views else epoch
         times = Counter()
         for number, indices in enumerate(self.batch_sampler):
