@@ -258,7 +258,9 @@ if 'TIMM_PE_DUMP' in os.environ:
     together = [sorted(f'{a} {b}'.split()) for a, b in zip(*ranks, strict=True)]
 
     args, _ = parse_args([*argv, '-b', '8'])
-    data = create_data(args, create_datasets(args), timm.create_model('test_resnet', num_classes=3), setup_runtime(args))
+    data = create_data(
+        args, create_datasets(args), timm.create_model('test_resnet', num_classes=3), setup_runtime(args)
+    )
     batches = plain_loader(data.train).batch_sampler
     alone = [sorted(str(draw.index) for draw in batch) for _ in range(2) for batch in batches]
     assert together == alone

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from .args import resolve_dtype, resolve_smoothing
+from .args import resolve_dtype, resolve_smoothing, resolve_workers
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import RunError, UsageError, one_line
 from .interrupts import ignore_in_worker
@@ -565,7 +565,7 @@ def _create_train_loader(
             batch_schedule_random_mix=args.train_size_random_mix,
             num_batches=args.train_batches_per_epoch,
             use_multi_epochs_loader=args.use_multi_epochs_loader and isinstance(dataset, IterableDataset),
-            **_common_loader_args(args, config, runtime),
+            **_common_loader_args(args, dataset, config, runtime),
         )
     except (AssertionError, ValueError, TypeError, KeyError, IndexError) as e:
         raise UsageError(f'training augmentation: {one_line(e)}') from e
@@ -633,7 +633,7 @@ def _create_naflex_data(
         'mean': config['mean'],
         'std': config['std'],
         'channels': config['input_size'][0],
-        'num_workers': args.workers,
+        'num_workers': resolve_workers(args, datasets[1])[0],
         'distributed': runtime.distributed,
         'rank': runtime.rank,
         'world_size': runtime.world_size,
@@ -700,15 +700,17 @@ def _create_eval_loader(args: argparse.Namespace, dataset: Dataset, config: dict
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
         persistent_workers=args.persistent_workers,
-        **_common_loader_args(args, config, runtime),
+        **_common_loader_args(args, dataset, config, runtime),
     )
 
 
-def _common_loader_args(args: argparse.Namespace, config: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+def _common_loader_args(
+    args: argparse.Namespace, dataset: Dataset, config: dict[str, Any], runtime: Runtime
+) -> dict[str, Any]:
     return {
         'mean': config['mean'],
         'std': config['std'],
-        'num_workers': args.workers,
+        'num_workers': resolve_workers(args, dataset)[0],
         'distributed': runtime.distributed,
         'pin_memory': args.pin_mem,
         'device': runtime.device,
