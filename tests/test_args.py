@@ -4,13 +4,15 @@ from pathlib import Path
 import pytest
 import yaml
 from timm.utils import ParseKwargs
+from torch.utils.data import IterableDataset
 
 from timm_pe import cli
-from timm_pe.args import create_parser, parse_args, resolve_lr
+from timm_pe.args import create_parser, parse_args, resolve_lr, resolve_workers
 
 FACTS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
 ACTIONS = {s: a for a in create_parser()._actions for s in (a.option_strings or [a.dest])}
 DATA = ['--dataset', 'sklearn/digits']
+OURS = {'--workers': None}  # that of resolve_workers
 TYPES = {'str': str, 'int': int, 'float': float}
 
 
@@ -28,7 +30,7 @@ def refused(argv, capsys):
 def test_a_flag_of_timm_has_timms_names_type_and_default(fact):
     action = ACTIONS[fact['flags'][0]]
     assert set(fact['flags']) == set(action.option_strings or [action.dest])
-    assert action.default == fact['default']
+    assert action.default == OURS.get(fact['flags'][-1], fact['default'])
     kind = fact.get('action')
     if kind == 'parse_kwargs':
         assert isinstance(action, ParseKwargs)
@@ -167,3 +169,30 @@ def test_rank_0_speaks_first_and_others_only_for_themselves(rank, of_all, said, 
     assert e.value.code == 3
     assert capsys.readouterr().err.strip() == said
     assert waited == [cli.RANK_0_FIRST] * (rank > 0)
+
+
+@pytest.mark.parametrize(('cores', 'ranks', 'workers'), [(1, 1, 1), (2, 1, 2), (64, 1, 4), (16, 8, 2), (2, 4, 1)])
+def test_without_j_a_rank_has_a_loader_process_for_each_of_its_cores_up_to_four(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    args, text = parse_args(DATA)
+    share = max(1, cores // ranks)
+    assert resolve_workers(args, [0]) == (workers, f'of {share} core{"s" * (share > 1)}; -j sets it')
+    assert yaml.safe_load(text)['workers'] is None
+
+
+@pytest.mark.parametrize('given', [0, 4, 9])
+def test_a_given_number_of_loader_processes_is_kept(monkeypatch, tmp_path, given):
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0}, raising=False)
+    (tmp_path / 'args.yaml').write_text(parse_args([*DATA, '-j', str(given)])[1])
+    args, text = parse_args(['-c', str(tmp_path / 'args.yaml')])
+    assert resolve_workers(args, [0])[0] == given
+    assert yaml.safe_load(text)['workers'] == given
+
+
+@pytest.mark.parametrize('naflex', [True, False])
+def test_what_is_drawn_by_worker_has_timms_number_of_them_on_any_machine(monkeypatch, naflex):
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0}, raising=False)
+    stream = type('Stream', (IterableDataset,), {'__iter__': lambda self: iter(())})()
+    args, _ = parse_args([*DATA, *(['--naflex-loader'] if naflex else [])])
+    assert resolve_workers(args, [0] if naflex else stream)[0] == 4

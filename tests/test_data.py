@@ -1,22 +1,34 @@
 import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.data import create_dataset
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from timm_pe import UsageError
 from timm_pe.args import parse_args
 from timm_pe.data import (
+    _check_splits,
     check_data,
     check_num_classes,
+    class_map_of,
     count_classes,
     create_data,
     create_datasets,
+    plain_loader,
     set_epoch,
 )
-from timm_pe.draws import derive_seed, seeded_mixup
+from timm_pe.draws import DrawBatchSampler, derive_seed, seeded_mixup
 from timm_pe.runtime import setup_runtime
 
 
@@ -238,3 +250,163 @@ def test_the_padded_crop_refuses_flags_of_the_other_crop(image_folder, capsys, m
     with pytest.raises(SystemExit):
         parse_args([*folder(image_folder), '--train-crop-pad', '4', *more])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('wrap', [(), ('--train-img-sizes', '24', '32'), ('--aug-splits', '2')])
+@pytest.mark.parametrize('kind', ['', 'torch/image_folder'])
+def test_the_class_map_of_a_data_set_is_seen_through_what_wraps_it(image_folder, kind, wrap):
+    data = open_data(folder(image_folder, '-j', '0', '--dataset', kind, *wrap))
+    assert class_map_of(data.train.dataset) == class_map_of(data.eval.dataset) == {'ant': 0, 'bee': 1, 'cat': 2}
+
+
+def test_the_class_map_of_tar_files_is_seen(image_folder, tmp_path):
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        tar.add(image_folder / 'train', arcname='.')
+    dataset = create_dataset('', root=str(tmp_path / 'train.tar'), search_split=False)
+    assert class_map_of(dataset) == {'ant': 0, 'bee': 1, 'cat': 2}
+
+
+def test_a_data_set_without_a_class_map_has_none():
+    assert class_map_of(None) is None
+    assert class_map_of(torch.utils.data.TensorDataset(torch.zeros(1))) is None
+
+
+ORDER = """
+import sys
+from timm_pe import UsageError
+from timm_pe.args import parse_args
+from timm_pe.data import class_map_of, create_datasets
+try:
+    print(class_map_of(create_datasets(parse_args(sys.argv[1:])[0])[0]))
+except UsageError as e:
+    print(e)
+"""
+
+
+def _orders(argv):
+    """What processes of different hash seeds make of a data set's classes."""
+    said = set()
+    for seed in range(4):  # at random, two names come in one order all four times once in eight
+        env = {**os.environ, 'PYTHONHASHSEED': str(seed)}
+        command = [sys.executable, '-c', ORDER, *argv]
+        said.add(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.strip())
+    return said
+
+
+def _folder_of_classes(root, image_folder, *names):
+    for split in ('train', 'val'):
+        for name in names:
+            shutil.copytree(image_folder / split / 'ant', root / split / name)
+    return [str(root), '--num-classes', str(len(names))]
+
+
+def test_class_folders_that_timm_cannot_sort_are_refused_whatever_the_hash_seed(image_folder, tmp_path):
+    (said,) = _orders(_folder_of_classes(tmp_path, image_folder, 'Ant', 'bee', 'ant'))
+    assert "class folders 'Ant' and 'ant'" in said
+
+
+@pytest.mark.parametrize('names', [('01', '1'), ('A02B', 'a2b')])
+def test_class_folders_that_timm_cannot_sort_are_named_with_the_remedy(image_folder, tmp_path, names):
+    argv = _folder_of_classes(tmp_path, image_folder, *names)
+    with pytest.raises(UsageError, match=f"class folders '{names[0]}' and '{names[1]}'.* rename one of them"):
+        create_datasets(parse_args(argv)[0])
+
+
+def test_a_class_map_orders_what_timm_cannot_sort(image_folder, tmp_path):
+    argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
+    (tmp_path / 'classes.txt').write_text('1\n01\n')
+    args, _ = parse_args([*argv, '--class-map', str(tmp_path / 'classes.txt')])
+    assert class_map_of(create_datasets(args)[0]) == {'1': 0, '01': 1}
+
+
+def test_torchvision_sorts_what_timm_cannot(image_folder, tmp_path):
+    argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
+    args, _ = parse_args([*argv, '--dataset', 'torch/image_folder'])
+    assert class_map_of(create_datasets(args)[0]) == {'01': 0, '1': 1}
+
+
+BEYOND = ('-j', '0', '--train-img-sizes', '24', '32', '--train-batches-per-epoch', '9')  # 9 x 8 draws of 36 images
+
+
+def test_an_image_that_recurs_within_an_epoch_is_drawn_anew(image_folder):
+    plain = plain_loader(open_data(folder(image_folder, *BEYOND)).train)
+    draws = [draw for batch in plain.batch_sampler for draw in batch]
+    times = Counter(index for _, (index, _), _ in draws)
+    assert set(times.values()) == {2}
+    for image in times:
+        first, second = (draw._replace(index=(image, 1)) for draw in draws if draw.index[0] == image)  # at one size
+        assert (first.repeat, second.repeat) == (0, 1)
+        assert not np.array_equal(plain.dataset[first][0], plain.dataset[second][0])
+
+
+def test_a_resume_beyond_the_data_goes_on_with_the_same_draws(image_folder):
+    loader = open_data(folder(image_folder, *BEYOND)).train
+    set_epoch(loader, 1)
+    whole = list(plain_loader(loader).batch_sampler)
+    set_epoch(loader, 1, start=6)
+    assert list(plain_loader(loader).batch_sampler) == whole[6:]
+
+
+def test_a_teacher_cache_has_no_second_draw_of_an_image(image_folder, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*folder(image_folder, *BEYOND), '--teacher', 'test_vit', '--teacher-cache', 'cache'])
+    assert '--teacher-cache keeps one feature an image and view, --train-img-sizes gives' in capsys.readouterr().err
+
+
+FOLDER_KINDS = ['', 'imagenet', 'torch/image_folder']  # a name without a slash is a folder too
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_splits_whose_classes_differ_are_refused_whatever_reads_them(image_folder, tmp_path, kind):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'val' / 'cat').rename(tmp_path / 'val' / 'dog')
+    with pytest.raises(UsageError, match=r'different classes.*: cat, dog in one of them only \(3 and 3 classes\)'):
+        create_datasets(parse_args(folder(tmp_path, '--dataset', kind))[0])
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_a_folder_without_splits_is_warned_about_whatever_reads_it(image_folder, kind, caplog):
+    create_datasets(parse_args(folder(image_folder / 'train', '--dataset', kind))[0])
+    assert 'training and validation use the SAME images' in caplog.text
+
+
+@pytest.mark.parametrize('kind', FOLDER_KINDS)
+def test_a_split_without_a_folder_is_refused_whatever_reads_it(image_folder, kind):
+    with pytest.raises(UsageError, match="no folder for split 'test' in .*: it has train, val"):
+        create_datasets(parse_args(folder(image_folder, '--dataset', kind, '--val-split', 'test'))[0])
+
+
+def test_splits_that_number_the_same_classes_otherwise_are_refused():
+    splits = [argparse.Namespace(class_to_idx=classes) for classes in ({'a': 0, 'b': 1}, {'b': 0, 'a': 1})]
+    with pytest.raises(UsageError, match='a is 0 in one and 1 in the other'):
+        _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+
+
+def test_splits_that_do_not_both_tell_their_classes_are_not_compared():
+    splits = [argparse.Namespace(class_to_idx={'a': 0}), argparse.Namespace()]
+    _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+
+
+def _epoch_order(sampler, seed, epoch=0):
+    """The images of an epoch on two ranks, in their order."""
+    ranks = []
+    for rank in range(2):
+        index_sampler = sampler(range(64), 2, rank)
+        batches = DrawBatchSampler(BatchSampler(index_sampler, 4, True), seed, rank, 2, repeated=False)
+        batches.set_epoch(epoch)
+        ranks.append([draw.index for batch in batches for draw in batch])
+    return ranks
+
+
+@pytest.mark.parametrize('sampler', [DistributedSampler, RepeatAugSampler])
+def test_the_order_of_several_ranks_follows_the_seed_and_the_epoch(sampler):
+    orders = {(s, e): _epoch_order(sampler, s, e) for s in (1, 2) for e in (0, 1)}
+    assert len({str(order) for order in orders.values()}) == 4
+    assert orders[1, 0] == _epoch_order(sampler, 1)
+
+
+def test_ranks_share_the_images_of_the_batch_that_one_process_would_take():
+    first, second = _epoch_order(DistributedSampler, seed=3)
+    order = BatchSampler(RandomSampler(range(64)), 8, True)
+    alone = [draw.index for batch in DrawBatchSampler(order, 3, 0, 1, repeated=False) for draw in batch]
+    assert alone == [index for pair in zip(first, second, strict=True) for index in pair]

@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import summary, tensorboard_curves
 from PIL import Image
 
 import train_distill
+from timm_pe.args import parse_args
+from timm_pe.data import create_data, create_datasets, plain_loader
+from timm_pe.runtime import setup_runtime
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_vit', '--teacher', 'test_resnet', '--no-teacher-pretrained']
@@ -250,3 +254,47 @@ agreement.compare = telling(agreement.compare, 1)
     assert out.returncode == 0, out.stderr
     curves, _ = tensorboard_curves(tmp_path / 'run')
     assert [value for _, value in curves['eval_teacher_agreement']] == pytest.approx([100 * 10 / 11] * 2)
+
+
+def test_ranks_that_find_other_classes_are_refused(small_run, tmp_path):
+    other_order = """
+import os
+if os.environ.get('RANK') == '1':
+    import timm.data.readers.reader_image_folder as module
+    module.natural_key = lambda name: [-ord(c) for c in os.path.basename(name)]
+"""
+    out = launch([*small_run, *PAIR], tmp_path, also=other_order)
+    assert out.returncode != 0
+    said = [line for line in out.stderr.splitlines() if 'train_distill: error:' in line]
+    assert "rank 0 has class 'ant' as 0, rank 1 has it as 2" in said[0]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_two_ranks_train_on_the_batches_of_one_process_with_the_double_batch_at_any_seed(small_run, tmp_path):
+    note_indices = """
+import os
+if 'TIMM_PE_DUMP' in os.environ:
+    import timm_pe.draws as module
+
+    load = module.SeededDataset.__getitems__
+
+    def noting(self, batch):
+        with open(os.path.join(os.environ['TIMM_PE_DUMP'], 'read-' + os.environ.get('RANK', 'alone')), 'a') as f:
+            print(*(draw.index for draw in batch), file=f)
+        return load(self, batch)
+
+    module.SeededDataset.__getitems__ = noting
+"""
+    argv = [*small_run, '--model', 'test_resnet', '--seed', '7', '-j', '0']
+    out = launch([*argv, '-b', '4'], tmp_path, also=note_indices)
+    assert out.returncode == 0, out.stderr
+    ranks = [(tmp_path / f'read-{rank}').read_text().splitlines() for rank in range(2)]
+    together = [sorted(f'{a} {b}'.split()) for a, b in zip(*ranks, strict=True)]
+
+    args, _ = parse_args([*argv, '-b', '8'])
+    data = create_data(
+        args, create_datasets(args), timm.create_model('test_resnet', num_classes=3), setup_runtime(args)
+    )
+    batches = plain_loader(data.train).batch_sampler
+    alone = [sorted(str(draw.index) for draw in batch) for _ in range(2) for batch in batches]
+    assert together == alone

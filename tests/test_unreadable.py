@@ -1,15 +1,22 @@
 """Images that cannot be read are counted and named, and too many end the run."""
 
 import re
+import time
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 from helpers import refused, run, summary
 from PIL import Image
 from survive import COMMON, write_images
 from timm.data import create_dataset
 
+from timm_pe.args import parse_args
+from timm_pe.data import _check_target, create_data, create_datasets, first_batch, plain_loader, set_epoch
 from timm_pe.errors import RunError
-from timm_pe.unreadable import CountingImageDataset, describe_unreadable
+from timm_pe.runtime import setup_runtime
+from timm_pe.unreadable import CountingImageDataset, describe_unreadable, forget_unreadable
 
 
 @pytest.fixture
@@ -103,3 +110,45 @@ def test_an_error_of_a_transform_is_not_taken_for_a_file(images):
     with pytest.raises(RuntimeError, match='^a bug$') as e:
         dataset[0]
     assert not isinstance(e.value, RunError)
+
+
+@pytest.mark.parametrize('more', [(), ('--use-multi-epochs-loader',)], ids=['plain', 'multi epochs'])
+def test_the_first_look_reads_no_image_that_an_epoch_would_count(images, more):
+    args, _ = parse_args([str(images), *COMMON, '-j', '2', *more])
+    runtime = setup_runtime(args)
+    student = timm.create_model('test_resnet', num_classes=3)
+    loader = create_data(args, create_datasets(args), student, runtime).train
+    in_first_batch = {draw.index for draw in first_batch_draws(loader)}
+    dataset = loader.dataset.dataset
+    for index in set(range(72)) - in_first_batch:
+        if index % 3 == 0:
+            truncate(Path(dataset.filename(index, absolute=True)))
+    input, _ = first_batch(loader)
+    time.sleep(2)  # what workers would read ahead
+    assert forget_unreadable(loader.dataset) == (0, '')
+    torch.testing.assert_close(input, next(iter_epoch(loader)), rtol=0, atol=0)
+
+
+def first_batch_draws(loader):
+    set_epoch(loader, 0)
+    return next(iter(plain_loader(loader).batch_sampler))
+
+
+def iter_epoch(loader):
+    set_epoch(loader, 0)
+    for input, _ in loader:
+        yield input
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_each_image_that_was_drawn_and_is_unreadable_counts_once(workers, command, images, capsys):
+    for name in ('ant/20', 'ant/21', 'ant/22', 'bee/0', 'cat/11'):  # neighbours: one is tried in place of the other
+        truncate(images / 'train' / f'{name}.png')
+    assert '5 of 72 images could not be read' in run([*command, '-j', workers], capsys)
+
+
+def test_a_look_at_the_targets_is_not_counted(images):
+    truncate(images / 'train' / 'ant' / '0.png')
+    dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
+    _check_target(dataset)
+    assert forget_unreadable(dataset) == (0, '')

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from timm.utils import ParseKwargs
+from torch.utils.data import Dataset, IterableDataset
 
 from .args_check import AT_MOST, check, check_values, odd_value
 from .args_timm import add_timm_args
@@ -33,6 +34,8 @@ _OF_AN_EVALUATION = (
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
     *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
 )  # fmt: skip
+# loader processes
+_TIMM_WORKERS = 4
 
 
 def create_parser(prog: str = 'train_distill') -> Parser:
@@ -234,6 +237,20 @@ def resolve_smoothing(args: argparse.Namespace) -> float:
     if args.smoothing is not None:
         return args.smoothing
     return 0.0 if args.task == 'multilabel' else 0.1
+
+
+def resolve_workers(args: argparse.Namespace, dataset: Dataset) -> tuple[int, str]:
+    """Loader processes on this rank, and why so many: --workers, or one for each core of this rank, up to timm's default of 4.
+
+    Draws of a stream and of NaFlex batches depend on the number, so there it is 4 on every machine.
+    """
+    if args.workers is not None:
+        return args.workers, 'as -j says'
+    if args.naflex_loader or isinstance(dataset, IterableDataset):
+        return _TIMM_WORKERS, 'what is drawn depends on the number; -j sets it'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))  # torchrun's number of ranks on this machine
+    return min(_TIMM_WORKERS, cores), f'of {cores} core{"s" * (cores > 1)}; -j sets it'
 
 
 def resolve_dtype(name: str | None) -> torch.dtype | None:

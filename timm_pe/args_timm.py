@@ -200,7 +200,7 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     add('--recovery-interval', metavar='N', type=int, default=0, help='batches between recovery checkpoints; 0: none')
     add('--save-epochs', metavar='N', type=int, nargs='+', default=None, help='keep milestone-N.pth.tar after these numbers of epochs, and validate there')
     add('--checkpoint-hist', metavar='N', type=int, default=10, help='number of checkpoints kept')
-    add('-j', '--workers', metavar='N', type=int, default=4, help='loader processes on each rank')
+    add('-j', '--workers', metavar='N', type=int, default=None, help="loader processes on each rank; None: this rank's share of the cores, from 1 to 4 (for streams and NaFlex, whose draws depend on the number, 4)")
     add('--save-images', action='store_true', default=False, help='save a training batch as a picture at each log interval')
     add('--pin-mem', action='store_true', default=False, help='pin host memory for faster copies')
     add('--no-prefetcher', action='store_true', default=False, help='plain DataLoader, no prefetching to the device')

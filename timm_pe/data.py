@@ -7,12 +7,13 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
@@ -24,11 +25,13 @@ from timm.data.readers.reader import Reader
 from timm.data.target_transforms import MultiLabelTarget
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models.naflexvit import NaFlexVit
+from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-from .args import resolve_dtype, resolve_smoothing
-from .draws import DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
+from .args import resolve_dtype, resolve_smoothing, resolve_workers
+from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .errors import RunError, UsageError, one_line
 from .interrupts import ignore_in_worker
 from .runtime import Runtime
@@ -133,12 +136,15 @@ def first_batch(loader: Any) -> tuple:
         UsageError: Its images cannot be read.
     """
     set_epoch(loader, 0)
+    plain = plain_loader(loader)
+    if not isinstance(plain.dataset, IterableDataset):
+        # read here: workers would read ahead, and go on while the first epoch counts what cannot be read
+        loader = _loader_over(loader, [next(iter(plain.batch_sampler))], num_workers=0)
     try:
         batch = next(iter(loader))
     except RunError as e:  # nothing has begun yet
         raise UsageError(one_line(e)) from e
     forget_unreadable(loader.dataset)
-    plain = plain_loader(loader)
     if isinstance(plain, MultiEpochsDataLoader):
         plain.iterator = None
     return batch
@@ -146,12 +152,17 @@ def first_batch(loader: Any) -> tuple:
 
 def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
     """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
+    return _loader_over(loader, ViewBatches(view, indices, batch_size), plain_loader(loader).num_workers)
+
+
+def _loader_over(loader: Any, batches: Iterable[Batch], num_workers: int) -> Any:
+    """`loader` over other batches, with the same pixels and normalization."""
     plain = plain_loader(loader)
     other = DataLoader(
         plain.dataset,
-        batch_sampler=ViewBatches(view, indices, batch_size),
+        batch_sampler=batches,
         collate_fn=plain.collate_fn,
-        num_workers=plain.num_workers,
+        num_workers=num_workers,
         pin_memory=plain.pin_memory,
         worker_init_fn=plain.worker_init_fn,
         generator=torch.Generator(),
@@ -233,7 +244,7 @@ def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_ch
     if args.target_format:
         extra['target_format'] = args.target_format
     try:
-        return create_dataset(
+        dataset = create_dataset(
             args.dataset,
             root=root,
             split=split,
@@ -251,6 +262,21 @@ def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_ch
         )
     except Exception as e:
         raise UsageError(f"cannot open data set '{args.dataset or root}', split '{split}': {one_line(e)}") from e
+    if is_folder and not args.class_map:
+        _check_class_order(dataset)
+    return dataset
+
+
+def _check_class_order(dataset: Dataset) -> None:
+    """Refuse class folders that are equal to timm's sort: it sorts a set, so their order would be another in each process."""
+    names = {}
+    for name in sorted(class_map_of(dataset) or ()):
+        first = names.setdefault(tuple(natural_key(name)), name)
+        if first != name:
+            raise UsageError(
+                f"class folders '{first}' and '{name}' are equal to timm, which sorts without case and leading zeros, so their "
+                f'labels would be a matter of chance: rename one of them, or give all in their order with --class-map'
+            )
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -295,10 +321,49 @@ def create_datasets(args: argparse.Namespace, in_chans: int = 3) -> tuple[Datase
     return train, evaluation
 
 
-def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
-    if train is None or args.dataset:
+def _check_ranks(datasets: tuple[Dataset | None, Dataset], runtime: Runtime) -> None:
+    """Raise unless all ranks have the same classes in the same order.
+
+    Raises:
+        UsageError: They do not: machines with different folders.
+    """
+    if not runtime.distributed:
         return
-    roots = [os.path.abspath(getattr(d.reader, 'root', '')) for d in (train, evaluation)]
+    ranks: list = [None] * runtime.world_size
+    dist.all_gather_object(ranks, [class_map_of(dataset) or {} for dataset in datasets])
+    for rank, maps in enumerate(ranks):
+        for first, other in zip(ranks[0], maps, strict=True):
+            name = next((n for n in {**first, **other} if first.get(n) != other.get(n)), None)
+            if name is not None:
+                raise UsageError(
+                    f"rank 0 has class '{name}' as {first.get(name)}, rank {rank} has it as {other.get(name)}: all machines "
+                    f'must have the same class folders, or the same --class-map'
+                )
+
+
+def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
+    if train is None:
+        return
+    if '/' not in args.dataset or isinstance(train, ImageFolder):
+        _check_split_folders(train, evaluation, args)
+    classes, eval_classes = class_map_of(train), class_map_of(evaluation)
+    if not classes or not eval_classes or classes == eval_classes:
+        return
+    only = sorted(set(classes).symmetric_difference(eval_classes))
+    moved = [n for n in classes if classes[n] != eval_classes.get(n)]
+    differ = (
+        f'{", ".join(only[:5])} in one of them only'
+        if only
+        else f'{moved[0]} is {classes[moved[0]]} in one and {eval_classes[moved[0]]} in the other'
+    )
+    raise UsageError(
+        f'training and validation split have different classes, so their labels would not mean the same: '
+        f'{differ} ({len(classes)} and {len(eval_classes)} classes)'
+    )
+
+
+def _check_split_folders(train: Dataset, evaluation: Dataset, args: argparse.Namespace) -> None:
+    roots = [os.path.abspath(getattr(getattr(d, 'reader', d), 'root', '')) for d in (train, evaluation)]
     data_dir = os.path.abspath(args.data_dir or args.data)
     if roots[0] == roots[1] == data_dir:
         _logger.warning(f"No split folders in '{data_dir}': training and validation use the SAME images.")
@@ -307,19 +372,27 @@ def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Nam
         raise UsageError(
             f"no folder for split '{split}' in '{data_dir}': it has {', '.join(sorted(os.listdir(data_dir)))}"
         )
-    classes, eval_classes = (getattr(d.reader, 'class_to_idx', None) for d in (train, evaluation))
-    if classes != eval_classes:
-        only = sorted(set(classes).symmetric_difference(eval_classes))
-        raise UsageError(
-            f'training and validation split have different classes, so their labels would not mean the same: '
-            f'{", ".join(only[:5])} in one of them only ({len(classes)} and {len(eval_classes)} classes)'
-        )
+
+
+def class_map_of(dataset: Dataset | None) -> dict[str, int] | None:
+    """The class map of a data set, name -> index in the order of the indices; None where it does not tell.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+    """
+    while dataset is not None:
+        for part in (getattr(dataset, 'reader', None), dataset):
+            # timm's reader of tar files has another name for it
+            classes = getattr(part, 'class_to_idx', None) or getattr(part, 'class_name_to_idx', None)
+            if classes:
+                return {str(name): int(classes[name]) for name in sorted(classes, key=lambda name: classes[name])}
+        dataset = getattr(dataset, 'dataset', None)
+    return None
 
 
 def count_classes(dataset: Dataset | None) -> int | None:
     """Number of classes of a data set, None where it does not tell."""
-    reader = getattr(dataset, 'reader', None)
-    class_to_idx = getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    class_to_idx = class_map_of(dataset)
     if class_to_idx:
         return max(class_to_idx.values()) + 1
     classes = getattr(dataset, 'classes', None)
@@ -368,9 +441,10 @@ def create_data(
         runtime: Device and ranks.
 
     Raises:
-        UsageError: Other classes than the student's, flags that the loader cannot do, or fewer training images than
-            one batch.
+        UsageError: Other classes than the student's, or than those of another rank, flags that the loader cannot do, or
+            fewer training images than one batch.
     """
+    _check_ranks(datasets, runtime)
     if args.task == 'multilabel':
         for dataset in filter(None, datasets):
             dataset.target_transform = MultiLabelTarget(student.num_classes, dense=args.target_format == 'multihot')
@@ -410,6 +484,7 @@ def _check_target(dataset: Dataset) -> None:
         dataset[0]
     except (ValueError, TypeError) as e:
         raise UsageError(f'--task multilabel: the targets of the data set do not fit: {one_line(e)}') from e
+    forget_unreadable(dataset)
 
 
 def _check_sizes(args: argparse.Namespace, student: nn.Module, config: dict[str, Any]) -> None:
@@ -490,7 +565,7 @@ def _create_train_loader(
             batch_schedule_random_mix=args.train_size_random_mix,
             num_batches=args.train_batches_per_epoch,
             use_multi_epochs_loader=args.use_multi_epochs_loader and isinstance(dataset, IterableDataset),
-            **_common_loader_args(args, config, runtime),
+            **_common_loader_args(args, dataset, config, runtime),
         )
     except (AssertionError, ValueError, TypeError, KeyError, IndexError) as e:
         raise UsageError(f'training augmentation: {one_line(e)}') from e
@@ -558,7 +633,7 @@ def _create_naflex_data(
         'mean': config['mean'],
         'std': config['std'],
         'channels': config['input_size'][0],
-        'num_workers': args.workers,
+        'num_workers': resolve_workers(args, datasets[1])[0],
         'distributed': runtime.distributed,
         'rank': runtime.rank,
         'world_size': runtime.world_size,
@@ -625,15 +700,17 @@ def _create_eval_loader(args: argparse.Namespace, dataset: Dataset, config: dict
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
         persistent_workers=args.persistent_workers,
-        **_common_loader_args(args, config, runtime),
+        **_common_loader_args(args, dataset, config, runtime),
     )
 
 
-def _common_loader_args(args: argparse.Namespace, config: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+def _common_loader_args(
+    args: argparse.Namespace, dataset: Dataset, config: dict[str, Any], runtime: Runtime
+) -> dict[str, Any]:
     return {
         'mean': config['mean'],
         'std': config['std'],
-        'num_workers': args.workers,
+        'num_workers': resolve_workers(args, dataset)[0],
         'distributed': runtime.distributed,
         'pin_memory': args.pin_mem,
         'device': runtime.device,

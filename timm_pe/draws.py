@@ -57,6 +57,11 @@ class Draw(NamedTuple):
     source: int = 0
 
 
+def _image_of(index: Any) -> int:
+    """The image of a sampler's index; with scheduled sizes that is (image, size of the batch)."""
+    return index if isinstance(index, int) else index[0]
+
+
 class Batch(list):
     """The draws, or then the samples, of a batch that knows its place in the run; its samples know their draws."""
 
@@ -87,11 +92,11 @@ class IndexedTarget(NamedTuple):
 
 
 class DrawBatchSampler(Sampler):
-    """timm's batches of indices as batches of `Draw`s; the order of a RandomSampler is a function of the epoch too.
+    """timm's batches of indices as batches of `Draw`s; their order is a function of seed and epoch, on any number of ranks.
 
     Args:
         batch_sampler: Batch sampler (torch's, or timm's ScheduledBatchSampler) over an index sampler.
-        seed: Run seed.
+        seed: Run seed, the same on all ranks: the order of DistributedSampler and RepeatAugSampler follows it too.
         rank: This rank.
         world_size: Number of ranks.
         repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
@@ -120,19 +125,21 @@ class DrawBatchSampler(Sampler):
     def __iter__(self) -> Iterator[Batch]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         start, self.start = self.start, 0
-        for part in (self.batch_sampler, self.sampler):
-            if hasattr(part, 'set_epoch'):
-                part.set_epoch(epoch)
+        if hasattr(self.batch_sampler, 'set_epoch'):  # the epochs of its schedule
+            self.batch_sampler.set_epoch(epoch)
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
+        elif hasattr(self.sampler, 'set_epoch'):  # those of several ranks make no more of an epoch than a seed
+            self.sampler.set_epoch(derive_seed(self.seed, epoch))
         view = epoch % self.views if self.views else epoch
         times = Counter()
         for number, indices in enumerate(self.batch_sampler):
             draws = []
             for index in indices:
-                draws.append(Draw(view, index, times[index] * self.world_size + self.rank if self.repeated else 0))
-                if self.repeated:
-                    times[index] += 1
+                image = _image_of(index)
+                repeat = times[image]  # above 0 in a second pass over the data too (--train-batches-per-epoch)
+                times[image] += 1
+                draws.append(Draw(view, index, repeat * self.world_size + self.rank if self.repeated else repeat))
             if number >= start:
                 yield Batch(draws, epoch, number)
 
@@ -181,9 +188,7 @@ class SeededDataset(Dataset):
             return self._load(draw)
 
     def _load(self, draw: Draw) -> tuple:
-        # with scheduled sizes an index is (index, choice of the batch)
-        index = draw.index if isinstance(draw.index, int) else draw.index[0]
-        _seed_all(derive_seed(self.seed, draw.view, index, draw.repeat))
+        _seed_all(derive_seed(self.seed, draw.view, _image_of(draw.index), draw.repeat))
         return self.dataset[draw.index]
 
     def __len__(self) -> int:

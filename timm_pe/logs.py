@@ -18,7 +18,7 @@ import torch.nn as nn
 from timm.utils import setup_default_logging, trim_summary, update_summary, world_info_from_env
 from tqdm import tqdm
 
-from .args import resolve_smoothing
+from .args import resolve_smoothing, resolve_workers
 from .files import replaced
 from .runtime import Runtime, describe_precision, describe_teacher_precision
 from .version import __version__
@@ -158,6 +158,7 @@ def _run_rows(
     rows.append(('weight average', average))
     rows.append(('seed', str(args.seed)))
     rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
+    rows.append(('loader workers', '{} ({})'.format(*resolve_workers(args, data.train.dataset))))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
     python = platform.python_version()
     rows.append(

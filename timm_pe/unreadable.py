@@ -46,7 +46,7 @@ class _Reads(Reader):
 
 
 class CountingImageDataset(ImageDataset):
-    """timm's ImageDataset, with a count over all loader processes of the images that could not be read.
+    """timm's ImageDataset, with a count over all loader processes of the images that were drawn and could not be read.
 
     Args:
         dataset: What to read; its reader, image mode and transforms are taken over.
@@ -91,12 +91,11 @@ class CountingImageDataset(ImageDataset):
                 f'files in order?'
             ) from e
         finally:
-            *unreadable, _ = self.reader.asked
-            self.replaced = bool(unreadable)
-            if unreadable:
+            self.replaced = len(self.reader.asked) > 1
+            if self.replaced:
                 with self._count.get_lock():
-                    self._count[1] = unreadable[0] if not self._count[0] else self._count[1]
-                    self._count[0] += len(unreadable)
+                    self._count[1] = index if not self._count[0] else self._count[1]
+                    self._count[0] += 1  # the others were tried in its place: those that are drawn count themselves
 
     def take_count(self) -> tuple[int, str]:
         """How many images could not be read since it was last asked, and the name of the first."""
