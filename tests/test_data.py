@@ -1,16 +1,19 @@
 import argparse
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.data import create_dataset
 
 from timm_pe import UsageError
 from timm_pe.args import parse_args
 from timm_pe.data import (
     check_data,
     check_num_classes,
+    class_map_of,
     count_classes,
     create_data,
     create_datasets,
@@ -238,3 +241,22 @@ def test_the_padded_crop_refuses_flags_of_the_other_crop(image_folder, capsys, m
     with pytest.raises(SystemExit):
         parse_args([*folder(image_folder), '--train-crop-pad', '4', *more])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('wrap', [(), ('--train-img-sizes', '24', '32'), ('--aug-splits', '2')])
+@pytest.mark.parametrize('kind', ['', 'torch/image_folder'])
+def test_the_class_map_of_a_data_set_is_seen_through_what_wraps_it(image_folder, kind, wrap):
+    data = open_data(folder(image_folder, '-j', '0', '--dataset', kind, *wrap))
+    assert class_map_of(data.train.dataset) == class_map_of(data.eval.dataset) == {'ant': 0, 'bee': 1, 'cat': 2}
+
+
+def test_the_class_map_of_tar_files_is_seen(image_folder, tmp_path):
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        tar.add(image_folder / 'train', arcname='.')
+    dataset = create_dataset('', root=str(tmp_path / 'train.tar'), search_split=False)
+    assert class_map_of(dataset) == {'ant': 0, 'bee': 1, 'cat': 2}
+
+
+def test_a_data_set_without_a_class_map_has_none():
+    assert class_map_of(None) is None
+    assert class_map_of(torch.utils.data.TensorDataset(torch.zeros(1))) is None

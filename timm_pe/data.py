@@ -316,10 +316,25 @@ def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Nam
         )
 
 
+def class_map_of(dataset: Dataset | None) -> dict[str, int] | None:
+    """The class map of a data set, name -> index in the order of the indices; None where it does not tell.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+    """
+    while dataset is not None:
+        for part in (getattr(dataset, 'reader', None), dataset):
+            # timm's reader of tar files has another name for it
+            classes = getattr(part, 'class_to_idx', None) or getattr(part, 'class_name_to_idx', None)
+            if classes:
+                return {str(name): int(classes[name]) for name in sorted(classes, key=lambda name: classes[name])}
+        dataset = getattr(dataset, 'dataset', None)
+    return None
+
+
 def count_classes(dataset: Dataset | None) -> int | None:
     """Number of classes of a data set, None where it does not tell."""
-    reader = getattr(dataset, 'reader', None)
-    class_to_idx = getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    class_to_idx = class_map_of(dataset)
     if class_to_idx:
         return max(class_to_idx.values()) + 1
     classes = getattr(dataset, 'classes', None)
