@@ -155,6 +155,32 @@ def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, 
     assert re.search(r'epochs +4 of 9 batches, warmup 1, starting at 1', run(argv, capsys))
 
 
+@pytest.mark.parametrize('name', ['kept.pth.tar', 'last.pth.tar', 'recovery-9-9.pth.tar'])
+def test_where_a_run_goes_on_is_what_its_checkpoint_holds_not_how_the_file_is_called(
+    name, alone, tmp_path, stop_at, capsys, monkeypatch
+):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--save-epochs', '1', '2']
+    run([*argv, '--stop-epoch', '1'])
+    stop_at(4)
+    refused([*argv, '--resume', 'auto'], capsys, code=143)
+    monkeypatch.undo()
+    os.replace(tmp_path / 'run' / 'recovery-1-3.pth.tar', tmp_path / 'run' / name)
+    run([*argv, '--resume', str(tmp_path / 'run' / name)])
+    (tmp_path / 'run' / 'kept.pth.tar').unlink(missing_ok=True)
+    found = compare(folder, tmp_path / 'run')
+    assert sorted(found) == ['only in one: milestone-1.pth.tar', 'only in one: milestone-2.pth.tar']
+    assert [load(tmp_path / 'run' / f'milestone-{n}.pth.tar')['saver']['run']['validated'] for n in (1, 2)] == [True] * 2
+
+
+def test_a_checkpoint_of_a_whole_epoch_is_one_under_the_name_of_a_recovery_file_too(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    shutil.copy(folder / 'checkpoint-1.pth.tar', tmp_path / 'recovery-1-5.pth.tar')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', str(tmp_path / 'recovery-1-5.pth.tar')]
+    run(argv)
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['2', '3']
+
+
 def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     folder, argv = alone('plain')
     checkpoint = load(folder / 'last.pth.tar')

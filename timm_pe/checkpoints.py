@@ -125,10 +125,15 @@ class Saver(CheckpointSaver):
         last = os.path.join(self.checkpoint_dir, 'last.pth.tar')
         return os.path.exists(self._student) and os.stat(self._student).st_mtime_ns > os.stat(last).st_mtime_ns
 
-    def continue_from(self, path: str) -> None:
-        """Continue the history of a folder from one of its checkpoints, whose weights the model has."""
-        saved = load_checkpoint_metadata(path).get('saver') or {}
-        is_last = os.path.basename(path) == 'last.pth.tar'
+    def continue_from(self, path: str) -> bool:
+        """Continue the history of a folder from one of its checkpoints, whose weights the model has.
+
+        Returns:
+            The checkpoint is the `last` one, of a whole epoch.
+        """
+        checkpoint = load_checkpoint_metadata(path)
+        saved = checkpoint.get('saver') or {}
+        is_last = os.path.basename(path) == 'last.pth.tar' and _is_of_whole_epoch(checkpoint, path)
         epoch, metric = saved.get('pending', (None, None))
         self.load_state_dict({**saved, 'pending': (None, None)} if is_last else saved)
         # those of the process before us are ours to clean
@@ -142,6 +147,7 @@ class Saver(CheckpointSaver):
             self._last_is_there = True
             self.save_checkpoint(epoch, metric)
             self._last_is_there = False
+        return is_last
 
 
 def save_student(model: nn.Module, path: str) -> None:
@@ -219,7 +225,7 @@ def resume(
                 f'new ones on its student'
             )
         _logger.info(f"'{path}' holds no projectors: they start new.")
-    run = None if args.no_resume_opt else _run_state(checkpoint, path)
+    run = _run_state(checkpoint, path)
     try:
         epoch = resume_task_checkpoint(
             task,
@@ -231,9 +237,15 @@ def resume(
         raise UsageError(f"--resume '{path}': {e}") from e
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
-    if epoch is not None and os.path.basename(path).startswith('recovery-'):
+    if epoch is not None and not _is_of_whole_epoch(checkpoint, path):
         epoch -= 1  # saved in that epoch, not after it
-    return epoch, run
+    return epoch, None if args.no_resume_opt else run
+
+
+def _is_of_whole_epoch(checkpoint: dict, path: str) -> bool:
+    """Whether a checkpoint was saved after its epoch, not in it; of one that does not say so itself the name tells."""
+    run = (checkpoint.get('saver') or {}).get('run')
+    return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
 
 
 def _run_state(checkpoint: dict, path: str) -> RunState | None:

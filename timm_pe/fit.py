@@ -375,8 +375,7 @@ def _create_saver(args: argparse.Namespace, trainer: Trainer, folder: str) -> Sa
 
 
 def _continue_folder(args: argparse.Namespace, trainer: Trainer, start_epoch: int) -> None:
-    trainer.saver.continue_from(args.resume)
-    if os.path.basename(args.resume) == 'last.pth.tar':
+    if trainer.saver.continue_from(args.resume):
         _save_milestone(trainer, start_epoch)
 
 
