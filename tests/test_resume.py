@@ -191,10 +191,15 @@ def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
         assert 'is no training checkpoint' in refused(argv_of, capsys)
 
 
-def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(alone, tmp_path, capsys):
-    folder, argv = alone('plain')
+@pytest.mark.parametrize(
+    ('variant', 'of', 'name'), [('plain', 'random', 'torch'), ('narrow', 'generators', '_sr_generator cpu')]
+)
+def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(
+    variant, of, name, alone, tmp_path, capsys
+):
+    folder, argv = alone(variant)
     checkpoint = load(folder / 'checkpoint-1.pth.tar')
-    checkpoint['saver']['run']['ranks'][0]['random']['torch'] = torch.zeros(3, dtype=torch.uint8)
+    checkpoint['saver']['run']['ranks'][0][of][name] = torch.zeros(3, dtype=torch.uint8)
     torch.save(checkpoint, tmp_path / 'c.pth.tar')
     argv = [*argv, '--output', str(tmp_path / 'out'), '--experiment', 'run', '--resume', str(tmp_path / 'c.pth.tar')]
     assert 'random states' in refused(argv, capsys)

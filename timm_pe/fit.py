@@ -149,7 +149,7 @@ def _accept_state(trainer: Trainer, state: RunState | None) -> RunState | None:
             f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
             f'{state.data.get("names")} then, {trainer.images.get("number")} of hash {trainer.images.get("names")} now.'
         )
-    check_rank_state(state, trainer.runtime)
+    check_rank_state(state, trainer.task, trainer.runtime)
     if state.validated:
         return state
     settings = run_settings(trainer.args, len(trainer.data.train), trainer.runtime.world_size)

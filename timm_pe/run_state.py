@@ -101,9 +101,17 @@ def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
     }
 
 
+def _generators(task: TrainingTask) -> dict[str, torch.Generator]:
+    """Generators that the moving average has of its own: one in bfloat16 is rounded at random."""
+    average = task.get_trainable_module(ema=True)
+    made = vars(average).items() if average is not None else ()
+    return {f'{name} {value.device.type}': value for name, value in made if isinstance(value, torch.Generator)}
+
+
 def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, Any] | None = None) -> list[dict]:
     """What belongs to each rank, from all of them; to be called on all."""
     own = {'random': _random_states(runtime.device), 'losses': dict(losses or {})}
+    own['generators'] = {name: generator.get_state() for name, generator in _generators(task).items()}
     if not runtime.distributed:
         return [own]
     own['buffers'] = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
@@ -112,7 +120,7 @@ def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, A
     return ranks
 
 
-def check_rank_state(state: RunState, runtime: Runtime) -> None:
+def check_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> None:
     """Refuse random states that cannot be put back, before anything is written.
 
     Raises:
@@ -120,8 +128,12 @@ def check_rank_state(state: RunState, runtime: Runtime) -> None:
     """
     try:
         if len(state.ranks) == runtime.world_size:
+            own = state.ranks[runtime.rank]
             with kept_rng():
-                _set_random_states(state.ranks[runtime.rank]['random'], torch.device('cpu'))
+                _set_random_states(own['random'], torch.device('cpu'))
+            for name, generator in _generators(task).items():
+                if name in own.get('generators', {}):
+                    torch.Generator(generator.device).set_state(own['generators'][name])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
         raise UsageError(f'--resume: the random states in the checkpoint do not fit: {one_line(e)}') from e
 
@@ -144,6 +156,9 @@ def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) ->
             if name in buffers:  # the moving average may be new
                 buffers[name].copy_(value)
     _set_random_states(own['random'], runtime.device)
+    for name, generator in _generators(task).items():
+        if name in own.get('generators', {}):  # the average may be new, or elsewhere than it was
+            generator.set_state(own['generators'][name])
     return own['losses']
 
 
