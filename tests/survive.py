@@ -135,6 +135,7 @@ def load(path: Path) -> dict:
     del checkpoint['args']
     run = checkpoint['saver']['run']
     run['train_metrics'].pop('images_per_s', None)
+    run.pop('seconds', None)
     return checkpoint
 
 

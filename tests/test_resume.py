@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers import load, refused, run, summary
+from helpers import load, refused, run, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver
 
@@ -133,6 +133,54 @@ def test_where_a_batch_is_another_the_epoch_starts_again(more, why, alone, tmp_p
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
 
 
+def test_a_term_added_in_mid_epoch_counts_from_there_and_that_is_said(alone, tmp_path, stop_at, capsys, monkeypatch):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--log-tb']
+    stop_at(14)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    said = run([*argv, '--teacher-num-classes', '3', '--kd-loss-weight', '1'], capsys)
+    assert 'loss, task_loss, pe_loss then and loss, task_loss, pe_loss, logit_loss now' in said
+    assert 'losses of this epoch are means over its batches from 2 on' in said
+    row = summary(tmp_path / 'run')[0]
+    terms = {k: float(row[f'train_{k}']) for k in ('loss', 'task_loss', 'pe_loss', 'logit_loss')}
+    assert terms['loss'] == pytest.approx(terms['task_loss'] + 25 * terms['pe_loss'] + terms['logit_loss'], rel=1e-5)
+    curves, _ = tensorboard_curves(tmp_path / 'run')
+    assert len(curves['step/logit_loss']) == len(curves['step/loss']) - 6
+    points = [value for _, value in curves['step/task_loss'][6:10]]  # of batches 2 and 3, 4 and 5, 6 and 7, 8
+    assert terms['task_loss'] == pytest.approx(
+        sum(b * p for b, p in zip((2, 2, 2, 1), points, strict=True)) / 7, rel=1e-4
+    )
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path, stop_at, capsys, monkeypatch):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s\. ', run([*argv, '--stop-epoch', '1'], capsys))
+    change_run(tmp_path / 'run', seconds=5000.0)
+    stop_at(4)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    assert re.search(r'Best top1 [\d.]+ at epoch \d, 50\d\d s in all\. ', run(argv, capsys))
+
+
+def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '1'])
+    change_run(tmp_path / 'run', seconds=None)
+    for stop in ('2', '4'):  # nor by the checkpoints that follow
+        said = run([*argv, '--stop-epoch', stop], capsys)
+        assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s since it was resumed\. ', said)
+
+
+def change_run(folder, **changes):
+    """Make `last` one of which the state of the run is another; a value of None is missing, as in earlier commits."""
+    checkpoint = load(folder / 'last.pth.tar')
+    state = {**checkpoint['saver']['run'], **changes}
+    checkpoint['saver']['run'] = {k: v for k, v in state.items() if k not in changes or v is not None}
+    torch.save(checkpoint, folder / 'last.pth.tar')
+
+
 def test_changed_training_images_are_warned_about(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / 'images')
     argv = [str(tmp_path / 'images'), *COMMON, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
@@ -170,7 +218,9 @@ def test_where_a_run_goes_on_is_what_its_checkpoint_holds_not_how_the_file_is_ca
     (tmp_path / 'run' / 'kept.pth.tar').unlink(missing_ok=True)
     found = compare(folder, tmp_path / 'run')
     assert sorted(found) == ['only in one: milestone-1.pth.tar', 'only in one: milestone-2.pth.tar']
-    assert [load(tmp_path / 'run' / f'milestone-{n}.pth.tar')['saver']['run']['validated'] for n in (1, 2)] == [True] * 2
+    assert [load(tmp_path / 'run' / f'milestone-{n}.pth.tar')['saver']['run']['validated'] for n in (1, 2)] == [
+        True
+    ] * 2
 
 
 def test_a_checkpoint_of_a_whole_epoch_is_one_under_the_name_of_a_recovery_file_too(alone, tmp_path, capsys):
@@ -184,7 +234,9 @@ def test_a_checkpoint_of_a_whole_epoch_is_one_under_the_name_of_a_recovery_file_
 def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     folder, argv = alone('plain')
     checkpoint = load(folder / 'last.pth.tar')
-    for odd in ('x', {'epoch': 1}, {**checkpoint['saver']['run'], 'batch': -1}):
+    state = checkpoint['saver']['run']
+    odds = 'x', {'epoch': 1}, {**state, 'batch': -1}, {**state, 'seconds': 'x'}, {**state, 'seconds': -1.0}
+    for odd in (*odds, {**state, 'lap': 3}, {**state, 'seconds': float('nan')}):
         checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
         argv_of = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]

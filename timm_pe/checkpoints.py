@@ -30,6 +30,8 @@ _ENTRIES = {
     ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
     ('epoch', 'version'): int,
 }
+# entries of a RunState that checkpoints of earlier commits do not have
+_ADDED = {'seconds'}
 
 
 class Saver(CheckpointSaver):
@@ -252,13 +254,17 @@ def _run_state(checkpoint: dict, path: str) -> RunState | None:
     run = (checkpoint.get('saver') or {}).get('run')
     if run is None:
         return None
-    if not isinstance(run, dict) or set(run) != {f.name for f in fields(RunState)}:
+    names = {f.name for f in fields(RunState)}
+    # what later commits added may be missing
+    if not isinstance(run, dict) or not names - _ADDED <= set(run) <= names:
         raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
     state = RunState(**run)
     if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
         raise UsageError(
             f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
         )
+    if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
     return state
 
 

@@ -72,6 +72,8 @@ def create_trainer(
         _look_at_first_batch(task, data, runtime, cache)
     prepare_task(task, args, runtime)
     trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=_describe_images(data))
+    if args.resume:
+        trainer.seconds_before = state.seconds if state else None
     trainer.resumed = _accept_state(trainer, state)
     if args.nonfinite == 'skip':
         trainer.guard = UpdateGuard(task.get_trainable_module(), scales=runtime.scaler is not None)
@@ -414,7 +416,7 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
     args, runtime = trainer.args, trainer.runtime
     metric_name = args.eval_metric or default_metric(args)
     stop = args.stop_epoch or num_epochs
-    began = time.perf_counter()
+    trainer.began = time.perf_counter()
     losses = restore_rank_state(trainer.resumed, trainer.task, runtime) if trainer.resumed else {}
     state = trainer.resumed if trainer.resumed and not trainer.resumed.validated else None
     best = (None, None)
@@ -430,8 +432,10 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
                 trainer.scheduler.step(epoch + 1, metric)
             state, losses = None, {}
     if runtime.is_primary and best[0] is not None:
+        seconds = time.perf_counter() - trainer.began if trainer.seconds is None else trainer.seconds
+        of = ' since it was resumed' if trainer.seconds is None else ' in all' if args.resume else ''
         _logger.info(
-            f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {time.perf_counter() - began:.0f} s. '
+            f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {seconds:.0f} s{of}. '
             f"The student: '{os.path.join(folder, 'student.safetensors')}'."
         )
 

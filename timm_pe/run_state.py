@@ -41,6 +41,7 @@ class RunState:
         data: Number and hash of the training images.
         schedule: State of a plateau schedule, which follows from no number.
         ranks: For each rank its random states, sums of losses, and buffers where ranks have their own.
+        seconds: How long the run has trained, in all its parts; None in a checkpoint that does not say it.
     """
 
     epoch: int
@@ -52,6 +53,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
 
 
 def run_settings(args: argparse.Namespace, num_batches: int, world_size: int) -> dict[str, Any]:
