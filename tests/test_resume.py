@@ -173,6 +173,62 @@ def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path
         assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s since it was resumed\. ', said)
 
 
+def best_of(folder):
+    """What a run folder says is the best: the history of `last`, and the epoch of model_best."""
+    saver = load(folder / 'last.pth.tar')['saver']
+    epoch, metric = saver['pending']
+    kept = dict([*saver['checkpoint_files'], (f'checkpoint-{epoch}.pth.tar', metric)])
+    return kept, load(folder / 'model_best.pth.tar')['epoch']
+
+
+# by top-1 the best of 'plain' is epoch 1, by loss always the newest
+@pytest.mark.parametrize('stop', ['2', '3', '4'])
+def test_under_another_eval_metric_the_best_is_found_anew(stop, alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path)]
+    run([*argv, '--experiment', 'loss', '--eval-metric', 'loss'])
+    run([*argv, '--experiment', 'run', '--stop-epoch', stop])
+    said = run([*argv, '--experiment', 'run', '--resume', 'auto', '--eval-metric', 'loss'], capsys)
+    assert f'--eval-metric is loss now and was top1 before: epoch {int(stop) - 1} is the best so far' in said
+    if stop != '4':  # else nothing was left to train, and `last` is as it was
+        assert best_of(tmp_path / 'run')[0] == best_of(tmp_path / 'loss')[0]
+    assert best_of(tmp_path / 'run')[1] == best_of(tmp_path / 'loss')[1]
+    assert best_of(tmp_path / 'run')[1] != best_of(folder)[1]
+    students = [(tmp_path / name / 'student.safetensors').read_bytes() for name in ('run', 'loss')]
+    assert students[0] == students[1]
+
+
+def test_a_best_epoch_whose_weights_are_gone_is_named_and_the_best_that_is_kept_counts(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--checkpoint-hist', '1']
+    argv += ['--resume', 'auto']
+    run([*argv, '--stop-epoch', '3'])
+    assert list(best_of(tmp_path / 'run')[0]) == ['checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']  # the last is `last`
+    rows = summary(tmp_path / 'run')
+    path = tmp_path / 'run' / 'summary.csv'
+    path.write_text(path.read_text().replace(rows[0]['eval_loss'], '0.001'))
+    said = run([*argv, '--eval-metric', 'loss', '--stop-epoch', '3'], capsys)
+    assert 'epoch 0 is the best so far, but its weights are not kept: of those that are, epoch 2 is' in said
+    assert best_of(tmp_path / 'run')[1] == 2
+
+
+def test_a_plateau_schedule_does_not_compare_one_metric_with_another(alone, tmp_path, capsys):
+    argv = [*alone('plateau')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '3'])
+    said = run([*argv, '--eval-metric', 'loss'], capsys)
+    assert 'the plateau schedule counts anew' in said
+    plateau = load(tmp_path / 'run' / 'last.pth.tar')['saver']['run']['schedule']['plateau']
+    assert plateau['mode'] == 'min'
+    assert plateau['best'] == float('inf') or plateau['best'] < 2
+
+
+def test_a_resumed_run_puts_the_best_of_its_history_in_place(alone, tmp_path):
+    folder, argv = alone('plain')
+    shutil.copytree(folder, tmp_path / 'run')
+    shutil.copy(folder / 'checkpoint-3.pth.tar', tmp_path / 'run' / 'model_best.pth.tar')  # of a branch that is left
+    run([*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto'])
+    assert compare(folder, tmp_path / 'run') == []
+
+
 def change_run(folder, **changes):
     """Make `last` one of which the state of the run is another; a value of None is missing, as in earlier commits."""
     checkpoint = load(folder / 'last.pth.tar')

@@ -7,7 +7,7 @@ import logging
 import os
 import reprlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 import torch
@@ -127,8 +127,12 @@ class Saver(CheckpointSaver):
         last = os.path.join(self.checkpoint_dir, 'last.pth.tar')
         return os.path.exists(self._student) and os.stat(self._student).st_mtime_ns > os.stat(last).st_mtime_ns
 
-    def continue_from(self, path: str) -> bool:
+    def continue_from(self, path: str, metrics: Mapping[int, float] | None = None) -> bool:
         """Continue the history of a folder from one of its checkpoints, whose weights the model has.
+
+        Args:
+            path: The checkpoint.
+            metrics: Metric of each epoch so far, where the history was ranked by another: it is ranked anew.
 
         Returns:
             The checkpoint is the `last` one, of a whole epoch.
@@ -138,6 +142,9 @@ class Saver(CheckpointSaver):
         is_last = os.path.basename(path) == 'last.pth.tar' and _is_of_whole_epoch(checkpoint, path)
         epoch, metric = saved.get('pending', (None, None))
         self.load_state_dict({**saved, 'pending': (None, None)} if is_last else saved)
+        if metrics is not None:
+            self._rank_anew(checkpoint['epoch'], metrics)
+            metric = metrics.get(epoch)
         # those of the process before us are ours to clean
         for other in recovery_files(self.recovery_dir):
             if not os.path.samefile(other, path):
@@ -149,14 +156,54 @@ class Saver(CheckpointSaver):
             self._last_is_there = True
             self.save_checkpoint(epoch, metric)
             self._last_is_there = False
+        if metrics is None and best_epoch(self.checkpoint_dir) not in (None, self.best_epoch):
+            self._restore_best()  # the best of what followed on this checkpoint and is left, or by another metric
         return is_last
+
+    def _rank_anew(self, last: int, metrics: Mapping[int, float]) -> None:
+        kept, self.checkpoint_files = [path for path, _ in self.checkpoint_files], []
+        self.best_metric = self.best_epoch = None
+        for epoch in range(last + 1):
+            path = self._checkpoint_path(epoch)
+            if path in kept:
+                self._track_checkpoint(path, epoch, metrics.get(epoch), update_best_file=False)
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Make model_best and the student those of the best epoch, where its checkpoint is kept."""
+        path = self._checkpoint_path(self.best_epoch)
+        if not os.path.exists(path):
+            return
+        self._duplicate(path, os.path.join(self.checkpoint_dir, 'model_best.pth.tar'))
+        averaged = self.evaluated_model() is self.task.get_eval_model(ema=True)
+        _save_weights(load_checkpoint_metadata(path)['state_dict_ema' if averaged else 'state_dict'], self._student)
+        at = os.stat(path).st_mtime_ns
+        os.utime(self._student, ns=(at, at))  # as old as its weights: it tells whether those of `last` are due yet
 
 
 def save_student(model: nn.Module, path: str) -> None:
     """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in unwrap_model(model).state_dict().items()}
+    _save_weights(unwrap_model(model).state_dict(), path)
+
+
+def _save_weights(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     with replaced(path) as beside:
         save_file(tensors, beside, metadata={'format': 'pt'})
+
+
+def best_epoch(folder: str | os.PathLike) -> int | None:
+    """The epoch of a run folder's model_best, whose weights the student has; None where it has no such file."""
+    try:
+        return load_checkpoint_metadata(os.path.join(folder, 'model_best.pth.tar')).get('epoch')
+    except Exception:  # gone, or whatever it may be by now
+        return None
+
+
+def saved_args(path: str) -> argparse.Namespace | None:
+    """The arguments that a training checkpoint was saved with, None where it holds none."""
+    args = load_checkpoint_metadata(path).get('args')
+    return args if isinstance(args, argparse.Namespace) else None
 
 
 def remove_half_written(folder: str) -> None:

@@ -31,7 +31,7 @@ from .errors import UsageError, one_line
 from .files import replaced
 from .interrupts import Interrupted, Interrupts
 from .loading import load_weights, read_state_dict
-from .logs import Progress, cut_summary, start_table, write_summary
+from .logs import Progress, cut_summary, read_summary, start_table, write_summary
 from .models import place_student
 from .nonfinite import UpdateGuard, check_finite
 from .run_state import RunState, check_rank_state, restore_rank_state, restore_schedule, run_settings
@@ -125,14 +125,19 @@ def _check_same_start(
 
 def _resume_schedule(trainer: Trainer, start_epoch: int) -> None:
     scheduler, state = trainer.scheduler, trainer.resumed
-    restore_schedule(scheduler, state.schedule if state else {})
+    schedule = state.schedule if state else {}
+    metric = state.metric if state else None
+    if schedule and _metric_then(trainer.args) != ranked_by(trainer.args):
+        _logger.warning('--eval-metric is another than before: the plateau schedule counts anew.')
+        schedule, metric = {**schedule, 'plateau': {}}, None
+    restore_schedule(scheduler, schedule)
     if trainer.args.sched_on_updates:
         batches = state.batch if state and not state.validated else 0
         scheduler.step_update(start_epoch * trainer.updates_per_epoch + trainer.updates_after(batches))
     elif not isinstance(scheduler, PlateauLRScheduler):
         scheduler.step(start_epoch)
     elif not state or state.validated:
-        scheduler.step(start_epoch, state.metric if state else None)
+        scheduler.step(start_epoch, metric)
 
 
 def _describe_images(data: Data) -> dict[str, Any]:
@@ -296,6 +301,11 @@ def validate(
     return metrics
 
 
+def ranked_by(args: argparse.Namespace) -> str:
+    """The metric that names the best epoch of a run."""
+    return args.eval_metric or default_metric(args)
+
+
 def default_metric(args: argparse.Namespace) -> str:
     """What names the best epoch: top-1, or for multi-label data mAP."""
     return 'map' if args.task == 'multilabel' else 'top1'
@@ -377,8 +387,39 @@ def _create_saver(args: argparse.Namespace, trainer: Trainer, folder: str) -> Sa
 
 
 def _continue_folder(args: argparse.Namespace, trainer: Trainer, start_epoch: int) -> None:
-    if trainer.saver.continue_from(args.resume):
+    then, now = _metric_then(args), ranked_by(args)
+    metrics = None if then == now else _metrics_so_far(args, f'eval_{now}', start_epoch)
+    if trainer.saver.continue_from(args.resume, metrics):
         _save_milestone(trainer, start_epoch)
+    if metrics is not None:
+        _announce_best(trainer.saver, metrics, f'--eval-metric is {now} now and was {then} before')
+
+
+def _metric_then(args: argparse.Namespace) -> str:
+    """What the epochs of --resume were ranked by."""
+    saved = checkpoints.saved_args(args.resume)
+    return ranked_by(args if saved is None else argparse.Namespace(**{**vars(args), **vars(saved)}))
+
+
+def _metrics_so_far(args: argparse.Namespace, column: str, start_epoch: int) -> dict[int, float]:
+    """A column of summary.csv in the folder of --resume, as far as it goes before an epoch."""
+    path = os.path.join(os.path.dirname(args.resume), 'summary.csv')
+    rows = read_summary(path) if os.path.exists(path) else {}
+    metrics = {epoch: row.get(column) for epoch, row in rows.items() if epoch < start_epoch}
+    return {epoch: metric for epoch, metric in metrics.items() if metric is not None}
+
+
+def _announce_best(saver: Saver, metrics: Mapping[int, float], why: str) -> None:
+    if not metrics:
+        _logger.warning(f'{why}: summary.csv has none of it, the best epoch is found among those to come.')
+        return
+    best = (min if saver.decreasing else max)(metrics, key=lambda epoch: metrics[epoch])
+    said = f'{why}: epoch {best} is the best so far'
+    if saver.best_metric is None:
+        said += ', but no weights are kept: the best is found among the epochs to come'
+    elif metrics[best] != saver.best_metric:
+        said += f', but its weights are not kept: of those that are, epoch {saver.best_epoch} is'
+    _logger.warning(f'{said}.')
 
 
 def announce(
@@ -414,7 +455,7 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
         RunError: It cannot go on; checkpoints written before are whole.
     """
     args, runtime = trainer.args, trainer.runtime
-    metric_name = args.eval_metric or default_metric(args)
+    metric_name = ranked_by(args)
     stop = args.stop_epoch or num_epochs
     trainer.began = time.perf_counter()
     losses = restore_rank_state(trainer.resumed, trainer.task, runtime) if trainer.resumed else {}
