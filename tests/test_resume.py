@@ -292,6 +292,7 @@ def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     checkpoint = load(folder / 'last.pth.tar')
     state = checkpoint['saver']['run']
     odds = 'x', {'epoch': 1}, {**state, 'batch': -1}, {**state, 'seconds': 'x'}, {**state, 'seconds': -1.0}
+    odds += tuple({**state, 'meaning': odd} for odd in ('x', {'teacher_weights': 3}, {'classes': ['ant']}))
     for odd in (*odds, {**state, 'lap': 3}, {**state, 'seconds': float('nan')}):
         checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
@@ -317,6 +318,101 @@ def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(
 def test_a_checkpoint_with_random_states_loads_with_weights_only(alone):
     ranks = load(alone('plain')[0] / 'last.pth.tar')['saver']['run']['ranks']
     assert set(ranks[0]['random']) == {'python', 'numpy', 'torch'}
+
+
+# Another run under the same name -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    """Weights of two teachers of one architecture."""
+    folder = tmp_path_factory.mktemp('teachers')
+    for name in ('a', 'b'):
+        torch.manual_seed(ord(name))
+        torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), folder / f'{name}.pth')
+    return folder
+
+
+@pytest.fixture
+def begun(images, teachers, tmp_path):
+    """The command line of a run with teacher a, of which an epoch is trained."""
+    argv = [str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run', '--teacher-checkpoint']
+    run([*argv, str(teachers / 'a.pth'), '--stop-epoch', '1'])
+    return [*argv, str(teachers / 'a.pth'), '--resume', 'auto']
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ('more', 'why'),
+    [
+        (['--teacher-checkpoint', 'b'], r'teacher test_resnet \(\w{16}\) then, test_resnet \(\w{16}\) now'),
+        (['--teacher', 'test_vit', '--teacher-checkpoint', ''], r'teacher test_resnet \(\w{16}\) then, test_vit now'),
+        (['--pe-target', 'logits', '--pe-loss', 'kl'], 'target feature then, logits now'),
+        (['--model', 'test_vit'], 'model test_resnet then, test_vit now'),
+    ],
+)
+def test_a_resume_that_makes_another_run_of_it_is_refused_and_no_resume_opt_starts_one(
+    more, why, begun, teachers, tmp_path, capsys, monkeypatch
+):
+    more = [str(teachers / 'b.pth') if word == 'b' else word for word in more]
+    before = bytes_of(tmp_path / 'run')
+    said = refused([*begun, *more], capsys)
+    assert re.search(f'is of a run about something else .*{why}', said)
+    assert 'add --no-resume-opt --start-epoch 0 to start a new run on its student' in said
+    assert bytes_of(tmp_path / 'run') == before
+    if '--model' in more:  # whose weights are no others
+        return
+    loaded = []
+    monkeypatch.setattr(ProjectorEnsembleTask, 'load_task_state', lambda self, state, **kwargs: loaded.append(state))
+    argv = [*begun, *more, '--experiment', 'new', '--resume', str(tmp_path / 'run'), '--no-resume-opt']
+    said = run([*argv, '--start-epoch', '0', '--epochs', '2', '--model-ema'], capsys)
+    assert re.search(f'{why}.*: its projectors start new', said)
+    assert loaded == [None, None]
+    assert [row['epoch'] for row in summary(tmp_path / 'new')] == ['0', '1']
+    assert bytes_of(tmp_path / 'run') == before
+
+
+def test_a_teacher_is_told_by_its_weights_however_they_are_called_and_run(begun, teachers, tmp_path, capsys):
+    shutil.copy(teachers / 'a.pth', tmp_path / 'copy.pth')
+    how = ['--teacher-checkpoint', str(tmp_path / 'copy.pth'), '--no-teacher-fold', '--teacher-dtype', 'bfloat16']
+    said = run([*begun, *how, '--kd-loss-weight', '1', '--stop-epoch', '2'], capsys)
+    assert '--teacher-fold True then and False now' in said
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['1']
+
+
+def test_another_class_map_is_refused(begun, tmp_path, capsys):
+    shutil.copytree(begun[0], tmp_path / 'images')
+    for split in ('train', 'val'):
+        os.rename(tmp_path / 'images' / split / 'ant', tmp_path / 'images' / split / 'dog')
+    said = refused([str(tmp_path / 'images'), *begun[1:]], capsys)
+    assert "class 'ant' 0 then, of no class now" in said
+    anew = ['--no-resume-opt', '--start-epoch', '0', '--experiment', 'new', '--resume', str(tmp_path / 'run')]
+    said = run([str(tmp_path / 'images'), *begun[1:], *anew, '--epochs', '2'], capsys)
+    assert "class 'ant' 0 then, of no class now" in said
+    assert 'start new' not in said
+
+
+def test_what_merely_differs_is_named_in_one_line(begun, tmp_path, capsys):
+    more = ['--pe-loss', 'mse', '--pe-teacher-norm', 'layer', '--mixup', '0.2', '--epochs', '5']
+    said = run([*begun, *more, '--stop-epoch', '2', '-j', '1', '--log-interval', '1'], capsys)
+    (line,) = [line for line in said.splitlines() if 'flags that differ' in line]
+    assert line.endswith(
+        '--resume: flags that differ from those of the checkpoint: --epochs 4 then and 5 now, --mixup 0.0 then and 0.2 now, '
+        "--pe-loss None then and 'mse' now, --pe-teacher-norm 'none' then and 'layer' now."
+    )
+    assert 'flags that differ' not in run([*begun, *more, '--stop-epoch', '3'], capsys)
+
+
+def test_a_checkpoint_of_an_earlier_commit_is_not_asked_for_what_it_does_not_hold(begun, teachers, tmp_path, capsys):
+    ranks = load(tmp_path / 'run' / 'last.pth.tar')['saver']['run']['ranks']
+    del ranks[0]['generators']
+    change_run(tmp_path / 'run', meaning=None, seconds=None, ranks=ranks)
+    said = run([*begun, '--teacher-checkpoint', str(teachers / 'b.pth')], capsys)
+    assert 'something else' not in said
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
 
 
 # Signals -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import reprlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 from .errors import UsageError, one_line
 from .files import replaced, sync_file
 from .loading import check_state_dict, check_weights, find_checkpoint, why_unreadable
-from .run_state import RunState
+from .run_state import RunState, changes_of_meaning, is_meaning
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +32,19 @@ _ENTRIES = {
     ('epoch', 'version'): int,
 }
 # entries of a RunState that checkpoints of earlier commits do not have
-_ADDED = {'seconds'}
+_ADDED = {'seconds', 'meaning'}
+# flags that say where and how a part of a run is run, or whose change is told elsewhere
+_NOT_COMPARED = {
+    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
+    *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
+    *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
+    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
+    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs'),
+    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
+}
+# what projectors lead to: to another they start new
+_NEW_PROJECTORS = {'target', 'teacher'}
 
 
 class Saver(CheckpointSaver):
@@ -250,19 +263,34 @@ def find_resume(args: argparse.Namespace) -> str:
 
 
 def resume(
-    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, runtime: Runtime
+    args: argparse.Namespace,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    meaning: Mapping[str, Any],
 ) -> tuple[int | None, RunState | None]:
     """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
+
+    With --no-resume-opt a run may be about something else than before; to another teacher or target its projectors start new.
 
     Returns:
         The epoch to start with, None where the checkpoint names none; and where exactly the run was, None where the
         checkpoint is not of train_distill or the optimizer is fresh.
 
     Raises:
-        UsageError: No such checkpoint, unreadable, or of another model, optimizer or projectors.
+        UsageError: No such checkpoint, unreadable, or of another model, class map, teacher, optimizer or projectors.
     """
     path = args.resume
     checkpoint = _read(path)
+    run = _run_state(checkpoint, path)
+    changes = changes_of_meaning(run.meaning, meaning) if run else {}
+    if changes:
+        said = f"--resume: '{path}' is of a run about something else ({'; '.join(changes.values())})"
+        if not args.no_resume_opt:
+            raise UsageError(
+                f'{said}: give it the same, or add --no-resume-opt --start-epoch 0 to start a new run on its student'
+            )
+        _logger.warning(f'{said}{": its projectors start new" if changes.keys() & _NEW_PROJECTORS else ""}.')
     if not args.no_resume_opt:
         _check_optimizer(args, checkpoint, path)
     check_weights(unwrap_model(task.get_eval_model()), clean_state_dict(_weights(checkpoint)), '--resume', path)
@@ -274,14 +302,17 @@ def resume(
                 f'new ones on its student'
             )
         _logger.info(f"'{path}' holds no projectors: they start new.")
-    run = _run_state(checkpoint, path)
     try:
-        epoch = resume_task_checkpoint(
-            task,
-            path,
-            optimizer=None if args.no_resume_opt else optimizer,
-            loss_scaler=None if args.no_resume_opt else runtime.scaler,
-        )
+        if changes.keys() & _NEW_PROJECTORS:
+            task.load_checkpoint_state(clean_state_dict(_weights(checkpoint)), None)
+            epoch = checkpoint['epoch'] + 1
+        else:
+            epoch = resume_task_checkpoint(
+                task,
+                path,
+                optimizer=None if args.no_resume_opt else optimizer,
+                loss_scaler=None if args.no_resume_opt else runtime.scaler,
+            )
     except UsageError as e:
         raise UsageError(f"--resume '{path}': {e}") from e
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
@@ -310,9 +341,22 @@ def _run_state(checkpoint: dict, path: str) -> RunState | None:
         raise UsageError(
             f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
         )
+    if not is_meaning(state.meaning):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
     if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
         raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
     return state
+
+
+def describe_differences(args: argparse.Namespace) -> str:
+    """The flags of the checkpoint of --resume that are others now, as far as they bear on what is trained."""
+    saved, now = vars(saved_args(args.resume) or argparse.Namespace()), vars(args)
+    names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
+    said = [
+        f'--{name.replace("_", "-")} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now'
+        for name in names
+    ]
+    return ', '.join(said)
 
 
 def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:
@@ -324,10 +368,16 @@ def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> N
         )
 
 
-def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:
+def resume_ema(args: argparse.Namespace, task: TrainingTask, meaning: Mapping[str, Any]) -> None:
     """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
+    checkpoint = load_checkpoint_metadata(args.resume)
+    run = _run_state(checkpoint, args.resume)
     try:
-        load_task_ema_checkpoint(task, args.resume)
+        if run and changes_of_meaning(run.meaning, meaning).keys() & _NEW_PROJECTORS:
+            weights = checkpoint.get('state_dict_ema') or _weights(checkpoint)
+            task.load_checkpoint_state(clean_state_dict(weights), None, ema=True)
+        else:
+            load_task_ema_checkpoint(task, args.resume)
     except Exception as e:
         raise UsageError(f"--resume: the moving average in '{args.resume}' does not fit: {one_line(e)}") from e
 

@@ -55,6 +55,7 @@ class Trainer:
         guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
         interrupts: Signals that ask the run to stop.
         images: Number and hash of the training images.
+        meaning: What the run is about, kept in its checkpoints.
         resumed: Where the run was when the checkpoint of --resume was written.
         seconds_before: Seconds that the parts of the run before this one have trained, None where that is not known.
         began: When this part began, by `time.perf_counter`.
@@ -73,6 +74,7 @@ class Trainer:
     guard: UpdateGuard | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     images: dict[str, Any] = field(default_factory=dict)
+    meaning: dict[str, Any] = field(default_factory=dict)
     resumed: RunState | None = None
     seconds_before: float | None = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -106,6 +108,7 @@ class Trainer:
             settings=run_settings(self.args, len(self.data.train), self.runtime.world_size),
             data=self.images,
             seconds=self.seconds,
+            meaning=self.meaning,
             schedule=take_schedule(self.scheduler),
             ranks=take_rank_state(self.task, self.runtime, losses),
             **more,

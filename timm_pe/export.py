@@ -8,7 +8,6 @@ DIR holds model.safetensors, config.json (as timm writes it) and README.md, a mo
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import logging
 import os

@@ -34,7 +34,14 @@ from .loading import load_weights, read_state_dict
 from .logs import Progress, cut_summary, read_summary, start_table, write_summary
 from .models import place_student
 from .nonfinite import UpdateGuard, check_finite
-from .run_state import RunState, check_rank_state, restore_rank_state, restore_schedule, run_settings
+from .run_state import (
+    RunState,
+    check_rank_state,
+    restore_rank_state,
+    restore_schedule,
+    run_meaning,
+    run_settings,
+)
 from .runtime import Runtime, on_primary, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
@@ -58,7 +65,8 @@ def create_trainer(
     """
     args.lr = resolve_lr(args, runtime.world_size)
     optimizer = _create_optimizer(args, task)
-    start_epoch, state = checkpoints.resume(args, task, optimizer, runtime) if args.resume else (None, None)
+    meaning = run_meaning(args, task, data, runtime)
+    start_epoch, state = checkpoints.resume(args, task, optimizer, runtime, meaning) if args.resume else (None, None)
     if runtime.distributed:
         _check_same_start(args, start_epoch, state, runtime)
     if args.resume and not args.no_resume_opt:
@@ -67,11 +75,12 @@ def create_trainer(
         device = torch.device('cpu') if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
         if args.resume:
-            checkpoints.resume_ema(args, task)
+            checkpoints.resume_ema(args, task, meaning)
     if isinstance(task, ProjectorEnsembleTask):
         _look_at_first_batch(task, data, runtime, cache)
     prepare_task(task, args, runtime)
-    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=_describe_images(data))
+    images = _describe_images(data)
+    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=images, meaning=meaning)
     if args.resume:
         trainer.seconds_before = state.seconds if state else None
     trainer.resumed = _accept_state(trainer, state)
@@ -187,7 +196,10 @@ def is_finished(args: argparse.Namespace, trainer: Trainer, start_epoch: int, nu
 
 
 def _announce_resumed_settings(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
-    """A resumed optimizer brings its own settings: say so where the flags would give others, and show what holds."""
+    """Say which flags are others than before. An optimizer brings its own settings: show what holds."""
+    differences = checkpoints.describe_differences(args)
+    if differences:
+        _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
     resumed_lr = optimizer.param_groups[0].get('initial_lr', optimizer.param_groups[0]['lr'])
     resumed_decay = max(group.get('weight_decay', args.weight_decay) for group in optimizer.param_groups)
     for name, resumed in (('lr', resumed_lr), ('weight_decay', resumed_decay)):
