@@ -40,6 +40,7 @@ VARIANTS = {
     'averaged': ['--model-ema', '--model-ema-decay', '0.9', '--model-ema-warmup', '--grad-accum-steps', '2'],
     'bfloat16': ['--amp', '--amp-dtype', 'bfloat16', '--opt', 'adamw', '--lr', '1e-3', '--val-interval', '2'],
     'plateau': ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--checkpoint-hist', '2'],
+    'narrow': ['--model-dtype', 'bfloat16', '--model-ema', '--model-ema-decay', '0.9'],
     'workers': ['-j', '2', '--persistent-workers', '--save-epochs', '2', '--mixup', '0.2'],
 }
 SIGNALS = (*[signal.SIGKILL] * 4, signal.SIGTERM, signal.SIGINT)
@@ -134,15 +135,19 @@ def load(path: Path) -> dict:
     del checkpoint['args']
     run = checkpoint['saver']['run']
     run['train_metrics'].pop('images_per_s', None)
+    run.pop('seconds', None)
     return checkpoint
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Of a tensor of any dtype, those without a counterpart in NumPy included."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def differences(a: object, b: object, where: str = '') -> list[str]:
     """Paths of all values that are not the same, bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = (
-            a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
-        )
+        same = a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
         return [] if same else [where]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [d for k in a for d in differences(a[k], b[k], f'{where}/{k}')]

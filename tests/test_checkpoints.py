@@ -1,4 +1,5 @@
 import argparse
+import os
 
 import pytest
 import safetensors.torch
@@ -6,7 +7,7 @@ import timm
 import torch
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-from timm_pe.checkpoints import Saver
+from timm_pe.checkpoints import Saver, best_epoch
 
 
 @pytest.fixture
@@ -49,6 +50,24 @@ def test_a_worse_student_at_the_number_of_the_best_epoch_does_not_replace_it(mak
     fill(model, 7)
     again.save_checkpoint(1, 5.0)
     assert student(tmp_path) == [1.0] * 3
+
+
+def test_a_history_that_is_ranked_anew_has_its_best_in_all_files(make_saver, tmp_path):
+    saver, model = make_saver()
+    for epoch, metric in enumerate((30.0, 20.0, 10.0)):
+        fill(model, epoch)
+        saver.save_checkpoint(epoch, metric)
+    again, model = make_saver()
+    fill(model, 2)
+    assert again.continue_from(str(tmp_path / 'last.pth.tar'), {0: 1.0, 1: 9.0, 2: 0.5})
+    assert student(tmp_path) == [1.0] * 3
+    assert best_epoch(tmp_path) == again.best_epoch == 1
+    names = [(os.path.basename(path), metric) for path, metric in again.checkpoint_files]
+    assert names == [('checkpoint-1.pth.tar', 9.0), ('checkpoint-0.pth.tar', 1.0)]
+    back, model = make_saver()  # by the first metric again, before anything was saved under the other
+    back.continue_from(str(tmp_path / 'last.pth.tar'))
+    assert best_epoch(tmp_path) == back.best_epoch == 0
+    assert student(tmp_path) == [0.0] * 3
 
 
 def test_a_fresh_run_replaces_the_student_of_an_old_one(make_saver, tmp_path):

@@ -424,3 +424,23 @@ def test_a_hub_that_cannot_be_reached_is_one_line_without_the_token(runs, tmp_pa
     assert 'HF_TOKEN' in error
     assert 'secret' not in error
     assert (out / 'model.safetensors').is_file()  # what was written before is whole
+
+
+def test_the_card_quotes_the_row_of_the_weights_after_terms_were_added_on_a_resume(image_folder, tmp_path):
+    argv = [str(image_folder), '--num-classes', '3', '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu']
+    argv += ['--epochs', '3', '--warmup-epochs', '0', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run']
+    argv += ['--model', 'test_resnet', '--teacher', 'test_resnet', '--no-teacher-pretrained', '--no-teacher-eval']
+    argv += ['--teacher-num-classes', '3', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '2'])
+    best = max(summary(tmp_path / 'run'), key=lambda row: float(row['eval_top1']))
+    # at such a rate the last epoch is the worst
+    run([*argv, '--kd-loss-weight', '1', '--no-resume-opt', '--lr', '5'])
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['2']
+    last = summary(tmp_path / 'run')[0]
+    assert float(last['eval_top1']) < float(best['eval_top1'])
+    card = export.model_card(export.read_student(tmp_path / 'run'), 'mit')['details']['Validation']
+    assert f'top-1 {float(best["eval_top1"]):.3f} %' in card
+    assert (
+        f'(epoch {best["epoch"]}, the best of 3 validated by top1; the last one has {float(last["eval_top1"]):.3f})'
+        in card
+    )

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers import load, refused, run, summary
+from helpers import load, refused, run, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver
 
@@ -133,6 +133,110 @@ def test_where_a_batch_is_another_the_epoch_starts_again(more, why, alone, tmp_p
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
 
 
+def test_a_term_added_in_mid_epoch_counts_from_there_and_that_is_said(alone, tmp_path, stop_at, capsys, monkeypatch):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--log-tb']
+    stop_at(14)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    said = run([*argv, '--teacher-num-classes', '3', '--kd-loss-weight', '1'], capsys)
+    assert 'loss, task_loss, pe_loss then and loss, task_loss, pe_loss, logit_loss now' in said
+    assert 'losses of this epoch are means over its batches from 2 on' in said
+    row = summary(tmp_path / 'run')[0]
+    terms = {k: float(row[f'train_{k}']) for k in ('loss', 'task_loss', 'pe_loss', 'logit_loss')}
+    assert terms['loss'] == pytest.approx(terms['task_loss'] + 25 * terms['pe_loss'] + terms['logit_loss'], rel=1e-5)
+    curves, _ = tensorboard_curves(tmp_path / 'run')
+    assert len(curves['step/logit_loss']) == len(curves['step/loss']) - 6
+    points = [value for _, value in curves['step/task_loss'][6:10]]  # of batches 2 and 3, 4 and 5, 6 and 7, 8
+    assert terms['task_loss'] == pytest.approx(
+        sum(b * p for b, p in zip((2, 2, 2, 1), points, strict=True)) / 7, rel=1e-4
+    )
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path, stop_at, capsys, monkeypatch):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s\. ', run([*argv, '--stop-epoch', '1'], capsys))
+    change_run(tmp_path / 'run', seconds=5000.0)
+    stop_at(4)
+    refused(argv, capsys, code=143)
+    monkeypatch.undo()
+    assert re.search(r'Best top1 [\d.]+ at epoch \d, 50\d\d s in all\. ', run(argv, capsys))
+
+
+def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '1'])
+    change_run(tmp_path / 'run', seconds=None)
+    for stop in ('2', '4'):  # nor by the checkpoints that follow
+        said = run([*argv, '--stop-epoch', stop], capsys)
+        assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s since it was resumed\. ', said)
+
+
+def best_of(folder):
+    """What a run folder says is the best: the history of `last`, and the epoch of model_best."""
+    saver = load(folder / 'last.pth.tar')['saver']
+    epoch, metric = saver['pending']
+    kept = dict([*saver['checkpoint_files'], (f'checkpoint-{epoch}.pth.tar', metric)])
+    return kept, load(folder / 'model_best.pth.tar')['epoch']
+
+
+# by top-1 the best of 'plain' is epoch 1, by loss always the newest
+@pytest.mark.parametrize('stop', ['2', '3', '4'])
+def test_under_another_eval_metric_the_best_is_found_anew(stop, alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path)]
+    run([*argv, '--experiment', 'loss', '--eval-metric', 'loss'])
+    run([*argv, '--experiment', 'run', '--stop-epoch', stop])
+    said = run([*argv, '--experiment', 'run', '--resume', 'auto', '--eval-metric', 'loss'], capsys)
+    assert f'--eval-metric is loss now and was top1 before: epoch {int(stop) - 1} is the best so far' in said
+    if stop != '4':  # else nothing was left to train, and `last` is as it was
+        assert best_of(tmp_path / 'run')[0] == best_of(tmp_path / 'loss')[0]
+    assert best_of(tmp_path / 'run')[1] == best_of(tmp_path / 'loss')[1]
+    assert best_of(tmp_path / 'run')[1] != best_of(folder)[1]
+    students = [(tmp_path / name / 'student.safetensors').read_bytes() for name in ('run', 'loss')]
+    assert students[0] == students[1]
+
+
+def test_a_best_epoch_whose_weights_are_gone_is_named_and_the_best_that_is_kept_counts(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--checkpoint-hist', '1']
+    argv += ['--resume', 'auto']
+    run([*argv, '--stop-epoch', '3'])
+    assert list(best_of(tmp_path / 'run')[0]) == ['checkpoint-1.pth.tar', 'checkpoint-2.pth.tar']  # the last is `last`
+    rows = summary(tmp_path / 'run')
+    path = tmp_path / 'run' / 'summary.csv'
+    path.write_text(path.read_text().replace(rows[0]['eval_loss'], '0.001'))
+    said = run([*argv, '--eval-metric', 'loss', '--stop-epoch', '3'], capsys)
+    assert 'epoch 0 is the best so far, but its weights are not kept: of those that are, epoch 2 is' in said
+    assert best_of(tmp_path / 'run')[1] == 2
+
+
+def test_a_plateau_schedule_does_not_compare_one_metric_with_another(alone, tmp_path, capsys):
+    argv = [*alone('plateau')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '3'])
+    said = run([*argv, '--eval-metric', 'loss'], capsys)
+    assert 'the plateau schedule counts anew' in said
+    plateau = load(tmp_path / 'run' / 'last.pth.tar')['saver']['run']['schedule']['plateau']
+    assert plateau['mode'] == 'min'
+    assert plateau['best'] == float('inf') or plateau['best'] < 2
+
+
+def test_a_resumed_run_puts_the_best_of_its_history_in_place(alone, tmp_path):
+    folder, argv = alone('plain')
+    shutil.copytree(folder, tmp_path / 'run')
+    shutil.copy(folder / 'checkpoint-3.pth.tar', tmp_path / 'run' / 'model_best.pth.tar')  # of a branch that is left
+    run([*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto'])
+    assert compare(folder, tmp_path / 'run') == []
+
+
+def change_run(folder, **changes):
+    """Make `last` one of which the state of the run is another; a value of None is missing, as in earlier commits."""
+    checkpoint = load(folder / 'last.pth.tar')
+    state = {**checkpoint['saver']['run'], **changes}
+    checkpoint['saver']['run'] = {k: v for k, v in state.items() if k not in changes or v is not None}
+    torch.save(checkpoint, folder / 'last.pth.tar')
+
+
 def test_changed_training_images_are_warned_about(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / 'images')
     argv = [str(tmp_path / 'images'), *COMMON, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
@@ -155,20 +259,56 @@ def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, 
     assert re.search(r'epochs +4 of 9 batches, warmup 1, starting at 1', run(argv, capsys))
 
 
+@pytest.mark.parametrize('name', ['kept.pth.tar', 'last.pth.tar', 'recovery-9-9.pth.tar'])
+def test_where_a_run_goes_on_is_what_its_checkpoint_holds_not_how_the_file_is_called(
+    name, alone, tmp_path, stop_at, capsys, monkeypatch
+):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--save-epochs', '1', '2']
+    run([*argv, '--stop-epoch', '1'])
+    stop_at(4)
+    refused([*argv, '--resume', 'auto'], capsys, code=143)
+    monkeypatch.undo()
+    os.replace(tmp_path / 'run' / 'recovery-1-3.pth.tar', tmp_path / 'run' / name)
+    run([*argv, '--resume', str(tmp_path / 'run' / name)])
+    (tmp_path / 'run' / 'kept.pth.tar').unlink(missing_ok=True)
+    found = compare(folder, tmp_path / 'run')
+    assert sorted(found) == ['only in one: milestone-1.pth.tar', 'only in one: milestone-2.pth.tar']
+    assert [load(tmp_path / 'run' / f'milestone-{n}.pth.tar')['saver']['run']['validated'] for n in (1, 2)] == [
+        True
+    ] * 2
+
+
+def test_a_checkpoint_of_a_whole_epoch_is_one_under_the_name_of_a_recovery_file_too(alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    shutil.copy(folder / 'checkpoint-1.pth.tar', tmp_path / 'recovery-1-5.pth.tar')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', str(tmp_path / 'recovery-1-5.pth.tar')]
+    run(argv)
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['2', '3']
+
+
 def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     folder, argv = alone('plain')
     checkpoint = load(folder / 'last.pth.tar')
-    for odd in ('x', {'epoch': 1}, {**checkpoint['saver']['run'], 'batch': -1}):
+    state = checkpoint['saver']['run']
+    odds = 'x', {'epoch': 1}, {**state, 'batch': -1}, {**state, 'seconds': 'x'}, {**state, 'seconds': -1.0}
+    odds += tuple({**state, 'meaning': odd} for odd in ('x', {'teacher_weights': 3}, {'classes': ['ant']}))
+    for odd in (*odds, {**state, 'lap': 3}, {**state, 'seconds': float('nan')}):
         checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
         argv_of = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
         assert 'is no training checkpoint' in refused(argv_of, capsys)
 
 
-def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(alone, tmp_path, capsys):
-    folder, argv = alone('plain')
+@pytest.mark.parametrize(
+    ('variant', 'of', 'name'), [('plain', 'random', 'torch'), ('narrow', 'generators', '_sr_generator cpu')]
+)
+def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(
+    variant, of, name, alone, tmp_path, capsys
+):
+    folder, argv = alone(variant)
     checkpoint = load(folder / 'checkpoint-1.pth.tar')
-    checkpoint['saver']['run']['ranks'][0]['random']['torch'] = torch.zeros(3, dtype=torch.uint8)
+    checkpoint['saver']['run']['ranks'][0][of][name] = torch.zeros(3, dtype=torch.uint8)
     torch.save(checkpoint, tmp_path / 'c.pth.tar')
     argv = [*argv, '--output', str(tmp_path / 'out'), '--experiment', 'run', '--resume', str(tmp_path / 'c.pth.tar')]
     assert 'random states' in refused(argv, capsys)
@@ -178,6 +318,101 @@ def test_random_states_that_do_not_fit_are_refused_before_anything_is_written(al
 def test_a_checkpoint_with_random_states_loads_with_weights_only(alone):
     ranks = load(alone('plain')[0] / 'last.pth.tar')['saver']['run']['ranks']
     assert set(ranks[0]['random']) == {'python', 'numpy', 'torch'}
+
+
+# Another run under the same name -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    """Weights of two teachers of one architecture."""
+    folder = tmp_path_factory.mktemp('teachers')
+    for name in ('a', 'b'):
+        torch.manual_seed(ord(name))
+        torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), folder / f'{name}.pth')
+    return folder
+
+
+@pytest.fixture
+def begun(images, teachers, tmp_path):
+    """The command line of a run with teacher a, of which an epoch is trained."""
+    argv = [str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run', '--teacher-checkpoint']
+    run([*argv, str(teachers / 'a.pth'), '--stop-epoch', '1'])
+    return [*argv, str(teachers / 'a.pth'), '--resume', 'auto']
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ('more', 'why'),
+    [
+        (['--teacher-checkpoint', 'b'], r'teacher test_resnet \(\w{16}\) then, test_resnet \(\w{16}\) now'),
+        (['--teacher', 'test_vit', '--teacher-checkpoint', ''], r'teacher test_resnet \(\w{16}\) then, test_vit now'),
+        (['--pe-target', 'logits', '--pe-loss', 'kl'], 'target feature then, logits now'),
+        (['--model', 'test_vit'], 'model test_resnet then, test_vit now'),
+    ],
+)
+def test_a_resume_that_makes_another_run_of_it_is_refused_and_no_resume_opt_starts_one(
+    more, why, begun, teachers, tmp_path, capsys, monkeypatch
+):
+    more = [str(teachers / 'b.pth') if word == 'b' else word for word in more]
+    before = bytes_of(tmp_path / 'run')
+    said = refused([*begun, *more], capsys)
+    assert re.search(f'is of a run about something else .*{why}', said)
+    assert 'add --no-resume-opt --start-epoch 0 to start a new run on its student' in said
+    assert bytes_of(tmp_path / 'run') == before
+    if '--model' in more:  # whose weights are no others
+        return
+    loaded = []
+    monkeypatch.setattr(ProjectorEnsembleTask, 'load_task_state', lambda self, state, **kwargs: loaded.append(state))
+    argv = [*begun, *more, '--experiment', 'new', '--resume', str(tmp_path / 'run'), '--no-resume-opt']
+    said = run([*argv, '--start-epoch', '0', '--epochs', '2', '--model-ema'], capsys)
+    assert re.search(f'{why}.*: its projectors start new', said)
+    assert loaded == [None, None]
+    assert [row['epoch'] for row in summary(tmp_path / 'new')] == ['0', '1']
+    assert bytes_of(tmp_path / 'run') == before
+
+
+def test_a_teacher_is_told_by_its_weights_however_they_are_called_and_run(begun, teachers, tmp_path, capsys):
+    shutil.copy(teachers / 'a.pth', tmp_path / 'copy.pth')
+    how = ['--teacher-checkpoint', str(tmp_path / 'copy.pth'), '--no-teacher-fold', '--teacher-dtype', 'bfloat16']
+    said = run([*begun, *how, '--kd-loss-weight', '1', '--stop-epoch', '2'], capsys)
+    assert '--teacher-fold True then and False now' in said
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['1']
+
+
+def test_another_class_map_is_refused(begun, tmp_path, capsys):
+    shutil.copytree(begun[0], tmp_path / 'images')
+    for split in ('train', 'val'):
+        os.rename(tmp_path / 'images' / split / 'ant', tmp_path / 'images' / split / 'dog')
+    said = refused([str(tmp_path / 'images'), *begun[1:]], capsys)
+    assert "class 'ant' 0 then, of no class now" in said
+    anew = ['--no-resume-opt', '--start-epoch', '0', '--experiment', 'new', '--resume', str(tmp_path / 'run')]
+    said = run([str(tmp_path / 'images'), *begun[1:], *anew, '--epochs', '2'], capsys)
+    assert "class 'ant' 0 then, of no class now" in said
+    assert 'start new' not in said
+
+
+def test_what_merely_differs_is_named_in_one_line(begun, tmp_path, capsys):
+    more = ['--pe-loss', 'mse', '--pe-teacher-norm', 'layer', '--mixup', '0.2', '--epochs', '5']
+    said = run([*begun, *more, '--stop-epoch', '2', '-j', '1', '--log-interval', '1'], capsys)
+    (line,) = [line for line in said.splitlines() if 'flags that differ' in line]
+    assert line.endswith(
+        '--resume: flags that differ from those of the checkpoint: --epochs 4 then and 5 now, --mixup 0.0 then and 0.2 now, '
+        "--pe-loss None then and 'mse' now, --pe-teacher-norm 'none' then and 'layer' now."
+    )
+    assert 'flags that differ' not in run([*begun, *more, '--stop-epoch', '3'], capsys)
+
+
+def test_a_checkpoint_of_an_earlier_commit_is_not_asked_for_what_it_does_not_hold(begun, teachers, tmp_path, capsys):
+    ranks = load(tmp_path / 'run' / 'last.pth.tar')['saver']['run']['ranks']
+    del ranks[0]['generators']
+    change_run(tmp_path / 'run', meaning=None, seconds=None, ranks=ranks)
+    said = run([*begun, '--teacher-checkpoint', str(teachers / 'b.pth')], capsys)
+    assert 'something else' not in said
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
 
 
 # Signals -------------------------------------------------------------------------------------------------------------

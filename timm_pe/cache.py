@@ -40,6 +40,7 @@ from .data import Data
 from .draws import Draw, IndexedTarget, SeededDataset
 from .errors import UsageError, one_line
 from .files import hash_content
+from .loading import hash_tensors
 from .runtime import Runtime, describe_teacher_precision
 from .teacher import Teacher, TeacherOutput
 from .unreadable import forget_unreadable
@@ -630,11 +631,7 @@ def _describe_transform(dataset: Dataset) -> list[str]:
 
 def hash_weights(model: nn.Module) -> str:
     """Short SHA-256 of the tensors of a state_dict: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return hash_tensors(model.state_dict())
 
 
 def hash_names(dataset: Dataset) -> str:

@@ -7,8 +7,9 @@ import logging
 import os
 import reprlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,7 +22,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 from .errors import UsageError, one_line
 from .files import replaced, sync_file
 from .loading import check_state_dict, check_weights, find_checkpoint, why_unreadable
-from .run_state import RunState
+from .run_state import RunState, changes_of_meaning, is_meaning
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -31,6 +32,20 @@ _ENTRIES = {
     ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
     ('epoch', 'version'): int,
 }
+# entries of a RunState that checkpoints of earlier commits do not have
+_ADDED = {'seconds', 'meaning'}
+# flags that say where and how a part of a run is run, or whose change is told elsewhere
+_NOT_COMPARED = {
+    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
+    *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
+    *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
+    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
+    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs'),
+    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
+}
+# what projectors lead to: to another they start new
+_NEW_PROJECTORS = {'target', 'teacher'}
 
 
 class Saver(CheckpointSaver):
@@ -126,12 +141,24 @@ class Saver(CheckpointSaver):
         last = os.path.join(self.checkpoint_dir, 'last.pth.tar')
         return os.path.exists(self._student) and os.stat(self._student).st_mtime_ns > os.stat(last).st_mtime_ns
 
-    def continue_from(self, path: str) -> None:
-        """Continue the history of a folder from one of its checkpoints, whose weights the model has."""
-        saved = load_checkpoint_metadata(path).get('saver') or {}
-        is_last = os.path.basename(path) == 'last.pth.tar'
+    def continue_from(self, path: str, metrics: Mapping[int, float] | None = None) -> bool:
+        """Continue the history of a folder from one of its checkpoints, whose weights the model has.
+
+        Args:
+            path: The checkpoint.
+            metrics: Metric of each epoch so far, where the history was ranked by another: it is ranked anew.
+
+        Returns:
+            The checkpoint is the `last` one, of a whole epoch.
+        """
+        checkpoint = load_checkpoint_metadata(path)
+        saved = checkpoint.get('saver') or {}
+        is_last = os.path.basename(path) == 'last.pth.tar' and _is_of_whole_epoch(checkpoint, path)
         epoch, metric = saved.get('pending', (None, None))
         self.load_state_dict({**saved, 'pending': (None, None)} if is_last else saved)
+        if metrics is not None:
+            self._rank_anew(checkpoint['epoch'], metrics)
+            metric = metrics.get(epoch)
         # those of the process before us are ours to clean
         for other in recovery_files(self.recovery_dir):
             if not os.path.samefile(other, path):
@@ -143,6 +170,29 @@ class Saver(CheckpointSaver):
             self._last_is_there = True
             self.save_checkpoint(epoch, metric)
             self._last_is_there = False
+        if metrics is None and best_epoch(self.checkpoint_dir) not in (None, self.best_epoch):
+            self._restore_best()  # the best of what followed on this checkpoint and is left, or by another metric
+        return is_last
+
+    def _rank_anew(self, last: int, metrics: Mapping[int, float]) -> None:
+        kept, self.checkpoint_files = [path for path, _ in self.checkpoint_files], []
+        self.best_metric = self.best_epoch = None
+        for epoch in range(last + 1):
+            path = self._checkpoint_path(epoch)
+            if path in kept:
+                self._track_checkpoint(path, epoch, metrics.get(epoch), update_best_file=False)
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Make model_best and the student those of the best epoch, where its checkpoint is kept."""
+        path = self._checkpoint_path(self.best_epoch)
+        if not os.path.exists(path):
+            return
+        self._duplicate(path, os.path.join(self.checkpoint_dir, 'model_best.pth.tar'))
+        averaged = self.evaluated_model() is self.task.get_eval_model(ema=True)
+        _save_weights(load_checkpoint_metadata(path)['state_dict_ema' if averaged else 'state_dict'], self._student)
+        at = os.stat(path).st_mtime_ns
+        os.utime(self._student, ns=(at, at))  # as old as its weights: it tells whether those of `last` are due yet
 
 
 def save_student(model: nn.Module, path: str) -> None:
@@ -153,9 +203,27 @@ def save_student(model: nn.Module, path: str) -> None:
     model = unwrap_model(model)
     auxiliary = tuple(f'{name}.aux_bn.' for name, m in model.named_modules() if isinstance(m, SplitBatchNorm2d))
     state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith(auxiliary)}
+    _save_weights(state_dict, path)
+
+
+def _save_weights(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     with replaced(path) as beside:
         save_file(tensors, beside, metadata={'format': 'pt'})
+
+
+def best_epoch(folder: str | os.PathLike) -> int | None:
+    """The epoch of a run folder's model_best, whose weights the student has; None where it has no such file."""
+    try:
+        return load_checkpoint_metadata(os.path.join(folder, 'model_best.pth.tar')).get('epoch')
+    except Exception:  # gone, or whatever it may be by now
+        return None
+
+
+def saved_args(path: str) -> argparse.Namespace | None:
+    """The arguments that a training checkpoint was saved with, None where it holds none."""
+    args = load_checkpoint_metadata(path).get('args')
+    return args if isinstance(args, argparse.Namespace) else None
 
 
 def remove_half_written(folder: str) -> None:
@@ -202,19 +270,34 @@ def find_resume(args: argparse.Namespace) -> str:
 
 
 def resume(
-    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, runtime: Runtime
+    args: argparse.Namespace,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    meaning: Mapping[str, Any],
 ) -> tuple[int | None, RunState | None]:
     """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
+
+    With --no-resume-opt a run may be about something else than before; to another teacher or target its projectors start new.
 
     Returns:
         The epoch to start with, None where the checkpoint names none; and where exactly the run was, None where the
         checkpoint is not of train_distill or the optimizer is fresh.
 
     Raises:
-        UsageError: No such checkpoint, unreadable, or of another model, optimizer or projectors.
+        UsageError: No such checkpoint, unreadable, or of another model, class map, teacher, optimizer or projectors.
     """
     path = args.resume
     checkpoint = _read(path)
+    run = _run_state(checkpoint, path)
+    changes = changes_of_meaning(run.meaning, meaning) if run else {}
+    if changes:
+        said = f"--resume: '{path}' is of a run about something else ({'; '.join(changes.values())})"
+        if not args.no_resume_opt:
+            raise UsageError(
+                f'{said}: give it the same, or add --no-resume-opt --start-epoch 0 to start a new run on its student'
+            )
+        _logger.warning(f'{said}{": its projectors start new" if changes.keys() & _NEW_PROJECTORS else ""}.')
     if not args.no_resume_opt:
         _check_optimizer(args, checkpoint, path)
     check_weights(unwrap_model(task.get_eval_model()), clean_state_dict(_weights(checkpoint)), '--resume', path)
@@ -226,35 +309,61 @@ def resume(
                 f'new ones on its student'
             )
         _logger.info(f"'{path}' holds no projectors: they start new.")
-    run = None if args.no_resume_opt else _run_state(checkpoint, path)
     try:
-        epoch = resume_task_checkpoint(
-            task,
-            path,
-            optimizer=None if args.no_resume_opt else optimizer,
-            loss_scaler=None if args.no_resume_opt else runtime.scaler,
-        )
+        if changes.keys() & _NEW_PROJECTORS:
+            task.load_checkpoint_state(clean_state_dict(_weights(checkpoint)), None)
+            epoch = checkpoint['epoch'] + 1
+        else:
+            epoch = resume_task_checkpoint(
+                task,
+                path,
+                optimizer=None if args.no_resume_opt else optimizer,
+                loss_scaler=None if args.no_resume_opt else runtime.scaler,
+            )
     except UsageError as e:
         raise UsageError(f"--resume '{path}': {e}") from e
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
-    if epoch is not None and os.path.basename(path).startswith('recovery-'):
+    if epoch is not None and not _is_of_whole_epoch(checkpoint, path):
         epoch -= 1  # saved in that epoch, not after it
-    return epoch, run
+    return epoch, None if args.no_resume_opt else run
+
+
+def _is_of_whole_epoch(checkpoint: dict, path: str) -> bool:
+    """Whether a checkpoint was saved after its epoch, not in it; of one that does not say so itself the name tells."""
+    run = (checkpoint.get('saver') or {}).get('run')
+    return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
 
 
 def _run_state(checkpoint: dict, path: str) -> RunState | None:
     run = (checkpoint.get('saver') or {}).get('run')
     if run is None:
         return None
-    if not isinstance(run, dict) or set(run) != {f.name for f in fields(RunState)}:
+    names = {f.name for f in fields(RunState)}
+    # what later commits added may be missing
+    if not isinstance(run, dict) or not names - _ADDED <= set(run) <= names:
         raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
     state = RunState(**run)
     if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
         raise UsageError(
             f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
         )
+    if not is_meaning(state.meaning):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
+    if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
     return state
+
+
+def describe_differences(args: argparse.Namespace) -> str:
+    """The flags of the checkpoint of --resume that are others now, as far as they bear on what is trained."""
+    saved, now = vars(saved_args(args.resume) or argparse.Namespace()), vars(args)
+    names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
+    said = [
+        f'--{name.replace("_", "-")} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now'
+        for name in names
+    ]
+    return ', '.join(said)
 
 
 def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> None:
@@ -266,10 +375,16 @@ def _check_optimizer(args: argparse.Namespace, checkpoint: dict, path: str) -> N
         )
 
 
-def resume_ema(args: argparse.Namespace, task: TrainingTask) -> None:
+def resume_ema(args: argparse.Namespace, task: TrainingTask, meaning: Mapping[str, Any]) -> None:
     """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
+    checkpoint = load_checkpoint_metadata(args.resume)
+    run = _run_state(checkpoint, args.resume)
     try:
-        load_task_ema_checkpoint(task, args.resume)
+        if run and changes_of_meaning(run.meaning, meaning).keys() & _NEW_PROJECTORS:
+            weights = checkpoint.get('state_dict_ema') or _weights(checkpoint)
+            task.load_checkpoint_state(clean_state_dict(weights), None, ema=True)
+        else:
+            load_task_ema_checkpoint(task, args.resume)
     except Exception as e:
         raise UsageError(f"--resume: the moving average in '{args.resume}' does not fit: {one_line(e)}") from e
 

@@ -55,7 +55,10 @@ class Trainer:
         guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
         interrupts: Signals that ask the run to stop.
         images: Number and hash of the training images.
+        meaning: What the run is about, kept in its checkpoints.
         resumed: Where the run was when the checkpoint of --resume was written.
+        seconds_before: Seconds that the parts of the run before this one have trained, None where that is not known.
+        began: When this part began, by `time.perf_counter`.
     """
 
     task: TrainingTask
@@ -71,7 +74,15 @@ class Trainer:
     guard: UpdateGuard | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     images: dict[str, Any] = field(default_factory=dict)
+    meaning: dict[str, Any] = field(default_factory=dict)
     resumed: RunState | None = None
+    seconds_before: float | None = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run has trained in all its parts, None where those before are not known."""
+        return None if self.seconds_before is None else self.seconds_before + time.perf_counter() - self.began
 
     @property
     def updates_per_epoch(self) -> int:
@@ -96,6 +107,8 @@ class Trainer:
             batch,
             settings=run_settings(self.args, len(self.data.train), self.runtime.world_size),
             data=self.images,
+            seconds=self.seconds,
+            meaning=self.meaning,
             schedule=take_schedule(self.scheduler),
             ranks=take_rank_state(self.task, self.runtime, losses),
             **more,
@@ -149,6 +162,14 @@ class LossMeter:
             self._start(state['names'])
             self.steps = state['steps']
             self.sums.copy_(state['sums'])
+
+    def start_anew(self, names: Iterable[str]) -> None:
+        """Forget what was added up: a resumed epoch goes on with other terms."""
+        _logger.warning(
+            f'The loss terms have changed in the middle of the epoch, {", ".join(self.names)} then and '
+            f'{", ".join(names)} now: the losses of this epoch are means over its batches from {self.steps} on.'
+        )
+        self._start(names)
 
     def _start(self, names: Iterable[str]) -> None:
         self.names = list(names)
@@ -241,7 +262,11 @@ def train_one_epoch(
                 trainer.optimizer.zero_grad()
             measure = curves.measure_norm if need_update and curves.wants_norm(i) else None
             _backward(trainer, result['loss'] * (_batch_scale(trainer, size) / accum.size(i)), need_update, measure)
-        meter.update({k: v for k, v in result.items() if k != 'output'}, size)
+        terms = {k: v for k, v in result.items() if k != 'output'}
+        if meter.names and meter.names != list(terms):
+            meter.start_anew(terms)
+            curves.go_on({}, 0)
+        meter.update(terms, size)
         images += size * runtime.world_size
         last = i + 1 == num_batches
         if need_update:

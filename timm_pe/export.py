@@ -8,7 +8,6 @@ DIR holds model.safetensors, config.json (as timm writes it) and README.md, a mo
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import logging
 import os
@@ -30,12 +29,13 @@ from timm.models._hub import generate_readme, save_for_hf
 
 from .analysis import read_class_names
 from .args import parse_args
+from .checkpoints import best_epoch
 from .cli import Parser
 from .data import create_datasets
 from .errors import UsageError, one_line
 from .fit import default_metric, format_metrics
 from .loading import load_weights, read_state_dict
-from .logs import count_params, setup_logging
+from .logs import count_params, read_summary, setup_logging
 from .models import create_student
 from .report import Run, command, describe_method, format_command
 from .version import __version__
@@ -99,7 +99,11 @@ def read_student(folder: str | os.PathLike, data_dir: str | None = None) -> Stud
                 f"RUN '{folder}' is no run folder of train_distill with a trained student: it has no {file}"
             )
     args, _ = parse_args(['-c', str(folder / 'args.yaml')])
-    run = Run(folder, folder.name, dict(vars(args)), _read_summary(folder / 'summary.csv'))
+    try:
+        rows = [*read_summary(folder / 'summary.csv').values()]
+    except UsageError as e:
+        raise UsageError(f'RUN: {e}') from e
+    run = Run(folder, folder.name, dict(vars(args)), rows)
     args.data_dir = data_dir or args.data_dir
     # the weights are those of the run; nothing else may be fetched or change them
     args.pretrained, args.pretrained_path, args.initial_checkpoint = False, '', ''
@@ -113,14 +117,6 @@ def read_student(folder: str | os.PathLike, data_dir: str | None = None) -> Stud
         raise UsageError(f"RUN '{folder}': {one_line(e)}") from e
     module = model_entrypoint(model.pretrained_cfg['architecture']).__module__
     return Student(run, model, data_config, _read_label_names(args, model), module.split('.')[0])
-
-
-def _read_summary(path: Path) -> list[dict[str, float | None]]:
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as e:
-        raise UsageError(f"RUN: cannot read '{path}' ({one_line(e, 160)})") from e
 
 
 def _read_label_names(args: argparse.Namespace, model: nn.Module) -> list[str] | None:
@@ -179,7 +175,10 @@ def model_card(student: Student, license: str) -> dict[str, Any]:
 
 
 def _best_metrics(run: Run) -> str:
-    """Validation metrics of the epoch whose weights student.safetensors holds: the best one, the first of equals."""
+    """Validation metrics of the epoch whose weights student.safetensors holds.
+
+    That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
+    """
     args = argparse.Namespace(**run.args)
     name = args.eval_metric or default_metric(args)
     rows = [row for row in run.rows if row.get(f'eval_{name}') is not None]
@@ -187,10 +186,14 @@ def _best_metrics(run: Run) -> str:
         return 'not validated'
     sign = -1 if name == 'loss' else 1
     best = max(rows, key=lambda row: sign * row[f'eval_{name}'])
-    metrics = {k.removeprefix('eval_'): v for k, v in best.items() if k and k.startswith('eval_') and v is not None}
+    of = next((row for row in rows if row['epoch'] == best_epoch(run.folder)), best)
+    which = 'the best' if of[f'eval_{name}'] == best[f'eval_{name}'] else 'one'
+    metrics = {k.removeprefix('eval_'): v for k, v in of.items() if k and k.startswith('eval_') and v is not None}
     last = rows[-1][f'eval_{name}']
     shown = format_metrics({'loss': float('nan'), **metrics}).replace('  ', ', ')
-    return f'{shown} (epoch {int(best["epoch"])}, the best of {len(rows)} validated by {name}; the last one has {last:.3f})'
+    return (
+        f'{shown} (epoch {int(of["epoch"])}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
+    )
 
 
 def _shown(path: str) -> str:

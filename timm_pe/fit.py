@@ -31,10 +31,17 @@ from .errors import UsageError, one_line
 from .files import replaced
 from .interrupts import Interrupted, Interrupts
 from .loading import load_weights, read_state_dict
-from .logs import Progress, cut_summary, start_table, write_summary
+from .logs import Progress, cut_summary, read_summary, start_table, write_summary
 from .models import place_student
 from .nonfinite import UpdateGuard, check_finite
-from .run_state import RunState, check_rank_state, restore_rank_state, restore_schedule, run_settings
+from .run_state import (
+    RunState,
+    check_rank_state,
+    restore_rank_state,
+    restore_schedule,
+    run_meaning,
+    run_settings,
+)
 from .runtime import Runtime, on_primary, prepare_task
 from .task import ProjectorEnsembleTask
 from .teacher import Teacher
@@ -58,7 +65,8 @@ def create_trainer(
     """
     args.lr = resolve_lr(args, runtime.world_size)
     optimizer = _create_optimizer(args, task)
-    start_epoch, state = checkpoints.resume(args, task, optimizer, runtime) if args.resume else (None, None)
+    meaning = run_meaning(args, task, data, runtime)
+    start_epoch, state = checkpoints.resume(args, task, optimizer, runtime, meaning) if args.resume else (None, None)
     if runtime.distributed:
         _check_same_start(args, start_epoch, state, runtime)
     if args.resume and not args.no_resume_opt:
@@ -67,11 +75,14 @@ def create_trainer(
         device = torch.device('cpu') if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
         if args.resume:
-            checkpoints.resume_ema(args, task)
+            checkpoints.resume_ema(args, task, meaning)
     if isinstance(task, ProjectorEnsembleTask):
         _look_at_first_batch(task, data, runtime, cache)
     prepare_task(task, args, runtime)
-    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=_describe_images(data))
+    images = _describe_images(data)
+    trainer = Trainer(task, data, optimizer, None, runtime, args, cache=cache, images=images, meaning=meaning)
+    if args.resume:
+        trainer.seconds_before = state.seconds if state else None
     trainer.resumed = _accept_state(trainer, state)
     if args.nonfinite == 'skip':
         trainer.guard = UpdateGuard(task.get_trainable_module(), scales=runtime.scaler is not None)
@@ -123,14 +134,19 @@ def _check_same_start(
 
 def _resume_schedule(trainer: Trainer, start_epoch: int) -> None:
     scheduler, state = trainer.scheduler, trainer.resumed
-    restore_schedule(scheduler, state.schedule if state else {})
+    schedule = state.schedule if state else {}
+    metric = state.metric if state else None
+    if schedule and _metric_then(trainer.args) != ranked_by(trainer.args):
+        _logger.warning('--eval-metric is another than before: the plateau schedule counts anew.')
+        schedule, metric = {**schedule, 'plateau': {}}, None
+    restore_schedule(scheduler, schedule)
     if trainer.args.sched_on_updates:
         batches = state.batch if state and not state.validated else 0
         scheduler.step_update(start_epoch * trainer.updates_per_epoch + trainer.updates_after(batches))
     elif not isinstance(scheduler, PlateauLRScheduler):
         scheduler.step(start_epoch)
     elif not state or state.validated:
-        scheduler.step(start_epoch, state.metric if state else None)
+        scheduler.step(start_epoch, metric)
 
 
 def _describe_images(data: Data) -> dict[str, Any]:
@@ -149,7 +165,7 @@ def _accept_state(trainer: Trainer, state: RunState | None) -> RunState | None:
             f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
             f'{state.data.get("names")} then, {trainer.images.get("number")} of hash {trainer.images.get("names")} now.'
         )
-    check_rank_state(state, trainer.runtime)
+    check_rank_state(state, trainer.task, trainer.runtime)
     if state.validated:
         return state
     settings = run_settings(trainer.args, len(trainer.data.train), trainer.runtime.world_size)
@@ -180,7 +196,10 @@ def is_finished(args: argparse.Namespace, trainer: Trainer, start_epoch: int, nu
 
 
 def _announce_resumed_settings(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> None:
-    """A resumed optimizer brings its own settings: say so where the flags would give others, and show what holds."""
+    """Say which flags are others than before. An optimizer brings its own settings: show what holds."""
+    differences = checkpoints.describe_differences(args)
+    if differences:
+        _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
     resumed_lr = optimizer.param_groups[0].get('initial_lr', optimizer.param_groups[0]['lr'])
     resumed_decay = max(group.get('weight_decay', args.weight_decay) for group in optimizer.param_groups)
     for name, resumed in (('lr', resumed_lr), ('weight_decay', resumed_decay)):
@@ -295,6 +314,11 @@ def validate(
     return metrics
 
 
+def ranked_by(args: argparse.Namespace) -> str:
+    """The metric that names the best epoch of a run."""
+    return args.eval_metric or default_metric(args)
+
+
 def default_metric(args: argparse.Namespace) -> str:
     """What names the best epoch: top-1, or for multi-label data mAP."""
     return 'map' if args.task == 'multilabel' else 'top1'
@@ -378,9 +402,39 @@ def _create_saver(args: argparse.Namespace, trainer: Trainer, folder: str) -> Sa
 
 
 def _continue_folder(args: argparse.Namespace, trainer: Trainer, start_epoch: int) -> None:
-    trainer.saver.continue_from(args.resume)
-    if os.path.basename(args.resume) == 'last.pth.tar':
+    then, now = _metric_then(args), ranked_by(args)
+    metrics = None if then == now else _metrics_so_far(args, f'eval_{now}', start_epoch)
+    if trainer.saver.continue_from(args.resume, metrics):
         _save_milestone(trainer, start_epoch)
+    if metrics is not None:
+        _announce_best(trainer.saver, metrics, f'--eval-metric is {now} now and was {then} before')
+
+
+def _metric_then(args: argparse.Namespace) -> str:
+    """What the epochs of --resume were ranked by."""
+    saved = checkpoints.saved_args(args.resume)
+    return ranked_by(args if saved is None else argparse.Namespace(**{**vars(args), **vars(saved)}))
+
+
+def _metrics_so_far(args: argparse.Namespace, column: str, start_epoch: int) -> dict[int, float]:
+    """A column of summary.csv in the folder of --resume, as far as it goes before an epoch."""
+    path = os.path.join(os.path.dirname(args.resume), 'summary.csv')
+    rows = read_summary(path) if os.path.exists(path) else {}
+    metrics = {epoch: row.get(column) for epoch, row in rows.items() if epoch < start_epoch}
+    return {epoch: metric for epoch, metric in metrics.items() if metric is not None}
+
+
+def _announce_best(saver: Saver, metrics: Mapping[int, float], why: str) -> None:
+    if not metrics:
+        _logger.warning(f'{why}: summary.csv has none of it, the best epoch is found among those to come.')
+        return
+    best = (min if saver.decreasing else max)(metrics, key=lambda epoch: metrics[epoch])
+    said = f'{why}: epoch {best} is the best so far'
+    if saver.best_metric is None:
+        said += ', but no weights are kept: the best is found among the epochs to come'
+    elif metrics[best] != saver.best_metric:
+        said += f', but its weights are not kept: of those that are, epoch {saver.best_epoch} is'
+    _logger.warning(f'{said}.')
 
 
 def announce(
@@ -416,9 +470,9 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
         RunError: It cannot go on; checkpoints written before are whole.
     """
     args, runtime = trainer.args, trainer.runtime
-    metric_name = args.eval_metric or default_metric(args)
+    metric_name = ranked_by(args)
     stop = args.stop_epoch or num_epochs
-    began = time.perf_counter()
+    trainer.began = time.perf_counter()
     losses = restore_rank_state(trainer.resumed, trainer.task, runtime) if trainer.resumed else {}
     state = trainer.resumed if trainer.resumed and not trainer.resumed.validated else None
     best = (None, None)
@@ -434,8 +488,10 @@ def fit(trainer: Trainer, start_epoch: int, num_epochs: int, folder: str) -> Non
                 trainer.scheduler.step(epoch + 1, metric)
             state, losses = None, {}
     if runtime.is_primary and best[0] is not None:
+        seconds = time.perf_counter() - trainer.began if trainer.seconds is None else trainer.seconds
+        of = ' since it was resumed' if trainer.seconds is None else ' in all' if args.resume else ''
         _logger.info(
-            f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {time.perf_counter() - began:.0f} s. '
+            f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {seconds:.0f} s{of}. '
             f"The student: '{os.path.join(folder, 'student.safetensors')}'."
         )
 

@@ -1,12 +1,13 @@
 """timm models by name and weights from files, with errors a user can act on. Nothing here ever unpickles code."""
 
 import difflib
+import hashlib
 import logging
 import os
 import re
 import reprlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -309,10 +310,33 @@ def _some(names: Iterable[str], limit: int = 4) -> str:
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '')
 
 
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
+    return (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+
+
+def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Short SHA-256 of tensors: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module, with_classifier: bool) -> dict[str, str]:
+    """Hashes of a timm model's weights up to its classifier ('features'), and of that ('classifier') where it is used."""
+    names = tuple(f'{n}.' for n in _classifier_names(model))
+    weights = model.state_dict()
+    hashes = {'features': hash_tensors({k: v for k, v in weights.items() if not k.startswith(names)})}
+    if with_classifier:
+        hashes['classifier'] = hash_tensors({k: v for k, v in weights.items() if k.startswith(names)})
+    return hashes
+
+
 def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state_dict` with the classifier that `model` has in the place of its own."""
-    classifiers = cast(Any, model).pretrained_cfg.get('classifier') or ()
-    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    names = _classifier_names(model)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(f'{n}.' for n in names))}
     _logger.info(f'The classifier of the checkpoint has another size, {", ".join(names)} stays random: it is not used.')
     return {**{k: v for k, v in state_dict.items() if not k.startswith(tuple(f'{n}.' for n in names))}, **own}

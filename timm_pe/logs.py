@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import glob
 import logging
 import os
 import platform
@@ -19,6 +20,7 @@ from timm.utils import setup_default_logging, trim_summary, update_summary, worl
 from tqdm import tqdm
 
 from .args import resolve_smoothing, resolve_workers
+from .errors import UsageError, one_line
 from .files import replaced
 from .runtime import Runtime, describe_precision, describe_teacher_precision
 from .version import __version__
@@ -222,6 +224,24 @@ def write_summary(
     _move_aside_other_columns(path, columns)
     with _changed(path) as changed:
         update_summary(epoch, train_metrics, eval_metrics, filename=changed, lr=lr)
+
+
+def read_summary(path: str | os.PathLike) -> dict[int, dict[str, float | None]]:
+    """Rows of summary.csv by their epoch, those of files that were moved aside included; None where an epoch has no value.
+
+    Raises:
+        UsageError: A file that cannot be read.
+    """
+    rows = {}
+    for file in [*sorted(glob.glob(f'{glob.escape(os.fspath(path))}.until-*')), path]:
+        try:
+            with open(file, newline='', encoding='utf-8') as f:
+                for row in csv.DictReader(f):
+                    numbers = {k: float(v) if v else None for k, v in row.items()}
+                    rows[int(numbers['epoch'] or 0)] = numbers
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as e:
+            raise UsageError(f"cannot read '{file}' ({one_line(e, 160)})") from e
+    return dict(sorted(rows.items()))
 
 
 def cut_summary(path: str, start_epoch: int) -> None:

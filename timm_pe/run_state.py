@@ -7,7 +7,7 @@ weights_only.
 import argparse
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm.scheduler.plateau_lr import PlateauLRScheduler
-from timm.task import TrainingTask
+from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 
+from .data import Data, class_map_of, plain_loader
 from .draws import kept_rng
 from .errors import UsageError, one_line
+from .loading import fingerprint
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class RunState:
         data: Number and hash of the training images.
         schedule: State of a plateau schedule, which follows from no number.
         ranks: For each rank its random states, sums of losses, and buffers where ranks have their own.
+        seconds: How long the run has trained, in all its parts; None in a checkpoint that does not say it.
+        meaning: What the run is about, see `run_meaning`; empty in a checkpoint that does not say it.
     """
 
     epoch: int
@@ -52,6 +56,8 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+    meaning: dict[str, Any] = field(default_factory=dict)
 
 
 def run_settings(args: argparse.Namespace, num_batches: int, world_size: int) -> dict[str, Any]:
@@ -63,6 +69,73 @@ def run_settings(args: argparse.Namespace, num_batches: int, world_size: int) ->
         'batches': num_batches,
         'seed': args.seed,
     }
+
+
+def run_meaning(args: argparse.Namespace, task: TrainingTask, data: Data, runtime: Runtime) -> dict[str, Any]:
+    """What a run is about: what goes on under another of these is another run. To be called on all ranks.
+
+    Returns:
+        The architecture of the student, the kind of task, the class map (None where the data tell none), what is distilled,
+        the teacher's name and the hashes of its weights (none of weights that were drawn).
+    """
+    student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
+    if isinstance(teacher, DistillationTeacher):
+        hashes = fingerprint(unwrap_model(teacher.model), args.kd_distill_type != 'feature')
+    else:
+        hashes = getattr(teacher, 'fingerprint', {})
+    target = args.pe_target if args.teacher else args.kd_distill_type if args.kd_model_name else None
+    meaning = {
+        'model': (getattr(student, 'pretrained_cfg', None) or {}).get('architecture', args.model),
+        'task': args.task,
+        'classes': class_map_of(getattr(plain_loader(data.train), 'dataset', None)),
+        'target': target,
+        'teacher': args.teacher or args.kd_model_name,
+        'teacher_weights': hashes,
+    }
+    shared = [meaning]
+    if runtime.distributed:  # weights that timm draws for a teacher of its own differ between ranks
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def is_meaning(value: Any) -> bool:
+    """Whether a value from a file is like what `run_meaning` gives, or empty."""
+    kinds = {'classes': (dict, type(None)), 'teacher_weights': dict}
+    names = {'model', 'task', 'target', 'teacher', *kinds}
+    return value == {} or (
+        isinstance(value, dict) and value.keys() == names and all(isinstance(value[n], k) for n, k in kinds.items())
+    )
+
+
+def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What of a run's meaning is another, each told in a few words. What is not known of one of them is not compared."""
+    changes = {
+        name: f'{name} {then[name]} then, {now[name]} now'
+        for name in ('model', 'task', 'target')
+        if name in then and then[name] != now[name]
+    }
+    classes = then.get('classes') or {}, now['classes'] or {}
+    if all(classes) and classes[0] != classes[1]:
+        name = next(n for n in {**classes[0], **classes[1]} if classes[0].get(n) != classes[1].get(n))
+        of = [str(c.get(name, 'of no class')) for c in classes]
+        changes['classes'] = f'class {name!r} {of[0]} then, {of[1]} now'
+    if 'teacher' in then and not _is_same_teacher(then, now):
+        of = [f'{run["teacher"] or "none"}{_in_brackets(run["teacher_weights"].values())}' for run in (then, now)]
+        changes['teacher'] = f'teacher {of[0]} then, {of[1]} now'
+    return changes
+
+
+def _is_same_teacher(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """By its weights, whatever it is called; where they were drawn, by its name."""
+    of_then, of_now = then['teacher_weights'], now['teacher_weights']
+    if not of_then or not of_now:
+        return bool(of_then) == bool(of_now) and then['teacher'] == now['teacher']
+    return all(of_then[part] == of_now[part] for part in of_then.keys() & of_now.keys())
+
+
+def _in_brackets(words: Iterable[str]) -> str:
+    text = ' '.join(words)
+    return f' ({text})' if text else ''
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:
@@ -101,9 +174,17 @@ def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
     }
 
 
+def _generators(task: TrainingTask) -> dict[str, torch.Generator]:
+    """Generators that the moving average has of its own: one in bfloat16 is rounded at random."""
+    average = task.get_trainable_module(ema=True)
+    made = vars(average).items() if average is not None else ()
+    return {f'{name} {value.device.type}': value for name, value in made if isinstance(value, torch.Generator)}
+
+
 def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, Any] | None = None) -> list[dict]:
     """What belongs to each rank, from all of them; to be called on all."""
     own = {'random': _random_states(runtime.device), 'losses': dict(losses or {})}
+    own['generators'] = {name: generator.get_state() for name, generator in _generators(task).items()}
     if not runtime.distributed:
         return [own]
     own['buffers'] = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
@@ -112,7 +193,7 @@ def take_rank_state(task: TrainingTask, runtime: Runtime, losses: Mapping[str, A
     return ranks
 
 
-def check_rank_state(state: RunState, runtime: Runtime) -> None:
+def check_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> None:
     """Refuse random states that cannot be put back, before anything is written.
 
     Raises:
@@ -120,8 +201,12 @@ def check_rank_state(state: RunState, runtime: Runtime) -> None:
     """
     try:
         if len(state.ranks) == runtime.world_size:
+            own = state.ranks[runtime.rank]
             with kept_rng():
-                _set_random_states(state.ranks[runtime.rank]['random'], torch.device('cpu'))
+                _set_random_states(own['random'], torch.device('cpu'))
+            for name, generator in _generators(task).items():
+                if name in own.get('generators', {}):
+                    torch.Generator(generator.device).set_state(own['generators'][name])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
         raise UsageError(f'--resume: the random states in the checkpoint do not fit: {one_line(e)}') from e
 
@@ -144,6 +229,9 @@ def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) ->
             if name in buffers:  # the moving average may be new
                 buffers[name].copy_(value)
     _set_random_states(own['random'], runtime.device)
+    for name, generator in _generators(task).items():
+        if name in own.get('generators', {}):  # the average may be new, or elsewhere than it was
+            generator.set_state(own['generators'][name])
     return own['losses']
 
 

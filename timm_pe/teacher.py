@@ -1,6 +1,6 @@
 """The teacher: any model, found, loaded, frozen and fed as it was trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from .loading import (
     check_model_name,
     classes_in_checkpoint,
     create_timm_model,
+    fingerprint,
     load_weights,
     read_state_dict,
     without_classifier,
@@ -59,9 +60,12 @@ class Teacher(nn.Module):
             `forward_head(forward_features(x), pre_logits=True)` gives the feature that is tapped.
         fold: Fold batch norms into the layers before them (see `fold_batch_norm`), in float32 before any cast to `dtype`.
             Where that is not exact to rounding, the network stays as it is.
+        fingerprint: See the attribute.
 
     Attributes:
         model: The network.
+        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `loading.fingerprint`); empty
+            where they were drawn, or are those of a given module.
         folded: Number of batch norms that were folded.
         width: Width m of its penultimate feature.
         num_classes: Number of its classes, None where the model doesn't tell.
@@ -90,8 +94,10 @@ class Teacher(nn.Module):
         channels_last: bool = False,
         needs_logits: bool = True,
         fold: bool = False,
+        fingerprint: Mapping[str, str] | None = None,
     ):
         super().__init__()
+        self.fingerprint = dict(fingerprint or {})
         network = unwrap_model(model)
         self.needs_logits = needs_logits
         # None: not known yet. The network inside a wrapper (compiled, DDP) is not called around it
@@ -328,4 +334,5 @@ def create_teacher(
         load_weights(model, state_dict, what, str(checkpoint))
     else:
         model = create(pretrained=pretrained, num_classes=num_classes)
-    return Teacher(model, **teacher_kwargs)
+    loaded = fingerprint(model, needs_logits) if checkpoint or pretrained else None
+    return Teacher(model, fingerprint=loaded, **teacher_kwargs)
