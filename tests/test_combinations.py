@@ -189,9 +189,10 @@ REFUSALS = [
     ),
     Refusal({'projector': ('identity',), 'projectors': ('3',)}, 'add --pe-projectors 1', 'three of nothing are one'),
     Refusal({'workers': ('kept',), 'sizes': _SIZES}, 'does not go with', 'its iterator has drawn the sizes already'),
-    Refusal({'student': ('vit',), 'sizes': _SIZES}, 'cannot take', 'built for one size'),
     Refusal(
-        {'teacher': ('own size',), 'teacher-size': ('40',)}, 'the teacher cannot take its input size 40', 'likewise'
+        {'teacher': ('own size',), 'teacher-size': ('40',)},
+        'the teacher cannot take its input size 40',
+        'built for one size',
     ),
     Refusal({'kd': ('yes',), 'teacher': ('name', 'no classes')}, 'compares logits of equal classes', ''),
     Refusal({'target': ('logits',), 'teacher': ('no classes',)}, 'has no logits to project', ''),
