@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= demo_output
 WORKERS ?= 2
+ARRAYS ?= 4
 
 RELEASE := .venv-release
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-contract test-lowest test-registry test-survival test-report test-release soak docs lint format data bench-accuracy bench-speed clean
+.PHONY: demo test test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -33,7 +34,11 @@ test-registry: $(VENV)/.test
 test-survival: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/survival
 
-# the same for an hour, and the memory of a long run
+# what `make test` has of options next to each other, and ARRAYS more of such arrays: in each, other threes meet
+test-combinations: $(VENV)/.test
+	COMBINATIONS=$(ARRAYS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_combinations.py
+
+# the runs of test-survival for an hour, and the memory of a long run
 soak: $(VENV)/.test
 	$(BIN)/python tests/survive.py --minutes 60 --epochs 1000
 

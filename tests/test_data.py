@@ -410,3 +410,17 @@ def test_ranks_share_the_images_of_the_batch_that_one_process_would_take():
     order = BatchSampler(RandomSampler(range(64)), 8, True)
     alone = [draw.index for batch in DrawBatchSampler(order, 3, 0, 1, repeated=False) for draw in batch]
     assert alone == [index for pair in zip(first, second, strict=True) for index in pair]
+
+
+@pytest.mark.parametrize('more', [[], ['--no-prefetcher']], ids=['prefetcher', 'no prefetcher'])
+def test_a_torchvision_data_set_gives_images_of_the_students_channels(image_folder, more):
+    argv = ['--dataset', 'torch/image_folder', '--data-dir', str(image_folder), '--val-split', 'val', '-j', '0', *more]
+    argv += ['--device', 'cpu', '--img-size', '32', '-b', '8', '--num-classes', '3', '--in-chans', '1']
+    args, _ = parse_args(argv)
+    student = timm.create_model('test_resnet', num_classes=3, in_chans=1)
+    data = create_data(args, create_datasets(args, 1), student, setup_runtime(args))
+    grey = [next(iter(loader))[0] for loader in (data.train, data.eval)]
+    assert [x.shape[1] for x in grey] == [1, 1]
+    as_folder, _ = parse_args([str(image_folder), *argv[6:]])
+    expected = create_data(as_folder, create_datasets(as_folder, 1), student, setup_runtime(as_folder))
+    assert torch.equal(grey[1], next(iter(expected.eval))[0])

@@ -28,7 +28,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.utils import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, VisionDataset
 
 from .args import resolve_dtype, resolve_smoothing, resolve_workers
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
@@ -227,13 +227,44 @@ _KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
 
 def _create_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
     dataset = _open_dataset(args, split, is_training, in_chans)
+    if isinstance(dataset, VisionDataset):
+        return _ConvertedDataset(dataset, _image_mode(args, in_chans))
     return CountingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
+
+
+class _ConvertedDataset(Dataset):
+    """A data set of torchvision whose images are converted to a PIL mode, as timm's readers do by themselves."""
+
+    def __init__(self, dataset: VisionDataset, mode: str):
+        self.dataset, self.mode = dataset, mode
+        self.transform = self.target_transform = None
+
+    def __getitem__(self, index: int) -> tuple:
+        image, target = self.dataset[index]
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        return (
+            image if self.transform is None else self.transform(image),
+            target if self.target_transform is None else self.target_transform(target),
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'dataset':
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _image_mode(args: argparse.Namespace, in_chans: int) -> str:
+    return args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
 
 
 def _open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int) -> Dataset:
     if in_chans not in (1, 3) and not args.input_img_mode:
         raise UsageError(f'the student has {in_chans} input channels: say with --input-img-mode how images become that')
-    mode = args.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+    mode = _image_mode(args, in_chans)
     if args.dataset.lower() in _BUILT_IN_READERS:
         return ImageDataset(
             args.data_dir or args.data or '', reader=_BUILT_IN_READERS[args.dataset.lower()](split), input_img_mode=mode
