@@ -331,7 +331,7 @@ BEYOND = ('-j', '0', '--train-img-sizes', '24', '32', '--train-batches-per-epoch
 def test_an_image_that_recurs_within_an_epoch_is_drawn_anew(image_folder):
     plain = plain_loader(open_data(folder(image_folder, *BEYOND)).train)
     draws = [draw for batch in plain.batch_sampler for draw in batch]
-    times = Counter(index for _, (index, _), _ in draws)
+    times = Counter(draw.index[0] for draw in draws)
     assert set(times.values()) == {2}
     for image in times:
         first, second = (draw._replace(index=(image, 1)) for draw in draws if draw.index[0] == image)  # at one size

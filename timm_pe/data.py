@@ -375,7 +375,7 @@ def _check_ranks(datasets: tuple[Dataset | None, Dataset], runtime: Runtime) -> 
 def _check_splits(train: Dataset | None, evaluation: Dataset, args: argparse.Namespace) -> None:
     if train is None:
         return
-    if '/' not in args.dataset or isinstance(train, ImageFolder):
+    if '/' not in args.dataset or isinstance(getattr(train, 'dataset', None), ImageFolder):
         _check_split_folders(train, evaluation, args)
     classes, eval_classes = class_map_of(train), class_map_of(evaluation)
     if not classes or not eval_classes or classes == eval_classes:
