@@ -9,7 +9,7 @@ ARRAYS ?= 4
 RELEASE := .venv-release
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint format data bench-accuracy bench-speed clean
+.PHONY: demo test test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -75,6 +75,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# counts what makes the code hard to carry on
+house: $(BIN)/python
+	$(BIN)/python benchmarks/house.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

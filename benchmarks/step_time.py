@@ -46,17 +46,14 @@ from timm.data import create_loader
 from timm.task import FeatureDistillationTask, TrainingTask
 
 from timm_pe import ProjectorEnsemble, ProjectorEnsembleTask, Teacher, TeacherOutput, create_feature_loss
-from timm_pe.args import parse_args
-from timm_pe.cache import allocate_cache, open_teacher_cache
-from timm_pe.data import create_data, create_datasets
-from timm_pe.engine import LossMeter, Trainer, train_one_epoch, zeroes_late
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
-from timm_pe.fit import create_trainer
-from timm_pe.loading import check_model_name
-from timm_pe.logs import Progress
-from timm_pe.models import create_student
-from timm_pe.runtime import setup_runtime
-from timm_pe.task_from_args import create_run_task, create_run_teacher
+from timm_pe.method.weights import check_model_name
+from timm_pe.train.build import build as build_parts
+from timm_pe.train.meters import LossMeter
+from timm_pe.train.start import start
+from timm_pe.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent
 # projectors of the last two have half the student's weights or more: at their usual image size they are a small part of a step
@@ -171,7 +168,7 @@ def our_task(case: Case, **teacher_kwargs: Any) -> ProjectorEnsembleTask:
 def task_step(task: TrainingTask, case: Case, teacher: Callable[[int], TeacherOutput] | None = None) -> Step:
     """A step as the engine makes it: task, backward, optimizer, running means of the losses on the device."""
     batches, optimizer = case.batches, create_optimizer(task.trainable_module.parameters())
-    meter, late_zero = LossMeter(torch.device(case.device), distributed=False), zeroes_late(torch.device(case.device))
+    meter, late_zero = LossMeter(torch.device(case.device), distributed=False), torch.device(case.device).type == 'cpu'
 
     def step(i: int) -> None:
         result = task(*batches[i % len(batches)], **({'teacher': teacher(i)} if teacher else {}))
@@ -392,7 +389,9 @@ def measure_memory(case: Case, names: Sequence[str], runs: int, steps: int = 4) 
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('forkserver' if 'forkserver' in methods else 'spawn')
     if context.get_start_method() == 'forkserver':
-        context.set_forkserver_preload(['scipy.stats', 'torchvision', 'timm', 'timm_pe.fit', 'timm_pe.task_from_args'])
+        context.set_forkserver_preload(
+            ['scipy.stats', 'torchvision', 'timm', 'timm_pe.train.start', 'timm_pe.train.run_task']
+        )
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         threads = torch.get_num_threads()
         found = {name: [] for name in names}
@@ -476,16 +475,12 @@ def write_pictures(folder: Path, number: int, size: tuple[int, int] = (500, 400)
 
 
 def create_run(argv: Sequence[str]) -> Trainer:
-    """All that train_distill makes of a command line before its first epoch."""
-    args, _ = parse_args(list(argv))
-    runtime = setup_runtime(args)
-    student = create_student(args)
-    data = create_data(args, create_datasets(args, student.in_chans), student, runtime)
-    teacher = create_run_teacher(args, data, runtime)
-    task = create_run_task(args, student, teacher, runtime)
-    cache = open_teacher_cache(args, teacher, data, runtime)
-    trainer, _, _ = create_trainer(args, task, data, runtime, cache)
-    allocate_cache(cache, teacher, runtime)
+    """All that train_distill makes of a command line before its first epoch; what it writes is in a folder that is gone."""
+    with tempfile.TemporaryDirectory() as output:
+        eval_of_teacher = ['--no-teacher-eval'] if '--teacher' in argv else []
+        config = parse_config([*argv, '--output', output, '--experiment', 'run', *eval_of_teacher])
+        trainer = start(build_parts(config))
+    assert trainer is not None
     return trainer
 
 
@@ -493,14 +488,14 @@ def our_epoch(trainer: Trainer) -> Step:
     """An epoch as `fit` runs it."""
 
     def epoch(i: int) -> None:
-        train_one_epoch(trainer, i, Progress('', len(trainer.data.train), enabled=False))
+        trainer.train_epoch(i)
 
     return epoch
 
 
 def create_timm_loader(trainer: Trainer) -> Any:
     """timm's own loader over the images of a run, with the augmentation that the run has by default."""
-    args, config = trainer.args, trainer.data.config
+    args, config = trainer.config, trainer.data.config
     return create_loader(
         create_datasets(args)[0],
         input_size=config['input_size'],

@@ -26,10 +26,11 @@ import torch
 from timm.utils import unwrap_model
 
 import train_distill
-from timm_pe.cache import TeacherCache
-from timm_pe.data import DigitsReader, plain_loader
-from timm_pe.engine import Trainer
-from timm_pe.interrupts import Interrupts
+from timm_pe.data.datasets import DigitsReader
+from timm_pe.data.epochs import plain_loader
+from timm_pe.process.signals import Interrupts
+from timm_pe.train.cache import TeacherCache
+from timm_pe.train.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -130,15 +131,15 @@ def _free_port() -> str:
 @contextlib.contextmanager
 def _recording(record: dict[str, Any], job: Job, stop_at: int) -> Iterator[None]:
     looks = [0]
-    train = train_distill.fit
+    train = Trainer.fit
 
     def requested(self: Interrupts) -> int:
         looks[0] += 1
         return signal.SIGTERM if looks[0] == stop_at else 0
 
-    def fit(trainer: Trainer, *args: Any) -> None:
+    def fit(trainer: Trainer) -> None:
         before = _states(trainer)
-        train(trainer, *args)
+        train(trainer)
         _record(record, trainer, before)
         record['looks'] = looks[0]
 
@@ -151,7 +152,7 @@ def _recording(record: dict[str, Any], job: Job, stop_at: int) -> Iterator[None]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(DigitsReader, '__init__', few_digits))
         patches.enter_context(mock.patch.object(Interrupts, 'requested', requested))
-        patches.enter_context(mock.patch.object(train_distill, 'fit', fit))
+        patches.enter_context(mock.patch.object(Trainer, 'fit', fit))
         if job.without_cache:
             patches.enter_context(mock.patch.object(TeacherCache, '__call__', lambda self, target, compute: compute()))
         yield

@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_pe import plots
-from timm_pe.args import create_parser
+from timm_pe.config.run_config import create_parser
+from timm_pe.runs import plots
 
 EPOCHS = 4
 # a name that a page must show and not run

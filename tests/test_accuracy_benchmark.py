@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import train_distill
-from timm_pe.args import parse_args
+from timm_pe.config.run_config import parse_config
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
 METHODS = sorted(p.stem for p in (BENCHMARKS / 'methods').glob('*.yaml'))
@@ -111,7 +111,7 @@ def test_a_method_is_flags_that_train_distill_takes(accuracy, tmp_path, name):
     teacher = {'none': {}, 'timm_pe': {'teacher': 'resnet34'}, 'timm': {'kd_model_name': 'resnet34'}}[method['teacher']]
     config = tmp_path / 'c.yaml'
     config.write_text(yaml.safe_dump({**method['flags'], **teacher}))
-    args, _ = parse_args(['data', '-c', str(config)])
+    args = parse_config(['data', '-c', str(config)])
     assert bool(args.teacher) == (method['teacher'] == 'timm_pe')
 
 
@@ -125,4 +125,4 @@ def test_a_suite_names_known_methods_and_flags(accuracy, tmp_path, name, monkeyp
     for run in [*runs, *suite.tuning_runs().values(), *filter(None, [suite.teacher_run()])]:
         config = tmp_path / 'c.yaml'
         config.write_text(yaml.safe_dump(run.flags))
-        parse_args(['-c', str(config)])
+        parse_config(['-c', str(config)])

@@ -15,8 +15,10 @@ import torch
 from helpers import load, run, summary
 from PIL import Image
 
-import train_distill
 from timm_pe import analysis
+from timm_pe.run_folder import RunFolder
+from timm_pe.runs.reopen import Options, open_run
+from timm_pe.train import build
 
 KEYS = {
     '': 'run model teacher compared_with checkpoint epoch seed params num_classes class_names images train validation '
@@ -185,7 +187,7 @@ def test_a_teacher_of_other_data_is_nobody_to_be_compared_with(runs, tmp_path):
 def test_the_teacher_compared_with_itself_is_equal(runs, tmp_path):
     output = runs[0]
     copy(runs, 'teacher', tmp_path)
-    options = analysis.Options(checkpoint='best')  # the weights that it teaches with
+    options = Options(checkpoint='best')  # the weights that it teaches with
     result = analysis.analyze(tmp_path / 'teacher', options, others=[output / 'distilled'])
     assert result['checkpoint'] == 'best'
     assert result['agreement'] == {'train': 100, 'validation': 100}
@@ -250,27 +252,25 @@ def test_timms_own_distillation_has_a_teacher_and_no_projectors(runs, tmp_path):
 def test_a_teacher_that_was_left_random_is_drawn_again(runs, tmp_path, monkeypatch):
     _, argv, _ = runs
     teachers = []
-    create = train_distill.create_run_teacher
-    monkeypatch.setattr(
-        train_distill, 'create_run_teacher', lambda *args: teachers.append(create(*args)) or teachers[0]
-    )
+    create = build.create_run_teacher
+    monkeypatch.setattr(build, 'create_run_teacher', lambda *args: teachers.append(create(*args)) or teachers[0])
     random = ['--teacher', 'test_resnet', '--no-teacher-pretrained', '--epochs', '1', '--output', str(tmp_path)]
     run([*argv, '--model', 'test_vit', *random, '--experiment', 'random', '--seed', '3'])
-    again = analysis.open_run(tmp_path / 'random', analysis.Options()).teacher.state_dict()
+    again = open_run(RunFolder(tmp_path / 'random'), Options()).teacher.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in teachers[0].state_dict().items())
 
 
 def test_the_same_training_images_are_looked_at_in_each_run(runs):
     output = runs[0]
-    options = analysis.Options(max_train_images=10)
+    options = Options(max_train_images=10)
     subsets = []
     for name in ('alone', 'distilled'):
-        opened = analysis.open_run(output / name, options)
+        opened = open_run(RunFolder(output / name), options)
         subsets.append(opened.loaders['train'].dataset.indices)
     assert subsets[0] == subsets[1]
     assert len(set(subsets[0])) == 10
     assert max(subsets[0]) > 9  # drawn, not the first ten: folders are sorted by class
-    whole = analysis.open_run(output / 'distilled', analysis.Options())
+    whole = open_run(RunFolder(output / 'distilled'), Options())
     seen, of_all = (torch.cat([images for images, _ in r.loaders['train']]) for r in (opened, whole))
     torch.testing.assert_close(seen, of_all[subsets[0]])
 

@@ -6,19 +6,21 @@ import yaml
 from timm.utils import ParseKwargs
 from torch.utils.data import IterableDataset
 
-from timm_pe import cli
-from timm_pe.args import create_parser, parse_args, resolve_lr, resolve_workers
+from timm_pe.config import cli
+from timm_pe.config.declare import declared_in
+from timm_pe.config.derive import learning_rate, loader_workers
+from timm_pe.config.run_config import RunConfig, create_parser, parse_config
 
 FACTS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
 ACTIONS = {s: a for a in create_parser()._actions for s in (a.option_strings or [a.dest])}
 DATA = ['--dataset', 'sklearn/digits']
-OURS = {'--workers': None}  # that of resolve_workers
+OURS = {'--workers': None}  # that of loader_workers
 TYPES = {'str': str, 'int': int, 'float': float}
 
 
 def refused(argv, capsys):
     with pytest.raises(SystemExit) as e:
-        parse_args(argv)
+        parse_config(argv)
     err = capsys.readouterr().err
     assert e.value.code == 2
     assert err.startswith('train_distill: error: ')
@@ -44,6 +46,12 @@ def test_a_flag_of_timm_has_timms_names_type_and_default(fact):
         assert list(action.choices) == fact['choices']
     if 'const' in fact:
         assert action.const == fact['const']
+
+
+def test_a_flag_is_marked_as_added_exactly_where_timm_has_none_of_its_name():
+    declared = declared_in(RunConfig)
+    timm = {ACTIONS[fact['flags'][0]].dest for fact in FACTS}
+    assert {dest for dest, flag in declared.items() if not flag.added} == timm
 
 
 @pytest.mark.parametrize(
@@ -82,7 +90,7 @@ def test_yaml_sets_flags_and_the_command_line_wins(tmp_path):
     yaml_args = config(
         tmp_path, "dataset: sklearn/digits\nlr: '3e-4'\nteacher: resnet34\npe-projectors: 5\nepochs: 7\n"
     )
-    args, _ = parse_args([*yaml_args, '--epochs', '9'])
+    args = parse_config([*yaml_args, '--epochs', '9'])
     assert (args.dataset, args.lr, args.teacher, args.pe_projectors, args.epochs) == (
         'sklearn/digits',
         3e-4,
@@ -117,14 +125,14 @@ def test_yaml_is_checked_like_the_command_line(tmp_path, capsys, text, message):
 
 def test_null_in_yaml_is_a_flag_that_was_not_given(tmp_path):
     text = 'drop: null\nmodel_kwargs: null\nexperiment: null\ncolor_jitter: null\ntorchcompile: true\n'
-    args, _ = parse_args([*DATA, *config(tmp_path, text)])
+    args = parse_config([*DATA, *config(tmp_path, text)])
     assert (args.drop, args.model_kwargs, args.experiment) == (0.0, {}, '')
     assert args.color_jitter is None
     assert args.torchcompile == 'inductor'
 
 
 def test_three_betas_reach_an_optimizer_that_takes_three():
-    assert parse_args([*DATA, '--opt', 'adan', '--opt-betas', '0.98', '0.92', '0.99'])[0].opt_betas == [
+    assert parse_config([*DATA, '--opt', 'adan', '--opt-betas', '0.98', '0.92', '0.99']).opt_betas == [
         0.98,
         0.92,
         0.99,
@@ -136,13 +144,14 @@ def test_a_flag_of_the_teacher_from_yaml_needs_a_teacher_too(tmp_path, capsys):
 
 
 def test_args_yaml_holds_yaml_and_flags_merged_and_reads_back_to_the_same_run(tmp_path):
-    args, text = parse_args([*DATA, *config(tmp_path, 'lr: 0.3\nmodel_kwargs: {depth: 3}'), '--epochs', '4'])
+    args = parse_config([*DATA, *config(tmp_path, 'lr: 0.3\nmodel_kwargs: {depth: 3}'), '--epochs', '4'])
+    text = args.to_yaml()
     merged = yaml.safe_load(text)
     assert (merged['lr'], merged['epochs'], merged['model_kwargs']) == (0.3, 4, {'depth': 3})
     assert merged['device'] == 'cuda'  # as given, before what the machine made of it
     (tmp_path / 'args.yaml').write_text(text)
-    again, _ = parse_args(['-c', str(tmp_path / 'args.yaml')])
-    assert {**vars(again), 'config': ''} == {**vars(args), 'config': ''}
+    again = parse_config(['-c', str(tmp_path / 'args.yaml')])
+    assert {**again.as_dict(), 'config': ''} == {**args.as_dict(), 'config': ''}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +165,7 @@ def test_args_yaml_holds_yaml_and_flags_merged_and_reads_back_to_the_same_run(tm
     ],
 )
 def test_the_learning_rate_follows_the_global_batch_as_in_timm(flags, world_size, lr):
-    assert resolve_lr(parse_args([*DATA, *flags])[0], world_size) == pytest.approx(lr)
+    assert learning_rate(parse_config([*DATA, *flags]), world_size) == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(('rank', 'of_all', 'said'), [(0, False, 'cmd: error: no'), (0, True, 'cmd: error: no'), (3, False, 'cmd: error: [rank 3] no'), (3, True, '')])  # fmt: skip
@@ -175,18 +184,20 @@ def test_rank_0_speaks_first_and_others_only_for_themselves(rank, of_all, said, 
 def test_without_j_a_rank_has_a_loader_process_for_each_of_its_cores_up_to_four(monkeypatch, cores, ranks, workers):
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
-    args, text = parse_args(DATA)
+    args = parse_config(DATA)
+    text = args.to_yaml()
     share = max(1, cores // ranks)
-    assert resolve_workers(args, [0]) == (workers, f'of {share} core{"s" * (share > 1)}; -j sets it')
+    assert loader_workers(args, [0]) == (workers, f'of {share} core{"s" * (share > 1)}; -j sets it')
     assert yaml.safe_load(text)['workers'] is None
 
 
 @pytest.mark.parametrize('given', [0, 4, 9])
 def test_a_given_number_of_loader_processes_is_kept(monkeypatch, tmp_path, given):
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0}, raising=False)
-    (tmp_path / 'args.yaml').write_text(parse_args([*DATA, '-j', str(given)])[1])
-    args, text = parse_args(['-c', str(tmp_path / 'args.yaml')])
-    assert resolve_workers(args, [0])[0] == given
+    (tmp_path / 'args.yaml').write_text(parse_config([*DATA, '-j', str(given)]).to_yaml())
+    args = parse_config(['-c', str(tmp_path / 'args.yaml')])
+    text = args.to_yaml()
+    assert loader_workers(args, [0])[0] == given
     assert yaml.safe_load(text)['workers'] == given
 
 
@@ -194,5 +205,5 @@ def test_a_given_number_of_loader_processes_is_kept(monkeypatch, tmp_path, given
 def test_what_is_drawn_by_worker_has_timms_number_of_them_on_any_machine(monkeypatch, naflex):
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0}, raising=False)
     stream = type('Stream', (IterableDataset,), {'__iter__': lambda self: iter(())})()
-    args, _ = parse_args([*DATA, *(['--naflex-loader'] if naflex else [])])
-    assert resolve_workers(args, [0] if naflex else stream)[0] == 4
+    args = parse_config([*DATA, *(['--naflex-loader'] if naflex else [])])
+    assert loader_workers(args, [0] if naflex else stream)[0] == 4

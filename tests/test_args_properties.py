@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from timm_pe.args import create_parser, parse_args
+from timm_pe.config.run_config import create_parser, parse_config
 
 
 def repeatable(examples: int) -> settings:
@@ -81,7 +81,7 @@ def outcome(argv: list[str]) -> str | None:
     """The args.yaml of a run; None where the command line was refused, which must be in one line."""
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            text = parse_args(argv)[1]
+            text = parse_config(argv).to_yaml()
         except SystemExit as e:
             text = None
             assert e.code == 2

@@ -20,17 +20,25 @@ from PIL import Image
 from timm.data.loader import fast_collate
 
 import train_distill
-from timm_pe import UsageError, fit, precompute
-from timm_pe import cache as cache_module
-from timm_pe.args import parse_args
-from timm_pe.cache import TeacherCache, allocate_cache, hash_names, hash_weights, open_teacher_cache
-from timm_pe.data import create_data, create_datasets, set_epoch
-from timm_pe.draws import Batch, Draw, IndexedTarget, SeededCollate
-from timm_pe.engine import LossMeter, batch_to_device
-from timm_pe.models import create_student
-from timm_pe.runtime import setup_runtime
-from timm_pe.task_from_args import create_run_teacher
-from timm_pe.teacher import Teacher, TeacherOutput
+from timm_pe import UsageError, precompute
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import create_datasets
+from timm_pe.data.draws import Batch, Draw, IndexedTarget, SeededCollate
+from timm_pe.data.epochs import set_epoch
+from timm_pe.data.fingerprint import hash_names
+from timm_pe.data.loaders import create_data
+from timm_pe.method.teacher import Teacher, TeacherOutput
+from timm_pe.method.weights import hash_tensors
+from timm_pe.process.runtime import setup_runtime
+from timm_pe.train import cache as cache_module
+from timm_pe.train import run_cache
+from timm_pe.train.cache import TeacherCache
+from timm_pe.train.evaluate import batch_to_device
+from timm_pe.train.meters import LossMeter
+from timm_pe.train.run_cache import allocate_cache, open_teacher_cache
+from timm_pe.train.run_task import create_run_teacher
+from timm_pe.train.student import create_student
+from timm_pe.train.trainer import Trainer
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
@@ -58,7 +66,7 @@ def forwards(monkeypatch) -> list[int]:
 
 def stages(argv):
     """What a run has before its cache is opened."""
-    args, _ = parse_args(argv)
+    args = parse_config(argv)
     runtime = setup_runtime(args)
     student = create_student(args)
     data = create_data(args, create_datasets(args, student.in_chans), student, runtime)
@@ -235,7 +243,7 @@ def test_a_step_with_a_cache_reads_nothing_from_the_device(small_run, argv, monk
 
     measure(TeacherCache, '__call__', 'cache')
     measure(LossMeter, 'read', 'meter')
-    measure(fit, 'train_one_epoch', 'epochs')
+    measure(Trainer, 'train_epoch', 'epochs')
     for name in ('item', 'tolist', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
         count(name)
     others = []
@@ -408,7 +416,7 @@ def test_precompute_trains_nothing_and_makes_no_run_folder(argv, tmp_path):
 
 
 def test_a_kill_while_the_files_are_made_leaves_a_folder_that_resumes(tmp_path, monkeypatch):
-    create, calls = cache_module._create_array, []
+    create, calls = cache_module.create_array, []
 
     def killed(path, *args):
         calls.append(path)
@@ -416,10 +424,10 @@ def test_a_kill_while_the_files_are_made_leaves_a_folder_that_resumes(tmp_path, 
             raise KeyboardInterrupt
         create(path, *args)
 
-    monkeypatch.setattr(cache_module, '_create_array', killed)
+    monkeypatch.setattr(cache_module, 'create_array', killed)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path / 'cache')
-    monkeypatch.setattr(cache_module, '_create_array', create)
+    monkeypatch.setattr(cache_module, 'create_array', create)
     cache = opened(tmp_path / 'cache')
     assert cache.counts == [0, 0]
     (tmp_path / 'empty').mkdir()
@@ -432,19 +440,19 @@ def test_flags_never_outlive_their_rows(tmp_path, monkeypatch):
     cache(batch([1, 2]), lambda: answers([1, 2]))
     cache.flush()
     (tmp_path / 'view-0.feature.npy').unlink()
-    create = cache_module._create_array
+    create = cache_module.create_array
 
     def killed(path, *args):
         create(path, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_module, '_create_array', killed)
+    monkeypatch.setattr(cache_module, 'create_array', killed)
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path)
     cache = small_cache(tmp_path)
     cache.look()
     assert cache.counts == [0, 0]
-    monkeypatch.setattr(cache_module, '_create_array', create)
+    monkeypatch.setattr(cache_module, 'create_array', create)
     assert len(opened(tmp_path).missing(0)) == 10
 
 
@@ -654,8 +662,8 @@ def test_a_copy_of_the_images_with_other_times_keeps_all_rows_and_is_compared_on
     for path in images.rglob('*.png'):
         os.utime(path, (1, 1))
     forwards.clear()
-    compared, hash_file = [], cache_module.hash_file
-    monkeypatch.setattr(cache_module, 'hash_file', lambda path: compared.append(path) or hash_file(path))
+    compared, hash_files = [], cache_module.hash_files
+    monkeypatch.setattr(cache_module, 'hash_files', lambda paths: compared.extend(paths) or hash_files(paths))
     for command in (precompute.main, run):
         command(argv)
         assert ' changed since' not in capsys.readouterr().err
@@ -694,7 +702,7 @@ def test_a_changed_image_under_a_cache_that_cannot_be_written_is_refused_by_name
     def read_only(*args):
         raise PermissionError(errno.EACCES, 'Permission denied')
 
-    monkeypatch.setattr(cache_module, '_lock', read_only)
+    monkeypatch.setattr(cache_module, 'locked', read_only)
     error = refused(argv, capsys)
     assert f"1 of 36 images has changed since its rows were computed, '{images}/train/bee/4.png'" in error
     assert 'cannot be written (Permission denied)' in error
@@ -710,7 +718,7 @@ def test_a_complete_cache_that_cannot_be_written_is_read_although_the_times_of_t
     def read_only(*args):
         raise PermissionError(errno.EACCES, 'Permission denied')
 
-    monkeypatch.setattr(cache_module, '_write_whole', read_only)
+    monkeypatch.setattr(cache_module, 'write_whole', read_only)
     run(argv)
     assert not forwards
 
@@ -721,7 +729,7 @@ def test_a_changed_image_is_refused_by_name_where_ranks_on_several_machines_only
     precompute.main(argv)
     change(images / 'train' / 'bee' / '4.png')
     made = stages(argv)
-    monkeypatch.setattr(cache_module, '_on_several_machines', lambda runtime: True)
+    monkeypatch.setattr(run_cache, '_on_several_machines', lambda runtime: True)
     with pytest.raises(UsageError, match=r'70 of 72 rows .*1 of 36 images has changed .*bee/4\.png'):
         open_teacher_cache(*made)
 
@@ -841,14 +849,14 @@ def test_other_images_are_noticed_by_name(image_folder, argv, tmp_path, capsys):
 def test_the_hash_of_weights_sees_names_values_and_precision():
     torch.manual_seed(0)
     model = timm.create_model('test_resnet')
-    before = hash_weights(model)
-    assert before == hash_weights(model)
-    assert before != hash_weights(model.bfloat16())
+    before = hash_tensors(model.state_dict())
+    assert before == hash_tensors(model.state_dict())
+    assert before != hash_tensors(model.bfloat16().state_dict())
     other = timm.create_model('test_resnet')
     other.load_state_dict(model.state_dict())
-    own = hash_weights(other)
+    own = hash_tensors(other.state_dict())
     other.bn1.num_batches_tracked += 1
-    assert own != hash_weights(other)
+    assert own != hash_tensors(other.state_dict())
 
 
 def test_data_without_file_names_is_told_apart_by_its_labels():
@@ -1102,7 +1110,7 @@ def test_under_torchrun_a_mismatch_is_said_once(argv, tmp_path, filled_cache):
 
 def test_ranks_on_several_machines_read_a_complete_cache_and_fill_none(argv, monkeypatch):
     made = stages(argv)
-    monkeypatch.setattr(cache_module, '_on_several_machines', lambda runtime: True)
+    monkeypatch.setattr(run_cache, '_on_several_machines', lambda runtime: True)
     with pytest.raises(UsageError, match=r'several machines can only read .* has 0 of 72 rows: fill it on one of them'):
         open_teacher_cache(*made)
     precompute_alone(argv, monkeypatch)
@@ -1113,5 +1121,5 @@ def test_ranks_on_several_machines_read_a_complete_cache_and_fill_none(argv, mon
 
 def precompute_alone(argv, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(cache_module, '_on_several_machines', lambda runtime: False)
+        m.setattr(run_cache, '_on_several_machines', lambda runtime: False)
         precompute.main(argv)

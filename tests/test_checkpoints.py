@@ -1,23 +1,27 @@
-import argparse
 import os
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import convert_splitbn_model
 from timm.task import ClassificationTask, resume_task_checkpoint
 
-from timm_pe.checkpoints import Saver, best_epoch
+from timm_pe.config.run_config import RunConfig
+from timm_pe.run_folder import RunFolder
+from timm_pe.train.checkpoints import Saver, best_epoch
 
 
 @pytest.fixture
 def make_saver(tmp_path):
-    def make():
+    def make(split_bn=False):
         model = timm.create_model('test_resnet', num_classes=3)
+        if split_bn:
+            model = convert_splitbn_model(model, 2)
         task = ClassificationTask(model, verbose=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        args = argparse.Namespace(model='test_resnet', checkpoint_hist=2, opt='sgd')
-        saver = Saver(str(tmp_path), task, optimizer, args, None, False, task.get_eval_model)
+        config = RunConfig(model='test_resnet', checkpoint_hist=2, opt='sgd')
+        saver = Saver(RunFolder(tmp_path), task, optimizer, config, None, False, task.get_eval_model)
         return saver, model
 
     return make
@@ -61,13 +65,25 @@ def test_a_history_that_is_ranked_anew_has_its_best_in_all_files(make_saver, tmp
     fill(model, 2)
     assert again.continue_from(str(tmp_path / 'last.pth.tar'), {0: 1.0, 1: 9.0, 2: 0.5})
     assert student(tmp_path) == [1.0] * 3
-    assert best_epoch(tmp_path) == again.best_epoch == 1
+    assert best_epoch(RunFolder(tmp_path)) == again.best_epoch == 1
     names = [(os.path.basename(path), metric) for path, metric in again.checkpoint_files]
     assert names == [('checkpoint-1.pth.tar', 9.0), ('checkpoint-0.pth.tar', 1.0)]
     back, model = make_saver()  # by the first metric again, before anything was saved under the other
     back.continue_from(str(tmp_path / 'last.pth.tar'))
-    assert best_epoch(tmp_path) == back.best_epoch == 0
+    assert best_epoch(RunFolder(tmp_path)) == back.best_epoch == 0
     assert student(tmp_path) == [0.0] * 3
+
+
+def test_the_best_of_split_norms_that_is_restored_loads_in_plain_timm(make_saver, tmp_path):
+    saver, model = make_saver(split_bn=True)
+    for epoch, metric in enumerate((20.0, 30.0)):
+        fill(model, epoch + 1)
+        saver.save_checkpoint(epoch, metric)
+    again, model = make_saver(split_bn=True)
+    fill(model, 2)
+    again.continue_from(str(tmp_path / 'last.pth.tar'), {0: 9.0, 1: 1.0})
+    plain = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(tmp_path / 'student.safetensors'))
+    assert plain.fc.bias.tolist() == [1.0] * 3
 
 
 def test_a_fresh_run_replaces_the_student_of_an_old_one(make_saver, tmp_path):

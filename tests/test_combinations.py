@@ -31,7 +31,8 @@ from survive import compare
 OPTIONS: dict[str, dict[str, str]] = {
     'data': {
         'folder': '{DATA}/folder -b {BATCH} --num-classes 3',
-        'alike': '{DATA}/alike -b {BATCH} --num-classes 3',  # classes that differ only in how a number is written
+        # classes that differ only in how a number is written: their order is given
+        'alike': '{DATA}/alike -b {BATCH} --num-classes 3 --class-map {DATA}/alike.txt',
         'torch': '--dataset torch/image_folder --data-dir {DATA}/folder --val-split val -b {BATCH} --num-classes 3',
         'digits': '--dataset sklearn/digits -b {BATCH} --num-classes 10',
     },
@@ -292,6 +293,7 @@ def data(tmp_path_factory) -> Path:
                     pixels = rng.integers(0, 150, (36, 30, 3))
                     pixels[..., c] += 50
                     Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
+    (root / 'alike.txt').write_text('1\n01\n001\n')
     for classes, kind in ((3, 'folder'), (10, 'digits')):
         torch.manual_seed(0)
         teacher = timm.create_model('cifar_resnet8', num_classes=classes)

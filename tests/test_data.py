@@ -16,24 +16,23 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from timm_pe import UsageError
-from timm_pe.args import parse_args
-from timm_pe.data import (
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import (
     _check_splits,
     check_data,
     check_num_classes,
     class_map_of,
     count_classes,
-    create_data,
     create_datasets,
-    plain_loader,
-    set_epoch,
 )
-from timm_pe.draws import DrawBatchSampler, derive_seed, seeded_mixup
-from timm_pe.runtime import setup_runtime
+from timm_pe.data.draws import DrawBatchSampler, derive_seed, seeded_mixup
+from timm_pe.data.epochs import plain_loader, set_epoch
+from timm_pe.data.loaders import create_data
+from timm_pe.process.runtime import setup_runtime
 
 
 def open_data(argv):
-    args, _ = parse_args([*argv, '--device', 'cpu', '--img-size', '32', *([] if '-b' in argv else ['-b', '8'])])
+    args = parse_config([*argv, '--device', 'cpu', '--img-size', '32', *([] if '-b' in argv else ['-b', '8'])])
     runtime = setup_runtime(args)
     student = timm.create_model('test_resnet', num_classes=args.num_classes)
     return create_data(args, create_datasets(args), student, runtime)
@@ -124,7 +123,7 @@ def test_near_keys_give_unrelated_seeds():
 def test_each_rank_of_a_repeated_image_gets_another_draw():
     from torch.utils.data import BatchSampler
 
-    from timm_pe.draws import DrawBatchSampler
+    from timm_pe.data.draws import DrawBatchSampler
 
     draws = [
         draw
@@ -138,7 +137,7 @@ def test_each_rank_of_a_repeated_image_gets_another_draw():
 
 
 def test_digits_are_real_fixed_and_stratified():
-    args, _ = parse_args(['--dataset', 'sklearn/digits', '--num-classes', '10'])
+    args = parse_config(['--dataset', 'sklearn/digits', '--num-classes', '10'])
     train, val = create_datasets(args)
     assert (len(train), len(val)) == (898, 899)
     assert count_classes(train) == 10
@@ -148,13 +147,13 @@ def test_digits_are_real_fixed_and_stratified():
         assert counts.min() >= 86
         assert counts.max() <= 92
     assert not set(train.reader.indices) & set(val.reader.indices)
-    grey, _ = create_datasets(parse_args(['--dataset', 'sklearn/digits'])[0], in_chans=1)
+    grey, _ = create_datasets(parse_config(['--dataset', 'sklearn/digits']), in_chans=1)
     assert grey[0][0].mode == 'L'
 
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
     for path, message in ((tmp_path / 'none', 'no data folder'), (tmp_path, 'cannot open data set .*Found 0 images')):
-        args, _ = parse_args([str(path), '--num-classes', '3'])
+        args = parse_config([str(path), '--num-classes', '3'])
         with pytest.raises(UsageError, match=message):
             check_data(args)
             create_datasets(args)
@@ -170,12 +169,12 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
 )
 def test_a_mistyped_data_set_is_refused_with_the_known_ones(name, message):
     with pytest.raises(UsageError, match=message):
-        check_data(parse_args(['--dataset', name])[0])
+        check_data(parse_config(['--dataset', name]))
 
 
 def test_a_missing_split_is_refused_instead_of_validating_on_everything(image_folder, tmp_path):
     (tmp_path / 'train').symlink_to(image_folder / 'train')
-    args, _ = parse_args([str(tmp_path), '--num-classes', '3'])
+    args = parse_config([str(tmp_path), '--num-classes', '3'])
     with pytest.raises(UsageError, match="no folder for split 'validation' in .*: it has train"):
         create_datasets(args)
 
@@ -185,7 +184,7 @@ def test_splits_with_other_classes_are_refused(image_folder, tmp_path):
         (tmp_path / split).mkdir()
         for name in ('ant', 'bee', 'cat') if split == 'train' else ('ant', 'cat'):
             (tmp_path / split / name).symlink_to(image_folder / split / name)
-    args, _ = parse_args([str(tmp_path)])
+    args = parse_config([str(tmp_path)])
     with pytest.raises(UsageError, match='different classes.*: bee in one of them only'):
         create_datasets(args)
 
@@ -232,7 +231,7 @@ def _unmoved(argv):
     """The training images, resized to 32 x 32 as the padded crop does it first."""
     from torchvision import transforms
 
-    args, _ = parse_args(argv)
+    args = parse_config(argv)
     dataset, _ = create_datasets(args)
     dataset.transform = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor()])
     return list(dataset)
@@ -248,7 +247,7 @@ def _unmoved(argv):
 )
 def test_the_padded_crop_refuses_flags_of_the_other_crop(image_folder, capsys, more, message):
     with pytest.raises(SystemExit):
-        parse_args([*folder(image_folder), '--train-crop-pad', '4', *more])
+        parse_config([*folder(image_folder), '--train-crop-pad', '4', *more])
     assert message in capsys.readouterr().err
 
 
@@ -274,10 +273,10 @@ def test_a_data_set_without_a_class_map_has_none():
 ORDER = """
 import sys
 from timm_pe import UsageError
-from timm_pe.args import parse_args
-from timm_pe.data import class_map_of, create_datasets
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import class_map_of, create_datasets
 try:
-    print(class_map_of(create_datasets(parse_args(sys.argv[1:])[0])[0]))
+    print(class_map_of(create_datasets(parse_config(sys.argv[1:]))[0]))
 except UsageError as e:
     print(e)
 """
@@ -309,19 +308,19 @@ def test_class_folders_that_timm_cannot_sort_are_refused_whatever_the_hash_seed(
 def test_class_folders_that_timm_cannot_sort_are_named_with_the_remedy(image_folder, tmp_path, names):
     argv = _folder_of_classes(tmp_path, image_folder, *names)
     with pytest.raises(UsageError, match=f"class folders '{names[0]}' and '{names[1]}'.* rename one of them"):
-        create_datasets(parse_args(argv)[0])
+        create_datasets(parse_config(argv))
 
 
 def test_a_class_map_orders_what_timm_cannot_sort(image_folder, tmp_path):
     argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
     (tmp_path / 'classes.txt').write_text('1\n01\n')
-    args, _ = parse_args([*argv, '--class-map', str(tmp_path / 'classes.txt')])
+    args = parse_config([*argv, '--class-map', str(tmp_path / 'classes.txt')])
     assert class_map_of(create_datasets(args)[0]) == {'1': 0, '01': 1}
 
 
 def test_torchvision_sorts_what_timm_cannot(image_folder, tmp_path):
     argv = _folder_of_classes(tmp_path, image_folder, '01', '1')
-    args, _ = parse_args([*argv, '--dataset', 'torch/image_folder'])
+    args = parse_config([*argv, '--dataset', 'torch/image_folder'])
     assert class_map_of(create_datasets(args)[0]) == {'01': 0, '1': 1}
 
 
@@ -349,7 +348,7 @@ def test_a_resume_beyond_the_data_goes_on_with_the_same_draws(image_folder):
 
 def test_a_teacher_cache_has_no_second_draw_of_an_image(image_folder, capsys):
     with pytest.raises(SystemExit):
-        parse_args([*folder(image_folder, *BEYOND), '--teacher', 'test_vit', '--teacher-cache', 'cache'])
+        parse_config([*folder(image_folder, *BEYOND), '--teacher', 'test_vit', '--teacher-cache', 'cache'])
     assert '--teacher-cache keeps one feature an image and view, --train-img-sizes gives' in capsys.readouterr().err
 
 
@@ -361,30 +360,30 @@ def test_splits_whose_classes_differ_are_refused_whatever_reads_them(image_folde
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'val' / 'cat').rename(tmp_path / 'val' / 'dog')
     with pytest.raises(UsageError, match=r'different classes.*: cat, dog in one of them only \(3 and 3 classes\)'):
-        create_datasets(parse_args(folder(tmp_path, '--dataset', kind))[0])
+        create_datasets(parse_config(folder(tmp_path, '--dataset', kind)))
 
 
 @pytest.mark.parametrize('kind', FOLDER_KINDS)
 def test_a_folder_without_splits_is_warned_about_whatever_reads_it(image_folder, kind, caplog):
-    create_datasets(parse_args(folder(image_folder / 'train', '--dataset', kind))[0])
+    create_datasets(parse_config(folder(image_folder / 'train', '--dataset', kind)))
     assert 'training and validation use the SAME images' in caplog.text
 
 
 @pytest.mark.parametrize('kind', FOLDER_KINDS)
 def test_a_split_without_a_folder_is_refused_whatever_reads_it(image_folder, kind):
     with pytest.raises(UsageError, match="no folder for split 'test' in .*: it has train, val"):
-        create_datasets(parse_args(folder(image_folder, '--dataset', kind, '--val-split', 'test'))[0])
+        create_datasets(parse_config(folder(image_folder, '--dataset', kind, '--val-split', 'test')))
 
 
 def test_splits_that_number_the_same_classes_otherwise_are_refused():
     splits = [argparse.Namespace(class_to_idx=classes) for classes in ({'a': 0, 'b': 1}, {'b': 0, 'a': 1})]
     with pytest.raises(UsageError, match='a is 0 in one and 1 in the other'):
-        _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+        _check_splits(*splits, parse_config(['--dataset', 'torch/cifar10']))
 
 
 def test_splits_that_do_not_both_tell_their_classes_are_not_compared():
     splits = [argparse.Namespace(class_to_idx={'a': 0}), argparse.Namespace()]
-    _check_splits(*splits, parse_args(['--dataset', 'torch/cifar10'])[0])
+    _check_splits(*splits, parse_config(['--dataset', 'torch/cifar10']))
 
 
 def _epoch_order(sampler, seed, epoch=0):
@@ -416,11 +415,11 @@ def test_ranks_share_the_images_of_the_batch_that_one_process_would_take():
 def test_a_torchvision_data_set_gives_images_of_the_students_channels(image_folder, more):
     argv = ['--dataset', 'torch/image_folder', '--data-dir', str(image_folder), '--val-split', 'val', '-j', '0', *more]
     argv += ['--device', 'cpu', '--img-size', '32', '-b', '8', '--num-classes', '3', '--in-chans', '1']
-    args, _ = parse_args(argv)
+    args = parse_config(argv)
     student = timm.create_model('test_resnet', num_classes=3, in_chans=1)
     data = create_data(args, create_datasets(args, 1), student, setup_runtime(args))
     grey = [next(iter(loader))[0] for loader in (data.train, data.eval)]
     assert [x.shape[1] for x in grey] == [1, 1]
-    as_folder, _ = parse_args([str(image_folder), *argv[6:]])
+    as_folder = parse_config([str(image_folder), *argv[6:]])
     expected = create_data(as_folder, create_datasets(as_folder, 1), student, setup_runtime(as_folder))
     assert torch.equal(grey[1], next(iter(expected.eval))[0])

@@ -15,9 +15,11 @@ from helpers import summary, tensorboard_curves
 from PIL import Image
 
 import train_distill
-from timm_pe.args import parse_args
-from timm_pe.data import create_data, create_datasets, plain_loader
-from timm_pe.runtime import setup_runtime
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import create_datasets
+from timm_pe.data.epochs import plain_loader
+from timm_pe.data.loaders import create_data
+from timm_pe.process.runtime import setup_runtime
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_vit', '--teacher', 'test_resnet', '--no-teacher-pretrained']
@@ -27,17 +29,17 @@ DUMP = """
 import os
 if 'TIMM_PE_DUMP' in os.environ and 'RANK' in os.environ:
     import torch
-    import timm_pe.fit as module
     from timm.utils import unwrap_model
+    from timm_pe.train.trainer import Trainer
 
-    fit = module.fit
+    fit = Trainer.fit
 
-    def dumping_fit(trainer, *args):
-        fit(trainer, *args)
+    def dumping_fit(trainer):
+        fit(trainer)
         state = unwrap_model(trainer.task.get_trainable_module()).state_dict()
         torch.save(state, os.path.join(os.environ['TIMM_PE_DUMP'], 'rank' + os.environ['RANK'] + '.pt'))
 
-    module.fit = dumping_fit
+    Trainer.fit = dumping_fit
 """
 
 
@@ -181,12 +183,12 @@ def test_a_rank_that_fails_alone_says_so_and_ends_the_job(small_run, tmp_path):
     break_rank_1 = """
 import os
 if os.environ.get('RANK') == '1':
-    import timm_pe.engine as module
+    from timm_pe.train.trainer import Trainer
 
     def fail(*args):
         raise MemoryError('this rank has no memory left')
 
-    module._backward = fail
+    Trainer._backward = fail
 """
     start = time.monotonic()
     out = launch([*small_run, *PAIR], tmp_path, also=break_rank_1)
@@ -200,10 +202,8 @@ def test_ranks_that_find_different_checkpoints_are_refused(small_run, tmp_path):
     lose_it = """
 import os
 if os.environ.get('RANK') == '1':
-    import timm_pe.checkpoints as module
-    module.resolve_resume = lambda args: ''
-    import timm_pe.models
-    timm_pe.models.resolve_resume = module.resolve_resume
+    import timm_pe.train.build as module
+    module.find_resume = lambda config: ''
 """
     argv = [*small_run, *PAIR, '--resume', 'auto']
     assert launch(argv, tmp_path).returncode == 0
@@ -235,7 +235,7 @@ def test_agreement_with_the_teacher_counts_each_image_once_where_ranks_share_an_
     # the teacher always names class 0, the student does but for the white image
     told = """
 import torch
-import timm_pe.trackers as module
+import timm_pe.train.trackers as module
 
 def telling(method, other):
     def told(self, forward):
@@ -274,7 +274,7 @@ def test_two_ranks_train_on_the_batches_of_one_process_with_the_double_batch_at_
     note_indices = """
 import os
 if 'TIMM_PE_DUMP' in os.environ:
-    import timm_pe.draws as module
+    import timm_pe.data.draws as module
 
     load = module.SeededDataset.__getitems__
 
@@ -291,7 +291,7 @@ if 'TIMM_PE_DUMP' in os.environ:
     ranks = [(tmp_path / f'read-{rank}').read_text().splitlines() for rank in range(2)]
     together = [sorted(f'{a} {b}'.split()) for a, b in zip(*ranks, strict=True)]
 
-    args, _ = parse_args([*argv, '-b', '8'])
+    args = parse_config([*argv, '-b', '8'])
     data = create_data(
         args, create_datasets(args), timm.create_model('test_resnet', num_classes=3), setup_runtime(args)
     )

@@ -9,7 +9,7 @@ import re
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from xml.sax.saxutils import escape
 
 import pytest
@@ -19,11 +19,11 @@ from helpers import run
 
 import train_distill
 from timm_pe import export
-from timm_pe.args import create_parser, parse_args
-from timm_pe.args_timm import add_timm_args
-from timm_pe.cli import Parser
-from timm_pe.losses import _FEATURE_LOSSES
-from timm_pe.projectors import _PROJECTORS
+from timm_pe.config.cli import Parser
+from timm_pe.config.declare import declared_in
+from timm_pe.config.run_config import GROUPS, RunConfig, create_parser, parse_config
+from timm_pe.method.losses import _FEATURE_LOSSES
+from timm_pe.method.projectors import _PROJECTORS
 
 ROOT = Path(train_distill.__file__).parent
 README = (ROOT / 'README.md').read_text()
@@ -43,6 +43,14 @@ def blocks(path: Path) -> list[tuple[str, str]]:
     rest = re.sub(r'^```.*?^```$', '', text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r'(?:\n\n)((?:    .+\n)+)', rest)
     return fenced + [('', re.sub('^    ', '', block, flags=re.MULTILINE)) for block in indented]
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """A file of Python that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def named(path: Path) -> str:
@@ -108,12 +116,13 @@ SHELL = [
     if kind in ('', 'bash')  # '': indented
     for command in commands(text)
 ]
-# the formula, the line of Python and the file tree of README
-TREE = README.split('## Files')[1]
+# the formula and the line of Python of README, the file tree of CONTRIBUTING
+TREE = (ROOT / 'CONTRIBUTING.md').read_text().split('## Where things are')[1].split('\n## ')[0]
 NO_COMMANDS = [
     (page, line)
     for page, line in SHELL
-    if page == 'README.md' and (re.match(r'(p|p_k|loss)\s+=|timm\.create_model', line) or line in TREE)
+    if (page == 'README.md' and re.match(r'(p|p_k|loss)\s+=|timm\.create_model', line))
+    or (page == 'CONTRIBUTING.md' and line in TREE)
 ]
 
 
@@ -124,9 +133,10 @@ def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     argv = training_argv(words)
     if words[0].startswith('--'):  # flags to add to the command of a recipe
-        parse_args(['data', '-c', 'hparams/cifar100_wrn_40_2_wrn_16_2_paper.yaml', *words])
+        parse_config(['data', '-c', 'hparams/cifar100_wrn_40_2_wrn_16_2_paper.yaml', *words])
     elif argv is not None:
-        parse_args(argv)
+        # the run whose data an evaluation takes is not here
+        parse_config(argv, more=lambda given: {'data': 'data'} if given.get('evaluate') else {})
     elif words[0] == 'make':
         targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
         assert {w for w in words[1:] if '=' not in w} <= targets
@@ -219,27 +229,40 @@ def test_every_flag_on_a_page_exists(page):
 
 
 def test_the_page_of_flags_has_each_one_that_is_added_to_those_of_timm():
-    timm = argparse.ArgumentParser(add_help=False)
-    add_timm_args(timm)
-    known = {s for a in timm._actions for s in a.option_strings}
+    timm = {dest for dest, declared in declared_in(RunConfig).items() if not declared.added}
+    known = {s for a in create_parser()._actions if a.dest in timm for s in a.option_strings}
     added = {s for a in create_parser()._actions for s in a.option_strings} - known - {'-h', '--help', '-c', '--config'}
     page = (ROOT / 'docs' / 'guide' / 'flags.md').read_text()
     assert len(added) > 30
     assert added <= set(re.findall(r'--[a-z][\w-]+', page))
 
 
+def test_the_tables_of_flags_are_those_of_the_declarations():
+    tables = load_file('flag_tables', ROOT / 'docs' / 'flag_tables.py')
+    text = tables.PAGE.read_text()
+    shown = set(re.findall(r'<!-- flags: (\w+) -->', text))
+    assert shown == {g.__name__ for g in GROUPS if any(d.added for d in declared_in(g).values())}
+    assert tables.update(text) == text, 'run: python docs/flag_tables.py'
+    stale = text.replace('number of projectors', 'number of them')
+    assert stale != text
+    assert tables.update(stale) == text
+
+
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'hparams').glob('*.yaml')), ids=lambda p: p.stem)
 def test_a_recipe_holds_known_flags_with_the_command_in_its_head(recipe):
-    args, _ = parse_args(['data', '-c', str(recipe)])
+    args = parse_config(['data', '-c', str(recipe)])
     assert args.teacher
     assert f'-c hparams/{recipe.name}' in recipe.read_text().split('\nmodel:')[0]
 
 
-def test_the_file_tree_of_the_readme_names_every_module():
-    tree = README.split('## Files')[1]
+def test_the_file_tree_names_every_folder_and_every_module_beside_them():
     for path in (ROOT / 'timm_pe').glob('*.py'):
         if path.name not in ('__init__.py', 'version.py'):
-            assert path.name in tree, path.name
+            assert path.name in TREE, path.name
+    for path in (ROOT / 'timm_pe').glob('*/__init__.py'):
+        assert f'      {path.parent.name}/ ' in TREE, path.parent.name
+    for path in re.findall(r'`([\w/]+\.py)`', (ROOT / 'CONTRIBUTING.md').read_text()):
+        assert (ROOT / path).is_file() or (ROOT / 'timm_pe' / path).is_file(), path
 
 
 def test_the_navigation_reaches_every_page_and_the_theme_loads_nothing_from_elsewhere():
@@ -262,10 +285,7 @@ def test_the_api_page_names_everything_that_is_public():
 @pytest.fixture(scope='module')
 def hooks():
     """docs/hooks.py, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location('docs_hooks', ROOT / 'docs' / 'hooks.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file('docs_hooks', ROOT / 'docs' / 'hooks.py')
 
 
 def test_the_navigation_leaves_out_pages_that_are_not_there_and_those_that_would_show_no_file(hooks, tmp_path):

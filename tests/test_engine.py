@@ -5,13 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_pe.engine import LossMeter, _Accumulation, evaluate
-from timm_pe.nonfinite import NonFiniteLoss
+from timm_pe.train.evaluate import evaluate
+from timm_pe.train.meters import Accumulation, LossMeter
+from timm_pe.train.nonfinite import NonFiniteLoss
 
 
 def steps(num_batches, accum, yielded):
     """Size of the group that each batch is divided by, and where a step ends."""
-    a = _Accumulation(num_batches, accum)
+    a = Accumulation(num_batches, accum)
     return [a.size(i) for i in range(yielded)], [i for i in range(yielded) if a.ends_at(i)]
 
 

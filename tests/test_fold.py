@@ -8,8 +8,8 @@ import torchvision
 from torch.nn.utils.parametrizations import weight_norm
 
 from timm_pe import ProjectorEnsembleTask, create_teacher
-from timm_pe.fold import count_batch_norms, equal_to_rounding, fold_batch_norm
-from timm_pe.tap import FeatureTap
+from timm_pe.method.fold import count_batch_norms, equal_to_rounding, fold_batch_norm
+from timm_pe.method.tap import FeatureTap
 
 
 def trained(model):

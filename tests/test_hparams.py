@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,10 @@ from timm.optim import Lamb
 from torch import nn
 
 import train_distill
-from timm_pe.args import parse_args, resolve_lr
-from timm_pe.data import first_batch
+from timm_pe.config.derive import learning_rate
+from timm_pe.config.run_config import RunConfig, parse_config
+from timm_pe.data.epochs import first_batch
+from timm_pe.train.trainer import Trainer
 
 FOLDER = Path(train_distill.__file__).parent / 'hparams'
 RECIPES = sorted(p.stem for p in FOLDER.glob('*.yaml'))
@@ -130,20 +131,20 @@ def _build(recipe: str, folder: Path, images: Path) -> Built:
         argv += [str(images), '--no-teacher-pretrained', *SMALL.get(recipe, ['--img-size', '64'])]
     if recipe in MODERN:  # their learning rate follows the batch: give that of the batch they are for
         argv += ['--lr', str(LR[recipe])]
-    found, fit = {}, train_distill.fit
+    found, fit = {}, Trainer.fit
 
-    def fit_and_look(trainer, *args):
+    def fit_and_look(trainer):
         params = dict(trainer.task.get_trainable_module().named_parameters())
         before = {name: p.detach().clone() for name, p in params.items()}
         steps = []
         trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        fit(trainer, *args)
+        fit(trainer)
         moved = {name for name, p in params.items() if not torch.equal(p, before[name])}
         found.update(_look(trainer, params), steps=len(steps), moved=moved)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dataset_factory._TORCH_BASIC_DS, 'cifar100', TinyCifar100)
-        patch.setattr(train_distill, 'fit', fit_and_look)
+        patch.setattr(Trainer, 'fit', fit_and_look)
         run(argv)
     (row,) = summary(folder / 'run')
     return Built(row=row, **found)
@@ -176,7 +177,7 @@ def _group_of(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter])
 def _lrs(trainer: Any) -> list[float]:
     """The learning rate in each epoch: what the loop over epochs would ask its scheduler for before that epoch."""
     lrs = []
-    for epoch in range(trainer.args.epochs):
+    for epoch in range(trainer.config.epochs):
         trainer.scheduler.step(epoch)
         (lr,) = {group['lr'] for group in trainer.optimizer.param_groups}
         lrs.append(lr)
@@ -191,7 +192,7 @@ def settings(recipe: str) -> dict[str, Any]:
     return yaml.safe_load(Path(path_of(recipe)).read_text())
 
 
-def parse_head(recipe: str) -> tuple[Namespace, int]:
+def parse_head(recipe: str) -> tuple[RunConfig, int]:
     """Arguments and number of ranks of the command in the head of a recipe."""
     head = Path(path_of(recipe)).read_text().split('\nmodel:')[0]
     (command,) = re.findall(r'^#   (\S.*?(?:\\\n.*)?)$', head, re.MULTILINE)
@@ -202,7 +203,7 @@ def parse_head(recipe: str) -> tuple[Namespace, int]:
         assert words[:2] == ['python', 'train_distill.py']
         world_size, argv = 1, words[2:]
     assert f'hparams/{recipe}.yaml' in argv
-    return parse_args([word.replace('hparams', str(FOLDER)) for word in argv])[0], world_size
+    return parse_config([word.replace('hparams', str(FOLDER)) for word in argv]), world_size
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -223,7 +224,7 @@ def test_a_recipe_builds_everything_and_takes_two_steps(recipe, build):
 def test_the_command_of_a_recipe_gives_its_global_batch_and_learning_rate(recipe):
     args, world_size = parse_head(recipe)
     assert args.batch_size * world_size * args.grad_accum_steps == GLOBAL_BATCH[recipe]
-    assert resolve_lr(args, world_size) == pytest.approx(LR[recipe], rel=1e-9)
+    assert learning_rate(args, world_size) == pytest.approx(LR[recipe], rel=1e-9)
     assert (args.dataset, bool(args.teacher_checkpoint)) == (
         ('torch/cifar100', True) if recipe in CIFAR else ('', False)
     )
@@ -231,8 +232,8 @@ def test_the_command_of_a_recipe_gives_its_global_batch_and_learning_rate(recipe
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_a_recipe_sees_images_of_the_right_size_and_normalization(recipe):
-    args, _ = parse_args(['data', '-c', path_of(recipe)])
-    config = resolve_input_data_config(timm.create_model(args.model), args=vars(args))
+    args = parse_config(['data', '-c', path_of(recipe)])
+    config = resolve_input_data_config(timm.create_model(args.model), args=args.as_dict())
     size, crop_pct, norm = 224, 0.875, IMAGENET_NORM
     if recipe in CIFAR:
         size, crop_pct, norm = 32, 1.0, CIFAR_NORM
@@ -314,7 +315,7 @@ def test_a_modern_recipe_warms_up_then_falls_as_a_cosine_and_decays_matrices_alo
 def test_a_modern_recipe_follows_another_batch_linearly_or_by_the_square_root_under_lamb():
     for recipe, expected in ((A3, 8e-3 / 8**0.5), (VIT, 1e-3 / 8)):
         args, world_size = parse_head(recipe)
-        assert resolve_lr(args, world_size // 8) == pytest.approx(expected)
+        assert learning_rate(args, world_size // 8) == pytest.approx(expected)
 
 
 def test_the_a3_recipe_trains_small_and_sums_binary_cross_entropy_under_lamb(build):
@@ -349,5 +350,5 @@ def test_a_recipe_takes_the_variations_of_the_readme(recipe):
     variations = [shlex.split(line, comments=True) for line in lines if line.startswith('    --')]
     assert ['--teacher', ''] in variations
     for words in variations:
-        args, _ = parse_args(['data', '-c', path_of(recipe), *words])
+        args = parse_config(['data', '-c', path_of(recipe), *words])
         assert '--teacher' not in words or args.teacher == words[words.index('--teacher') + 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_pe import UsageError, create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
-from timm_pe.losses import _FEATURE_LOSSES, TEACHER_NORMS, DirectionLoss, normalize_teacher
+from timm_pe.method.losses import _FEATURE_LOSSES, TEACHER_NORMS, DirectionLoss, normalize_teacher
 
 
 def naive_direction(p, t):

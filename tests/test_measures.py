@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_pe import measures
-from timm_pe.projectors import ProjectorEnsemble
+from timm_pe.method.projectors import ProjectorEnsemble
+from timm_pe.runs import measures
 
 
 def cosine(a, b) -> float:

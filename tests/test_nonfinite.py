@@ -11,10 +11,10 @@ from helpers import refused, run, summary
 from survive import COMMON, write_images
 from timm.utils import NativeScaler
 
-from timm_pe import engine
-from timm_pe.engine import LossMeter, _backward
-from timm_pe.nonfinite import NonFiniteLoss, UpdateGuard
-from timm_pe.teacher import Teacher, TeacherOutput
+from timm_pe.method.teacher import Teacher, TeacherOutput
+from timm_pe.train.meters import LossMeter
+from timm_pe.train.nonfinite import NonFiniteLoss, UpdateGuard
+from timm_pe.train.trainer import Trainer
 
 NAN = float('nan')
 
@@ -35,13 +35,13 @@ def poison(monkeypatch):
     """Make the images of given batches (counted over the run) NaN."""
 
     def at(*batches):
-        to_device, count = engine._to_device, iter(range(10_000))
+        to_device, count = Trainer._to_device, iter(range(10_000))
 
         def poisoned(*args):
             input, target = to_device(*args)
             return (input * NAN if next(count) in batches or not batches else input), target
 
-        monkeypatch.setattr(engine, '_to_device', poisoned)
+        monkeypatch.setattr(Trainer, '_to_device', poisoned)
 
     return at
 
@@ -82,7 +82,7 @@ def test_skip_without_anything_to_skip_trains_the_same_weights(command, tmp_path
 
 
 def test_weights_that_the_last_gradient_made_infinite_are_not_saved(command, tmp_path, monkeypatch, capsys):
-    backward, calls = engine._backward, []
+    backward, calls = Trainer._backward, []
 
     def overflow(trainer, *args):
         backward(trainer, *args)
@@ -90,7 +90,7 @@ def test_weights_that_the_last_gradient_made_infinite_are_not_saved(command, tmp
         if len(calls) == 18:  # the last of the second epoch
             trainer.task.trainable_module.student.fc.bias.data[0] = float('inf')
 
-    monkeypatch.setattr(engine, '_backward', overflow)
+    monkeypatch.setattr(Trainer, '_backward', overflow)
     error = refused([*command, '--recovery-interval', '0'], capsys, code=1)
     assert 'weights not finite after the last step' in error
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
@@ -164,7 +164,7 @@ def test_a_guard_next_to_a_loss_scaler_sees_gradients_before_they_are_clipped(cl
     model[0].requires_grad_(False)
     weights, guard = {k: v.clone() for k, v in model.named_parameters()}, UpdateGuard(model, scales=True)
     trainer = SimpleNamespace(
-        args=SimpleNamespace(clip_grad=1.0, clip_mode=clip_mode),
+        config=SimpleNamespace(clip_grad=1.0, clip_mode=clip_mode),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         task=SimpleNamespace(get_clip_parameters=lambda exclude_head: list(model.parameters())),
         runtime=SimpleNamespace(scaler=NativeScaler('cpu')),
@@ -172,7 +172,7 @@ def test_a_guard_next_to_a_loss_scaler_sees_gradients_before_they_are_clipped(cl
     )
     guard.before_forward()
     loss = model(torch.randn(4, 3) + 1)[0].sum() * float('inf')  # one image: gradients are infinite, none is NaN
-    _backward(trainer, loss, need_update=True)
+    Trainer._backward(trainer, loss, steps=True, measure=None)
     assert int(guard.dropped) == 1
     assert torch.equal(model[0].running_mean, torch.zeros(3))
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())

@@ -14,8 +14,8 @@ import yaml
 
 import timm_pe
 import train_distill
-from timm_pe.args import parse_args
-from timm_pe.recipes import list_recipes
+from timm_pe.config.recipes import list_recipes
+from timm_pe.config.run_config import parse_config
 
 ROOT = Path(train_distill.__file__).parent
 RECIPES = sorted(path.stem for path in (ROOT / 'hparams').glob('*.yaml'))
@@ -83,13 +83,13 @@ def test_c_takes_a_recipe_by_its_name_and_a_file_of_that_name_first(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     name = 'imagenet_resnet34_resnet18_paper'
     for word in (name, f'{name}.yaml'):
-        args, _ = parse_args(['data', '-c', word])
+        args = parse_config(['data', '-c', word])
         assert (args.model, args.teacher) == ('resnet18', 'resnet34.tv_in1k')
     Path(name).write_text('model: test_vit\n')
-    assert parse_args(['data', '-c', name])[0].model == 'test_vit'
+    assert parse_config(['data', '-c', name]).model == 'test_vit'
     for word, hint in (('imagenet_resnet34_resnet18', f'did you mean {name}'), ('zzz', f'which are {RECIPES[0]}')):
         with pytest.raises(SystemExit):
-            parse_args(['data', '-c', word])
+            parse_config(['data', '-c', word])
         assert hint in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_pe import plots
+from timm_pe.runs import plots
 
 ROWS = [{'epoch': str(e), 'train_loss': str(1 / (e + 1)), 'eval_top1': '' if e % 2 else str(10 * e)} for e in range(6)]
 

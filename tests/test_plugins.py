@@ -1,5 +1,6 @@
 """Projectors and losses of packages outside the tree, found by their entry points."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from helpers import refused, run, summary
 
 import train_distill
 from timm_pe import ProjectorEnsemble, UsageError, create_feature_loss, list_feature_losses, list_projectors
-from timm_pe.args import create_parser, parse_args
-from timm_pe.losses import _FEATURE_LOSSES
-from timm_pe.plugins import load_plugins
-from timm_pe.projectors import _PROJECTORS
+from timm_pe.config.run_config import create_parser, parse_config
+from timm_pe.method.losses import _FEATURE_LOSSES
+from timm_pe.method.plugins import load_plugins
+from timm_pe.method.projectors import _PROJECTORS
 
 GOOD = """
 import torch.nn as nn
@@ -85,7 +86,7 @@ def test_a_package_outside_the_tree_trains_with_its_projector_and_loss(launcher,
     assert done.returncode == 0, done.stderr
     assert '3 x narrow' in done.stderr
     assert float(summary(tmp_path / 'run')[0]['train_pe_loss']) > 0
-    with torch.serialization.safe_globals([type(parse_args(['data'])[0])]):
+    with torch.serialization.safe_globals([argparse.Namespace]):
         state = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['task_state']
     assert any(value.shape[0] == 7 for value in state['projection'].values())
 
@@ -93,10 +94,10 @@ def test_a_package_outside_the_tree_trains_with_its_projector_and_loss(launcher,
 def test_names_of_plugins_are_known_in_yaml_in_help_and_in_python(installed, tmp_path, capsys):
     installed('my-projectors', GOOD)
     (tmp_path / 'run.yaml').write_text('teacher: resnet34\npe_projector: narrow\npe_loss: smooth_l1\n')
-    args, _ = parse_args(['data', '-c', str(tmp_path / 'run.yaml')])
+    args = parse_config(['data', '-c', str(tmp_path / 'run.yaml')])
     assert (args.pe_projector, args.pe_loss) == ('narrow', 'smooth_l1')
     with pytest.raises(SystemExit):
-        parse_args(['--help'])
+        parse_config(['--help'])
     said = ' '.join(capsys.readouterr().out.split())
     assert f'kind of projector: {", ".join(list_projectors())}' in said
     assert 'narrow' in list_projectors()

@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 
 from timm_pe import ProjectorEnsemble, UsageError, create_projector, list_projectors, register_projector
-from timm_pe.projectors import _PROJECTORS
+from timm_pe.method.projectors import _PROJECTORS
 
 
 def test_linear_ensemble_equals_the_mean_of_separate_projectors():

@@ -11,10 +11,12 @@ import yaml
 from matplotlib.figure import Figure
 from report_runs import HOSTILE, analysis, make_family, make_run
 
-from timm_pe import plots, report
-from timm_pe.args import parse_args
+from timm_pe import report
+from timm_pe.config.run_config import parse_config
 from timm_pe.errors import UsageError
-from timm_pe.report import command, describe_method, format_command, group_seeds, read_runs, write_report
+from timm_pe.report import write_report
+from timm_pe.runs import compare, plots
+from timm_pe.runs.compare import command, describe_method, format_command, group_seeds, read_runs
 
 NAME = f'{HOSTILE} & "b" \'c\' $x_$'
 
@@ -161,11 +163,11 @@ def test_runs_that_ended_after_other_epochs_or_saw_other_numbers_of_validation_i
     taught, alone = read_runs([make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')])
     assert report.difference(taught, [taught, alone]) == 0
     alone.rows.pop()
-    assert report.differing(taught, alone) == ['last epoch 3 and 2']
+    assert compare.differing(taught, alone) == ['last epoch 3 and 2']
     taught.rows.pop()
     for run, number in ((taught, 10), (alone, 11)):
         run.analysis = {**run.analysis, 'images': {'validation': number}}
-    assert report.differing(taught, alone) == ['validation images 10 and 11']
+    assert compare.differing(taught, alone) == ['validation images 10 and 11']
     alone.analysis = None
     assert report.difference(taught, [taught, alone]) == 0  # what is not known is not held against it
 
@@ -176,13 +178,13 @@ def test_an_argument_that_earlier_versions_did_not_know_is_the_default(tmp_path)
     del args['tta'], args['grad_accum_steps']
     (folders[1] / 'args.yaml').write_text(yaml.safe_dump(args))
     taught, alone = read_runs(folders)
-    assert report.differing(taught, alone) == []
+    assert compare.differing(taught, alone) == []
 
 
 def test_a_folder_of_data_is_the_same_in_whichever_way_it_is_named(tmp_path):
     where = {'data': 'some/images/'}, {'data_dir': 'some/images'}, {'data': os.path.abspath('some/images')}
     first, *others = read_runs([make_run(tmp_path, str(i), dataset='', **w) for i, w in enumerate(where)])
-    assert [report.differing(first, other) for other in others] == [[], []]
+    assert [compare.differing(first, other) for other in others] == [[], []]
 
 
 def test_a_mean_of_differences_needs_a_counterpart_for_each_seed(tmp_path):
@@ -294,12 +296,12 @@ def test_an_activation_that_the_teacher_settled_is_named(tmp_path):
     ],
 )
 def test_a_command_gives_its_arguments_again(argv, tmp_path):
-    _, text = parse_args(shlex.split(argv))
+    text = parse_config(shlex.split(argv)).to_yaml()
     folder = make_run(tmp_path, 'run')
     (folder / 'args.yaml').write_text(text)
     words = shlex.split(format_command(command(read_runs([folder])[0])).replace('\\\n', ' '))
     assert words[0] == 'train-distill'
-    assert parse_args(words[1:])[1] == text
+    assert parse_config(words[1:]).to_yaml() == text
 
 
 def test_a_command_says_only_what_is_not_the_default(tmp_path):

@@ -19,8 +19,11 @@ from helpers import load, refused, run, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver
 
-from timm_pe import ProjectorEnsembleTask, checkpoints, draws, fit, run_state
-from timm_pe.interrupts import Interrupts, ignore_in_worker
+from timm_pe import ProjectorEnsembleTask
+from timm_pe.data import draws
+from timm_pe.process.signals import Interrupts, ignore_in_worker
+from timm_pe.train import checkpoints, position
+from timm_pe.train.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parent
 
@@ -448,7 +451,7 @@ def test_where_hosts_cannot_connect_the_devices_ask_now_and_then(monkeypatch, ca
 def test_a_rank_keeps_its_own_running_statistics_and_nothing_that_all_ranks_have():
     student, teacher = timm.create_model('test_resnet', num_classes=3), timm.create_model('test_vit', num_classes=3)
     task = ProjectorEnsembleTask(student, teacher, projector='orthogonal', num_projectors=1, verbose=False)
-    names = run_state._buffers(task)
+    names = position._buffers(task)
     assert len(names) == 3 * sum(isinstance(m, torch.nn.BatchNorm2d) for m in student.modules()) > 0
     assert {name.rpartition('.')[2] for name in names} == {'running_mean', 'running_var', 'num_batches_tracked'}
 
@@ -588,7 +591,7 @@ def test_a_full_disk_under_the_summary_ends_the_run_with_the_rows_so_far(alone, 
 
     run([*argv, '--stop-epoch', '1'])
     with monkeypatch.context() as patch:
-        patch.setattr('timm_pe.logs.update_summary', full)
+        patch.setattr('timm_pe.run_folder.update_summary', full)
         assert 'No space left on device' in refused(argv, capsys, code=1)
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
     run(argv)
@@ -605,13 +608,13 @@ def test_out_of_memory_says_what_needs_less(error, images, tmp_path, monkeypatch
     def train(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(fit, 'train_one_epoch', train)
+    monkeypatch.setattr(Trainer, 'train_epoch', train)
     said = refused([str(images), *COMMON, '--output', str(tmp_path)], capsys, code=1)
     assert 'out of memory: a smaller --batch-size' in said
 
 
 def test_a_cpu_out_of_memory_is_out_of_memory_too(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fit, 'train_one_epoch', lambda *args: torch.empty(2**50, dtype=torch.float64))
+    monkeypatch.setattr(Trainer, 'train_epoch', lambda *args: torch.empty(2**50, dtype=torch.float64))
     said = refused([str(images), *COMMON, '--output', str(tmp_path)], capsys, code=1)
     assert 'out of memory: a smaller --batch-size' in said
 

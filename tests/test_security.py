@@ -16,7 +16,7 @@ from timm.data import create_dataset
 
 import timm_pe
 import train_distill
-from timm_pe import args_yaml
+from timm_pe.config import yaml_file
 
 SOURCES = [*sorted(Path(timm_pe.__file__).parent.rglob('*.py')), Path(train_distill.__file__)]
 # modules that unpickle, run code or run commands
@@ -36,7 +36,7 @@ ALLOWED = {
         'runtime.py',
         'importlib.import_module',
     ): 'modules of --device-modules, which is taken from the command line alone',
-    ('args_yaml.py', 'yaml.load'): 'with a SafeLoader that refuses a key given twice',
+    ('yaml_file.py', 'yaml.load'): 'with a SafeLoader that refuses a key given twice',
 }
 
 
@@ -106,11 +106,11 @@ def test_the_search_finds_what_it_is_for(line):
 
 
 def test_the_yaml_loader_makes_no_more_than_yamls_safe_one():
-    loader = args_yaml._UniqueKeyLoader
+    loader = yaml_file._UniqueKeyLoader
     assert issubclass(loader, yaml.SafeLoader)
     assert loader.yaml_constructors == yaml.SafeLoader.yaml_constructors
     assert loader.yaml_multi_constructors == yaml.SafeLoader.yaml_multi_constructors
-    for name, call in calls(ast.parse(Path(args_yaml.__file__).read_text(encoding='utf-8'))):
+    for name, call in calls(ast.parse(Path(yaml_file.__file__).read_text(encoding='utf-8'))):
         if name == 'yaml.load':
             assert {k.arg: ast.unparse(k.value) for k in call.keywords} == {'Loader': '_UniqueKeyLoader'}
 

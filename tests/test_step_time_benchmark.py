@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train_distill
-from timm_pe.draws import SeededDataset
-from timm_pe.engine import train_one_epoch
+from timm_pe.data.draws import SeededDataset
+from timm_pe.train.console import Progress
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
 READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__', '__index__')
@@ -49,11 +49,11 @@ def test_a_training_step_never_waits_for_the_device(bench, small_run, monkeypatc
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *args, f=original, n=name: (reads.append(n), f(*args))[1])
 
-    class Progress:
-        def update(self, done, terms=None, *_):
-            reads_before.append((done, terms is not None, len(reads)))
+    def update(self, done, terms=None, *_):
+        reads_before.append((done, terms is not None, len(reads)))
 
-    train_one_epoch(trainer, 0, Progress())
+    monkeypatch.setattr(Progress, 'update', update)
+    trainer.train_epoch(0)
     assert [(done, logged) for done, logged, _ in reads_before] == [(1, False), (2, True), (3, False), (4, True), (5, False), (6, True)]  # fmt: skip
     # one read at each log interval, none between
     assert [count for *_, count in reads_before] == [0, 1, 1, 2, 2, 3]

@@ -12,8 +12,8 @@ from timm.models.byobnet import ByobNet, model_cfgs
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_pe.tap import FeatureTap
-from timm_pe.teacher import create_teacher
+from timm_pe.method.tap import FeatureTap
+from timm_pe.method.teacher import create_teacher
 
 
 def _byobnet(**kwargs):

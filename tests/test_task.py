@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
 from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
-from timm_pe.fit import check_projectors_optimized
+from timm_pe.train.start import check_projectors_optimized
 
 
 def make_task(student='test_resnet', teacher='test_vit', **kwargs):

@@ -11,8 +11,8 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
-from timm_pe.draws import derive_seed
-from timm_pe.loading import read_state_dict
+from timm_pe.data.draws import derive_seed
+from timm_pe.method.weights import read_state_dict
 
 RESNET = ['--model', 'test_resnet']
 PAIR = [*RESNET, '--teacher', 'test_vit', '--no-teacher-pretrained']
@@ -334,12 +334,11 @@ def test_learning_rates_are_those_of_timms_scheduler(name, small_run, tmp_path):
     from timm.scheduler import create_scheduler_v2
     from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-    from timm_pe.args import parse_args
+    from timm_pe.config.run_config import parse_config
 
     argv = [*small_run, *PAIR, '--epochs', '4', *SCHEDULES[name]]
     run(argv)
-    args, _ = parse_args(argv)
-    args.eval_metric = 'top1'
+    args = parse_config([*argv, '--eval-metric', 'top1'])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=4)
     expected = []
@@ -381,14 +380,16 @@ BATCHES = {
 
 @pytest.mark.parametrize('name', BATCHES)
 def test_flags_of_data_and_augmentation_change_the_batches(name, image_folder):
-    from timm_pe.args import parse_args
-    from timm_pe.data import create_data, create_datasets, first_batch
-    from timm_pe.runtime import setup_runtime
+    from timm_pe.config.run_config import parse_config
+    from timm_pe.data.datasets import create_datasets
+    from timm_pe.data.epochs import first_batch
+    from timm_pe.data.loaders import create_data
+    from timm_pe.process.runtime import setup_runtime
 
     batches = []
     for flags in ([], BATCHES[name]):
         argv = [str(image_folder), '--num-classes', '3', '-b', '8', '-j', '0', '--device', 'cpu', '--img-size', '32']
-        args, _ = parse_args([*argv, *flags])
+        args = parse_config([*argv, *flags])
         student = timm.create_model('test_resnet', num_classes=3)
         batches.append(first_batch(create_data(args, create_datasets(args), student, setup_runtime(args)).train)[0])
     assert batches[0].shape != batches[1].shape or not torch.allclose(batches[0], batches[1], atol=1e-3)
@@ -411,11 +412,11 @@ def test_flags_of_the_model_change_its_parameters(name, small_run, tmp_path):
 
 
 def test_a_class_map_gives_the_labels_their_order(image_folder, tmp_path):
-    from timm_pe.args import parse_args
-    from timm_pe.data import create_datasets
+    from timm_pe.config.run_config import parse_config
+    from timm_pe.data.datasets import create_datasets
 
     (tmp_path / 'classes.txt').write_text('cat\nbee\nant\n')
-    args, _ = parse_args([str(image_folder), '--class-map', str(tmp_path / 'classes.txt')])
+    args = parse_config([str(image_folder), '--class-map', str(tmp_path / 'classes.txt')])
     assert create_datasets(args)[0].reader.class_to_idx == {'cat': 0, 'bee': 1, 'ant': 2}
 
 

@@ -19,11 +19,10 @@ from helpers import refused, run, summary, tensorboard_curves
 from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from torch.nn.utils import get_total_norm
 
-from timm_pe import ProjectorEnsembleTask, engine
-from timm_pe.args import parse_args
-from timm_pe.engine import _backward
+from timm_pe import ProjectorEnsembleTask
+from timm_pe.config.run_config import RunConfig, parse_config
 from timm_pe.errors import UsageError
-from timm_pe.trackers import (
+from timm_pe.train.trackers import (
     StepCurves,
     TeacherAgreement,
     TensorBoardTracker,
@@ -33,6 +32,7 @@ from timm_pe.trackers import (
     start_trackers,
     weighted_terms,
 )
+from timm_pe.train.trainer import Trainer
 
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
 ALL = ['--log-tb', '--log-wandb', '--log-trackio']
@@ -212,7 +212,7 @@ def test_steps_between_the_points_never_read_from_the_device(trackers, monkeypat
 
 
 def test_a_tracked_epoch_measures_and_reads_one_number_more_at_each_point_and_none_between(small_run, monkeypatch):
-    reads, norms, one_epoch, item = [], [], engine.train_one_epoch, torch.Tensor.item
+    reads, norms, one_epoch, item = [], [], Trainer.train_epoch, torch.Tensor.item
 
     def counted(*args):
         reads.append(0)
@@ -228,13 +228,13 @@ def test_a_tracked_epoch_measures_and_reads_one_number_more_at_each_point_and_no
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, 'item', read)
-            patch.setattr('timm_pe.trackers.get_total_norm', measure)
+            patch.setattr('timm_pe.train.trackers.get_total_norm', measure)
             return one_epoch(*args)
 
-    monkeypatch.setattr('timm_pe.fit.train_one_epoch', counted)
+    monkeypatch.setattr(Trainer, 'train_epoch', counted)
     tracker = Recorder()
     for trackers in (Trackers(), Trackers([tracker])):
-        monkeypatch.setattr('timm_pe.fit.start_trackers', lambda *_, trackers=trackers, **__: trackers)
+        monkeypatch.setattr('timm_pe.train.start.start_trackers', lambda *_, trackers=trackers, **__: trackers)
         run([*small_run, *PAIR, '--epochs', '1', '--log-interval', '3'])
     assert len([step for step, values in tracker.points if 'step/loss' in values]) == 2
     assert norms == [0, 2]
@@ -261,12 +261,12 @@ def test_the_norm_is_that_of_the_gradient_before_clipping(clip):
     trainer = SimpleNamespace(
         task=SimpleNamespace(get_clip_parameters=lambda exclude_head: model.parameters()),
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        args=SimpleNamespace(clip_grad=clip, clip_mode='norm'),
+        config=SimpleNamespace(clip_grad=clip, clip_mode='norm'),
         runtime=SimpleNamespace(scaler=None),
         guard=None,
     )
     curves = curves_of(Trackers([Recorder()]), optimizer=trainer.optimizer)
-    _backward(trainer, model(x).pow(2).sum(), need_update=True, measure=curves.measure_norm)
+    Trainer._backward(trainer, model(x).pow(2).sum(), steps=True, measure=curves.measure_norm)
     assert curves.norm.item() == pytest.approx(expected.item(), rel=1e-5)
     if clip:
         used = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -399,7 +399,7 @@ def test_wandb_gets_timms_flags(monkeypatch, tmp_path):
     kept = SimpleNamespace(config={}, log=lambda *_, **__: None, finish=lambda exit_code: started.append(exit_code))
     fake_wandb(monkeypatch, lambda **kwargs: started.append(kwargs) or kept)
     argv = ['data', '--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a', 'b', '--wandb-resume-id', 'x1']
-    trackers = start_trackers(parse_args(argv)[0], str(tmp_path / 'name'), resumed=False)
+    trackers = start_trackers(parse_config(argv), str(tmp_path / 'name'), resumed=False)
     trackers.close(failed=True)
     assert started[0] == {
         'project': 'p',
@@ -419,7 +419,7 @@ def test_trackio_that_was_loaded_before_says_where_it_writes(monkeypatch, tmp_pa
     fake = SimpleNamespace(TRACKIO_DIR='/elsewhere', init=lambda **kwargs: calls.append(kwargs), finish=lambda: None)
     monkeypatch.setitem(sys.modules, 'trackio', fake)
     monkeypatch.delenv('TRACKIO_DIR', raising=False)
-    args = SimpleNamespace(log_tb=False, log_wandb=False, log_trackio=True, seed=1)
+    args = RunConfig(log_tb=False, log_wandb=False, log_trackio=True, seed=1)
     start_trackers(args, str(tmp_path / 'name'), resumed=True).close()
     assert "trackio was loaded before and keeps writing to '/elsewhere'" in caplog.text
     assert (calls[0]['name'], calls[0]['resume'], calls[0]['config']['seed']) == ('name', 'allow', 1)
@@ -450,9 +450,9 @@ def test_where_one_tracker_does_not_start_those_before_it_are_closed_as_failed(m
         raise RuntimeError('no network')
 
     kinds = {'log_tb': lambda *_: first, 'log_wandb': broken}
-    monkeypatch.setattr('timm_pe.trackers.TRACKERS', {flag: (kind, '', '') for flag, kind in kinds.items()})
+    monkeypatch.setattr('timm_pe.train.trackers.TRACKERS', {flag: (kind, '', '') for flag, kind in kinds.items()})
     with pytest.raises(UsageError, match='^--log-wandb does not start: no network'):
-        start_trackers(SimpleNamespace(log_tb=True, log_wandb=True), str(tmp_path), resumed=False)
+        start_trackers(RunConfig(log_tb=True, log_wandb=True), str(tmp_path), resumed=False)
     assert first.closed == [True]
 
 

@@ -14,6 +14,9 @@ import yaml
 from helpers import load, refused, run, summary
 
 import train_distill
+from timm_pe.config.run_config import GROUPS
+from timm_pe.train import build
+from timm_pe.train.trainer import Trainer
 
 ROOT = Path(train_distill.__file__).parent
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
@@ -291,7 +294,7 @@ def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_distill, 'fit', interrupt)
+    monkeypatch.setattr(Trainer, 'fit', interrupt)
     assert 'interrupted: --resume auto' in refused([*small_run, *PAIR], capsys, code=130)
 
 
@@ -353,7 +356,7 @@ def test_loss_weights_of_another_number_of_classes_are_refused_with_both_numbers
     flags, said = WEIGHTS[name]
     flags = [flag.replace('FILE', str(tmp_path / 'FILE')) for flag in flags]
     if known:
-        monkeypatch.setattr(train_distill, 'create_student', None)  # refused before
+        monkeypatch.setattr(build, 'create_student', None)  # refused before
     classes = ['--num-classes', '3'] if known else ['--model-kwargs', 'num_classes=3']
     run_of = ['-b', '8', '-j', '0', '--device', 'cpu', '--img-size', '32', '--model', 'test_resnet']
     error = refused([str(image_folder), *run_of, *classes, *flags, '--output', str(tmp_path / 'out')], capsys)
@@ -627,6 +630,8 @@ def test_the_help_names_every_group():
     )
     assert '--pe-projectors' in out.stdout
     assert 'teacher and projector ensemble' in out.stdout
+    for group in GROUPS:
+        assert f'\n{group.__doc__.splitlines()[0].removesuffix(".")}:\n' in out.stdout
 
 
 def test_fine_tuning_a_saved_model_gives_it_the_classes_and_pooling_of_the_flags(small_run, tmp_path):

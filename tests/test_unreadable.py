@@ -12,11 +12,13 @@ from PIL import Image
 from survive import COMMON, write_images
 from timm.data import create_dataset
 
-from timm_pe.args import parse_args
-from timm_pe.data import _check_target, create_data, create_datasets, first_batch, plain_loader, set_epoch
+from timm_pe.config.run_config import parse_config
+from timm_pe.data.datasets import create_datasets
+from timm_pe.data.epochs import first_batch, plain_loader, set_epoch
+from timm_pe.data.loaders import _check_target, create_data
+from timm_pe.data.unreadable import CountingImageDataset, describe_unreadable, forget_unreadable
 from timm_pe.errors import RunError
-from timm_pe.runtime import setup_runtime
-from timm_pe.unreadable import CountingImageDataset, describe_unreadable, forget_unreadable
+from timm_pe.process.runtime import setup_runtime
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_an_error_of_a_transform_is_not_taken_for_a_file(images):
 
 @pytest.mark.parametrize('more', [(), ('--use-multi-epochs-loader',)], ids=['plain', 'multi epochs'])
 def test_the_first_look_reads_no_image_that_an_epoch_would_count(images, more):
-    args, _ = parse_args([str(images), *COMMON, '-j', '2', *more])
+    args = parse_config([str(images), *COMMON, '-j', '2', *more])
     runtime = setup_runtime(args)
     student = timm.create_model('test_resnet', num_classes=3)
     loader = create_data(args, create_datasets(args), student, runtime).train

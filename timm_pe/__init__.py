@@ -2,11 +2,11 @@
 
 from . import zoo  # importing it registers the CIFAR networks with timm
 from .errors import UsageError
-from .losses import create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
-from .projectors import ProjectorEnsemble, create_projector, list_projectors, register_projector
-from .tap import FeatureTap
-from .task import ProjectorEnsembleTask
-from .teacher import Teacher, TeacherOutput, create_teacher
+from .method.losses import create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
+from .method.projectors import ProjectorEnsemble, create_projector, list_projectors, register_projector
+from .method.tap import FeatureTap
+from .method.task import ProjectorEnsembleTask
+from .method.teacher import Teacher, TeacherOutput, create_teacher
 from .version import __version__
 
 __all__ = [

@@ -5,7 +5,6 @@
 Drives train_distill itself and leaves the runs, results.json, curves.png, report.html and the distilled student in DIR.
 """
 
-import csv
 import json
 import logging
 import os
@@ -14,17 +13,20 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
 
-import train_distill
-
-from .cli import Parser
+from .config.cli import Parser
 from .errors import UsageError
+from .method.weights import STUDENT as STUDENT_FILE
 from .report import write_report
+from .run_folder import RunFolder
+from .train.main import main as train
 from .version import __version__
 
 # a convolutional network teaches a small vision transformer, which learns slowly from 898 images alone
@@ -53,24 +55,24 @@ STUDENT = [
     *('--opt', 'adamw', '--lr', '2e-3', '--weight-decay', '0.05'),
 ]
 # what is left in the output folder, next to the runs; the pictures only where matplotlib is installed
-FILES = ('report.html', 'results.json', 'curves.png', 'student.safetensors')
+FILES = ('report.html', 'results.json', 'curves.png', STUDENT_FILE)
 
 
-def run(name: str, argv: list[str], output: Path) -> dict:
+def run(name: str, argv: list[str], output: Path) -> dict[str, Any]:
     """One run of train_distill.
 
     Returns:
         `top1` in percent after the last epoch, `curve` by epoch, `params`, `seconds`, and the `command`.
     """
-    folder = output / 'runs' / name
+    folder = RunFolder(output / 'runs' / name)
     device = ['--device', 'cuda' if torch.cuda.is_available() else 'cpu']
     argv = [*DATA, *AUGMENTATION, *argv, *device, '--output', str(output / 'runs'), '--experiment', name]
     start = time.perf_counter()
-    train_distill.main(argv, log_level=logging.WARNING)
+    train(argv, log_level=logging.WARNING)
     seconds = time.perf_counter() - start
-    with open(folder / 'summary.csv', newline='') as f:
-        curve = {int(row['epoch']) + 1: float(row['eval_top1']) for row in csv.DictReader(f) if row['eval_top1']}
-    weights = safetensors.torch.load_file(folder / 'student.safetensors')
+    validated = [row for row in folder.rows() if row['eval_top1'] is not None]
+    curve = {int(row['epoch'] or 0) + 1: row['eval_top1'] for row in validated}
+    weights = safetensors.torch.load_file(folder.student_file)
     return {
         'top1': list(curve.values())[-1],
         'curve': curve,
@@ -80,10 +82,10 @@ def run(name: str, argv: list[str], output: Path) -> dict:
     }
 
 
-def run_all(output: Path, seeds: int) -> dict[str, list[dict]]:
+def run_all(output: Path, seeds: int) -> dict[str, list[dict[str, Any]]]:
     """The teacher once, the student alone and with the teacher for each seed, with a line said after each."""
     total = 1 + 2 * seeds
-    runs = {'teacher': [], 'student': [], 'student_pe': []}
+    runs: dict[str, list[dict[str, Any]]] = {'teacher': [], 'student': [], 'student_pe': []}
 
     def add(kind: str, name: str, argv: list[str]) -> None:
         result = run(name, argv, output)
@@ -99,9 +101,9 @@ def run_all(output: Path, seeds: int) -> dict[str, list[dict]]:
     return runs
 
 
-def summarize(runs: dict[str, list[dict]]) -> dict:
+def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over the seeds, as they go into results.json."""
-    results = {}
+    results: dict[str, Any] = {}
     for kind, of_kind in runs.items():
         top1 = [r['top1'] for r in of_kind]
         results[kind] = {
@@ -124,7 +126,7 @@ def summarize(runs: dict[str, list[dict]]) -> dict:
     return results
 
 
-def format_table(results: dict) -> str:
+def format_table(results: Mapping[str, Any]) -> str:
     """The table that the demo ends with."""
     seeds = len(results['student']['top1_of_seeds'])
     rows = [('', 'parameters', 'top-1 %', 'seconds')]
@@ -139,7 +141,7 @@ def format_table(results: dict) -> str:
     return '\n'.join(lines)
 
 
-def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
+def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Validation top-1 by epoch: mean and range over the seeds, and where the teacher ended."""
     import matplotlib
 
@@ -201,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     results = summarize(runs)
     results['total_seconds'] = time.perf_counter() - start
     (args.output / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
-    shutil.copyfile(args.output / 'runs' / 'student_pe-1' / 'student.safetensors', args.output / 'student.safetensors')
+    shutil.copyfile(RunFolder(args.output / 'runs' / 'student_pe-1').student_file, args.output / STUDENT_FILE)
     try:
         plot_curves(runs, args.output / 'curves.png')
     except ImportError:

@@ -16,9 +16,9 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -27,22 +27,24 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import model_entrypoint, push_to_hf_hub
 from timm.models._hub import generate_readme, save_for_hf
 
-from .analysis import read_class_names
-from .args import parse_args
-from .checkpoints import best_epoch
-from .cli import Parser
-from .data import create_datasets
+from .config.cli import Parser
+from .config.derive import ranked_by
+from .config.run_config import RunConfig
+from .data.datasets import create_datasets
 from .errors import UsageError, one_line
-from .fit import default_metric, format_metrics
-from .loading import load_weights, read_state_dict
-from .logs import count_params, read_summary, setup_logging
-from .models import create_student
-from .report import Run, command, describe_method, format_command
+from .method.weights import load_weights, read_state_dict
+from .run_folder import RunFolder
+from .runs.compare import Run, command, describe_method, format_command
+from .runs.reopen import read_class_names, without_weights
+from .train.checkpoints import best_epoch
+from .train.console import count_params, setup_logging
+from .train.evaluate import format_metrics
+from .train.student import create_student
 from .version import __version__
 
 _logger = logging.getLogger(__name__)
 
-_WEIGHTS, _ONNX = 'student.safetensors', 'model.onnx'
+_ONNX = 'model.onnx'
 # a folder of these alone is an earlier export, which --overwrite may take away
 _FILES = {'model.safetensors', 'config.json', 'README.md', _ONNX}
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
@@ -79,10 +81,14 @@ class Student:
     @property
     def architecture(self) -> str:
         """Its name in timm's registry."""
-        return self.model.pretrained_cfg['architecture']
+        return _architecture(self.model)
 
 
-def read_student(folder: str | os.PathLike, data_dir: str | None = None) -> Student:
+def _architecture(model: nn.Module) -> str:
+    return cast(dict[str, str], model.pretrained_cfg)['architecture']
+
+
+def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) -> Student:
     """Build the student of a finished run again.
 
     Args:
@@ -92,44 +98,38 @@ def read_student(folder: str | os.PathLike, data_dir: str | None = None) -> Stud
     Raises:
         UsageError: Not a run folder, a run without a trained student, or weights that do not fit.
     """
-    folder = Path(folder)
-    for file in ('args.yaml', 'summary.csv', _WEIGHTS):
-        if not (folder / file).is_file():
-            raise UsageError(
-                f"RUN '{folder}' is no run folder of train_distill with a trained student: it has no {file}"
-            )
-    args, _ = parse_args(['-c', str(folder / 'args.yaml')])
-    try:
-        rows = [*read_summary(folder / 'summary.csv').values()]
-    except UsageError as e:
-        raise UsageError(f'RUN: {e}') from e
-    run = Run(folder, folder.name, dict(vars(args)), rows)
-    args.data_dir = data_dir or args.data_dir
+    run_folder = RunFolder(folder)
+    missing = run_folder.missing(run_folder.args_file, run_folder.summary_file, run_folder.student_file)
+    if missing:
+        raise UsageError(
+            f"RUN '{run_folder.path}' is no run folder of train_distill with a trained student: it has no {missing[0]}"
+        )
+    config = run_folder.config()
+    run = Run(run_folder, run_folder.name, config.as_dict(), list(run_folder.rows_by_epoch().values()))
     # the weights are those of the run; nothing else may be fetched or change them
-    args.pretrained, args.pretrained_path, args.initial_checkpoint = False, '', ''
-    args.head_init_scale = args.head_init_bias = None
-    args.torchscript = args.grad_checkpointing = False
-    model = create_student(args).eval()
-    load_weights(model, read_state_dict(folder / _WEIGHTS, 'RUN'), 'RUN', str(folder / _WEIGHTS))
+    config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
+    model = create_student(config).eval()
+    load_weights(model, read_state_dict(run_folder.student_file, 'RUN'), 'RUN', str(run_folder.student_file))
     try:
-        data_config = resolve_input_data_config(model, args=vars(args))
+        data_config = resolve_input_data_config(model, args=config.as_dict())
     except ValueError as e:
-        raise UsageError(f"RUN '{folder}': {one_line(e)}") from e
-    module = model_entrypoint(model.pretrained_cfg['architecture']).__module__
-    return Student(run, model, data_config, _read_label_names(args, model), module.split('.')[0])
+        raise UsageError(f"RUN '{run_folder.path}': {one_line(e)}") from e
+    module = model_entrypoint(_architecture(model)).__module__
+    return Student(run, model, data_config, _read_label_names(config, model), module.split('.')[0])
 
 
-def _read_label_names(args: argparse.Namespace, model: nn.Module) -> list[str] | None:
-    if args.dataset.split('/')[0].lower() in _REMOTE:
+def _read_label_names(config: RunConfig, model: nn.Module) -> list[str] | None:
+    if config.dataset.split('/')[0].lower() in _REMOTE:
         return None
-    validation_only = argparse.Namespace(**{**vars(args), 'evaluate': _WEIGHTS, 'dataset_download': False})
+    validation_only = replace(config, evaluate='RUN', dataset_download=False)
     try:
-        dataset = create_datasets(validation_only, model.in_chans)[1]
+        dataset = create_datasets(validation_only, cast(int, model.in_chans))[1]
     except UsageError as e:
         _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
         return None
-    names = read_class_names(dataset, model.num_classes)
-    return None if names == [str(c) for c in range(model.num_classes)] else names
+    num_classes = cast(int, model.num_classes)
+    names = read_class_names(dataset, num_classes)
+    return None if names == [str(c) for c in range(num_classes)] else names
 
 
 # The model card --------------------------------------------------------------------------------------------------------
@@ -179,21 +179,18 @@ def _best_metrics(run: Run) -> str:
 
     That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
     """
-    args = argparse.Namespace(**run.args)
-    name = args.eval_metric or default_metric(args)
+    name = ranked_by(RunConfig(**run.args))
     rows = [row for row in run.rows if row.get(f'eval_{name}') is not None]
     if not rows:
         return 'not validated'
     sign = -1 if name == 'loss' else 1
-    best = max(rows, key=lambda row: sign * row[f'eval_{name}'])
+    best = max(rows, key=lambda row: sign * cast(float, row[f'eval_{name}']))
     of = next((row for row in rows if row['epoch'] == best_epoch(run.folder)), best)
     which = 'the best' if of[f'eval_{name}'] == best[f'eval_{name}'] else 'one'
     metrics = {k.removeprefix('eval_'): v for k, v in of.items() if k and k.startswith('eval_') and v is not None}
     last = rows[-1][f'eval_{name}']
     shown = format_metrics({'loss': float('nan'), **metrics}).replace('  ', ', ')
-    return (
-        f'{shown} (epoch {int(of["epoch"])}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
-    )
+    return f'{shown} (epoch {of["epoch"]:.0f}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
 
 
 def _shown(path: str) -> str:
@@ -271,7 +268,9 @@ def _save_args(student: Student, license: str) -> dict[str, Any]:
     return {'model_config': model_config, 'data_config': student.data_config, 'safe_serialization': True}
 
 
-def write_folder(student: Student, output: str | os.PathLike, license: str = 'unknown', onnx: bool = False) -> None:
+def write_folder(
+    student: Student, output: str | os.PathLike[str], license: str = 'unknown', onnx: bool = False
+) -> None:
     """Write the folder, whole or not at all.
 
     Args:
@@ -360,7 +359,8 @@ def check_onnx_packages() -> None:
     Raises:
         UsageError: With the command that installs it.
     """
-    if torch.__version__ < (2, 7):  # its exporter does not go with today's onnxscript
+    # its exporter does not go with today's onnxscript
+    if torch.__version__ < (2, 7):  # type: ignore[operator]  # a TorchVersion compares itself with tuples
         raise UsageError(f'--onnx needs torch 2.7 or newer, this is {torch.__version__}')
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

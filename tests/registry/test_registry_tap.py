@@ -15,7 +15,7 @@ import torch
 from timm.models import list_modules
 from torch import nn
 
-from timm_pe.tap import FeatureTap
+from timm_pe.method.tap import FeatureTap
 
 SHAPES = 'shape and width, with and without a classifier'
 NUMBERS = 'numbers, the smallest of each kind'

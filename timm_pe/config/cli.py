@@ -1,0 +1,50 @@
+"""What all commands of the package share: a parser whose errors are one line, and how a process ends with one."""
+
+import argparse
+import difflib
+import sys
+import time
+from typing import Any, NoReturn
+
+from timm.utils import world_info_from_env
+
+# seconds
+RANK_0_FIRST = 5
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, said once (by rank 0)."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message, prog=self.prog)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings]
+            near = [m for u in unknown for m in difflib.get_close_matches(u.split('=')[0], known, n=1, cutoff=0.7)]
+            hint = f', did you mean {", ".join(near)}?' if near else ' (--help lists the known ones)'
+            self.error(f'unknown argument {" ".join(unknown)}{hint}')
+        return parsed
+
+
+def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of_all: bool = False) -> NoReturn:
+    """Print one line, with the name of the command `prog` before it, and exit with `code`.
+
+    Most mistakes are those of all ranks, and rank 0 names them: a launcher stops the whole job at the first exit, so the others
+    leave it the time to. A rank that is still there after it has something of its own to say, unless all are known to end so
+    (`of_all`).
+    """
+    rank = world_info_from_env()[1]
+    if rank != 0:
+        time.sleep(RANK_0_FIRST)
+        if of_all:
+            raise SystemExit(code)
+        message = f'[rank {rank}] {message}'
+    message = ' '.join(message.split())
+    # what came from outside must neither fill the screen nor command the terminal
+    message = message if len(message) <= 1200 else f'{message[:900]} ... {message[-250:]}'
+    message = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    sys.stderr.write(f'{prog}: error: {message}\n')
+    sys.stderr.flush()
+    raise SystemExit(code)

@@ -1,0 +1,184 @@
+"""How a flag is declared, once: a field of a frozen dataclass. Parser, checks, `--help` and the documents come from it.
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScheduleFlags:
+        epochs: int = flag(300, 'epochs to train', metavar='N', at_least=1)
+        warmup_prefix: bool = switch('do not count warmup in --epochs')
+
+The annotation gives the type: `str`, `int`, `float`, a list of one of them, `dict[str, Any]` for `k=v` pairs, `bool` for a
+switch. The field's name is the flag's name in YAML and in Python, with dashes it is the one of the command line.
+"""
+
+import argparse
+import ast
+import functools
+import reprlib
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from timm.utils import ParseKwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What is declared of a flag beside its name, type and default.
+
+    Attributes:
+        help: What it does, without its default.
+        metavar: Name of its value in `--help`.
+        also: Other names of it on the command line; a long one with an underscore replaces the usual name.
+        off: Name of the flag that switches it off.
+        positional: It is an argument without a name.
+        choices: What argparse accepts.
+        allowed: What is accepted by the check after parsing, where timm's own parser accepts anything.
+        const: Its value where it is given without one.
+        count: Number of values it takes.
+        unset: What holds where it is not given, in words.
+        at_least: Lowest value.
+        at_most: Highest value.
+        above: Its values must be above this.
+        share: It is from 0 to 1.
+        needs: Flags of which one must be there for this one to mean anything.
+        of_loss: The --loss that it belongs to.
+        package: What it needs to be installed, and the extra of this package that brings it.
+        added: The flag is this project's, not timm's; the documents list it.
+    """
+
+    help: str
+    metavar: str | None = None
+    also: tuple[str, ...] = ()
+    off: str | None = None
+    positional: bool = False
+    choices: Collection[Any] | None = None
+    allowed: tuple[Any, ...] | None = None
+    const: str | None = None
+    count: int | None = None
+    unset: str = ''
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    share: bool = False
+    needs: tuple[str, ...] = ()
+    of_loss: str | None = None
+    package: tuple[str, str] | None = None
+    added: bool = False
+
+
+def flag(default: Any, help: str, *, needs: str | tuple[str, ...] = (), **more: Any) -> Any:
+    """A flag with a value; see `Flag`."""
+    declared = Flag(help=help, needs=(needs,) if isinstance(needs, str) else needs, **more)
+    metadata = {'flag': declared}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def switch(help: str, *, default: bool = False, **more: Any) -> Any:
+    """A flag without a value, which switches something on; with `off` another one switches it off."""
+    return flag(default, help, **more)
+
+
+def name_of(dest: str) -> str:
+    """The flag of a field on the command line: `img_size` is `--img-size`."""
+    return '--' + dest.replace('_', '-')
+
+
+def declared_in(group: type) -> dict[str, Flag]:
+    """The flags of a group, or of a class of several groups, by their fields."""
+    return {f.name: f.metadata['flag'] for f in fields(group) if 'flag' in f.metadata}
+
+
+def default_of(group: type, dest: str) -> Any:
+    """What a flag is where nobody gives it."""
+    found = next(f for f in fields(group) if f.name == dest)
+    return found.default if found.default_factory is MISSING else found.default_factory()
+
+
+def describe_default(group: type, dest: str) -> str:
+    """The default of a flag in words; '' where it is off, or where nothing is to say of it."""
+    default, declared = default_of(group, dest), declared_in(group)[dest]
+    if declared.unset:
+        return declared.unset
+    if isinstance(default, bool) or default in (None, '', [], {}):
+        return ''
+    return ' '.join(f'{v:g}' for v in default) if isinstance(default, list) else f'{default}'
+
+
+@functools.cache
+def annotations_of(group: type) -> dict[str, Any]:
+    """The types of the flags of a group."""
+    return typing.get_type_hints(group)
+
+
+def add_group(parser: argparse.ArgumentParser, group: type) -> None:
+    """Add the flags that a group itself declares, under the first line of its docstring."""
+    title = (group.__doc__ or group.__name__).splitlines()[0].removesuffix('.')
+    add = parser.add_argument_group(title).add_argument
+    annotations = annotations_of(group)
+    own = set(group.__annotations__)
+    for dest, declared in declared_in(group).items():
+        if dest in own:
+            _add(add, group, dest, declared, annotations[dest])
+
+
+def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> None:
+    default, text = default_of(group, dest), describe_default(group, dest)
+    values = ', '.join(str(v) for v in declared.allowed or () if v)
+    help = declared.help + (f': {values}' if values else '')
+    help = help.replace('%', '%%')
+    if declared.choices is not None and declared.metavar:
+        help += ': %(choices)s'  # argparse lists them when it is asked for help: plugins are imported no earlier
+    help += f' (default: {text})'.replace('%', '%%') if text else ''
+    short = [name for name in declared.also if not name.startswith('--')]
+    long = [name for name in declared.also if name.startswith('--')]
+    # the first of the long names gives argparse the field's name
+    names = [dest] if declared.positional else [*short, *(long if '_' in ''.join(long) else [name_of(dest), *long])]
+    if annotation is bool:
+        if declared.off == 'no':
+            add(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
+            return
+        add(*names, action='store_true', default=default, help=help)
+        if declared.off:
+            add(declared.off, dest=dest, action='store_false', default=default, help='the opposite')
+        return
+    kind, is_list, is_pairs = value_type(annotation)
+    settings: dict[str, Any] = {'default': default, 'help': help, 'metavar': declared.metavar}
+    if is_pairs:
+        add(*names, nargs='*', action=ParseKwargs, type=_pair, **settings)
+        return
+    if is_list:
+        settings['nargs'] = declared.count or '+'
+    elif declared.const is not None or declared.positional:
+        settings |= {'nargs': '?', 'const': declared.const}
+    if declared.choices is not None:
+        settings['choices'] = declared.choices
+    add(*names, type=kind, **settings)
+
+
+def value_type(annotation: Any) -> tuple[type, bool, bool]:
+    """The type of one value of an annotation, whether there may be several, and whether they are `k=v` pairs."""
+    if isinstance(annotation, types.UnionType):  # `int | None`
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    origin = typing.get_origin(annotation)
+    if origin is dict:
+        return str, False, True
+    if origin is list:
+        return typing.get_args(annotation)[0], True, False
+    return annotation, False, False
+
+
+def _pair(text: str) -> str:
+    """A word of the form key=value, as ParseKwargs takes it apart without asking."""
+    key, _, value = text.partition('=')
+    if text and not (key.isidentifier() and '=' in text):
+        raise argparse.ArgumentTypeError(f'takes key=value pairs, got {reprlib.repr(text)}')
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass  # a plain word
+    except Exception as e:  # too deep, unhashable, ...
+        raise argparse.ArgumentTypeError(f'cannot read {reprlib.repr(text)} ({type(e).__name__})') from e
+    return text

@@ -1,0 +1,65 @@
+"""What follows from the flags: each value is derived here, once, and never stored back into the settings."""
+
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from .flags import AugmentationFlags, LossFlags
+from .rules import loss_type as loss_type
+from .run_config import RunConfig
+
+# loader processes
+_TIMM_WORKERS = 4
+
+
+def learning_rate(config: RunConfig, world_size: int) -> float:
+    """--lr, or --lr-base scaled by the global batch, linearly or by its square root, as timm does it."""
+    if config.lr is not None:
+        return config.lr
+    scale = config.lr_base_scale or ('sqrt' if any(o in config.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    ratio = config.batch_size * world_size * config.grad_accum_steps / config.lr_base_size
+    return config.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def label_smoothing(flags: LossFlags) -> float:
+    """--smoothing, or timm's default of the task: 0.1 for one label, 0 for many."""
+    if flags.smoothing is not None:
+        return flags.smoothing
+    return 0.0 if flags.task == 'multilabel' else 0.1
+
+
+def mixing_active(flags: AugmentationFlags) -> bool:
+    """Whether targets are soft, mixed by mixup or cutmix."""
+    return flags.mixup > 0 or flags.cutmix > 0 or flags.cutmix_minmax is not None
+
+
+def default_metric(flags: LossFlags) -> str:
+    """What names the best epoch: top-1, or for multi-label data mAP."""
+    return 'map' if flags.task == 'multilabel' else 'top1'
+
+
+def ranked_by(config: RunConfig) -> str:
+    """The metric that names the best epoch of a run."""
+    return config.eval_metric or default_metric(config)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype called `name`."""
+    dtype: torch.dtype | None = getattr(torch, name) if name else None
+    return dtype
+
+
+def loader_workers(config: RunConfig, dataset: Dataset[Any]) -> tuple[int, str]:
+    """Loader processes on this rank, and why so many: --workers, or one for each core of this rank, up to timm's default of 4.
+
+    Draws of a stream and of NaFlex batches depend on the number, so there it is 4 on every machine.
+    """
+    if config.workers is not None:
+        return config.workers, 'as -j says'
+    if config.naflex_loader or isinstance(dataset, IterableDataset):
+        return _TIMM_WORKERS, 'what is drawn depends on the number; -j sets it'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))  # torchrun's number of ranks on this machine
+    return min(_TIMM_WORKERS, cores), f'of {cores} core{"s" * (cores > 1)}; -j sets it'

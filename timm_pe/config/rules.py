@@ -1,0 +1,300 @@
+"""What can be refused of the settings of a run before any work is done: values out of range, flags that do not go together."""
+
+import datetime
+import difflib
+import importlib.util
+import os
+import reprlib
+import unicodedata
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from timm.optim import list_optimizers
+
+from .declare import declared_in, name_of
+
+if TYPE_CHECKING:
+    from .run_config import RunConfig
+
+Refuse = Callable[[str], NoReturn]
+
+_METRICS = {'classification': ('top1', 'top5', 'loss'), 'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss')}  # fmt: skip
+# values in what is given for one flag
+_MAX_VALUES = 10_000
+
+
+def odd_value(given: Any) -> str:
+    """What makes `given` a value that no flag takes, in its lists and kwargs too; empty where nothing does."""
+    rest, seen = [given], 0
+    while rest:
+        value, seen = rest.pop(), seen + 1
+        if seen > _MAX_VALUES:  # a few aliases of YAML are enough for billions
+            return f'holds more than {_MAX_VALUES:,} values'
+        if isinstance(value, (list, tuple)):
+            rest += value
+        elif isinstance(value, dict):
+            rest += [*value.keys(), *value.values()]
+        elif isinstance(value, str):
+            if any(unicodedata.category(c) == 'Cc' for c in value):
+                return f'holds a control character: {reprlib.repr(value)}'
+            if len(value) > 4096:
+                return 'is longer than 4,096 characters'
+        elif isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
+            return f'must be a finite number (of float32), got {value}'
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            return 'must be under 2**63'
+        elif not isinstance(value, (int, float, datetime.date, type(None))):
+            return f'holds a {type(value).__name__}, it takes numbers, words and lists of them'
+    return ''
+
+
+def out_of_bounds(group: type, dest: str, value: Any) -> str:
+    """What is wrong with the value of a flag by its own declaration; empty where nothing is."""
+    declared = declared_in(group)[dest]
+    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+    if declared.at_least is not None and any(v < declared.at_least for v in values):
+        return f'must be {declared.at_least} or more, got {value}'
+    if declared.at_most is not None and any(v > declared.at_most for v in values):
+        return f'must be {declared.at_most} or less, got {value}'
+    if declared.above is not None and any(v <= declared.above for v in values):
+        return f'must be above {declared.above}, got {value}'
+    if declared.share and not all(0 <= v <= 1 for v in values):
+        return f'must be from 0 to 1, got {value}'
+    if declared.allowed is not None and value not in declared.allowed:
+        return f'must be one of {", ".join(repr(a) for a in declared.allowed if a)}, got {value!r}'
+    return ''
+
+
+def check(config: 'RunConfig', refuse: Refuse) -> None:
+    """Refuse values out of range, and flags that do not go together.
+
+    Args:
+        config: What was given, defaults and all.
+        refuse: Says so, and does not return.
+    """
+    for name, value in config.as_dict().items():
+        odd = odd_value(value)
+        if odd:
+            refuse(f'{name_of(name)} {odd}')
+    for name, value in config.as_dict().items():
+        wrong = out_of_bounds(type(config), name, value)
+        if wrong:
+            refuse(f'{name_of(name)} {wrong}')
+    _check_values(config, refuse)
+    _check_optimizer(config, refuse)
+    _check_needs(config, refuse)
+    _check_compile(config, refuse)
+    _check_teacher(config, refuse)
+    _check_cache(config, refuse)
+    _check_task(config, refuse)
+    _check_losses(config, refuse)
+    _check_sizes(config, refuse)
+    _check_mixing(config, refuse)
+    _check_crop(config, refuse)
+    _check_run(config, refuse)
+
+
+def _check_values(config: 'RunConfig', refuse: Refuse) -> None:
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        value = getattr(config, name)
+        if value is not None and len(value) != 2:
+            refuse(f'{name_of(name)} takes 2 values, got {len(value)}')
+    for name in ('scale', 'cutmix_minmax'):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value[0] <= value[1] <= 1:
+            refuse(f'{name_of(name)} must be two rising shares from 0 to 1, got {value[0]} {value[1]}')
+    if config.cutmix_minmax is not None and config.cutmix_minmax[0] == config.cutmix_minmax[1]:
+        refuse(f'--cutmix-minmax must be two rising shares from 0 to 1, got {config.cutmix_minmax[0]} twice')
+    if config.gp == '':
+        refuse('--gp must name a pooling (avg, max, ...): the classifier needs a pooled feature')
+    for module in config.device_modules or ():
+        if not all(part.isidentifier() for part in module.split('.')):
+            refuse(f'--device-modules takes names of modules, got {module!r}')
+    if len(os.fsencode(config.experiment)) > 255:
+        refuse('--experiment is longer than 255 bytes: no folder can be called so')
+    if config.seed >= 2**32:
+        refuse(f'--seed must be under 2**32, got {config.seed}')
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        refuse(f'--crop-pct must be above 0 and at most 1, got {config.crop_pct}')
+    interpolations = declared_in(type(config))['interpolation'].allowed or ()
+    for name, value in config.pretrained_cfg_overlay.items():
+        share = isinstance(value, (int, float)) and 0 < value <= 1
+        if (name == 'crop_pct' and not share) or (name == 'interpolation' and value not in interpolations):
+            refuse(f'--pretrained-cfg-overlay {name} cannot be {value!r}')
+    if config.device.startswith('meta'):
+        refuse('--device meta computes nothing: give cuda or cpu')
+    for name in ('train_split', 'val_split'):
+        split = getattr(config, name)
+        if not config.dataset and (os.path.isabs(split) or '..' in split.split('/')):
+            refuse(f'{name_of(name)} names a folder in that of the data set, got {split!r}')
+
+
+def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
+    """A flag that would have no effect is a mistake."""
+    if config.teacher and config.kd_model_name:
+        refuse("--teacher and --kd-model-name (timm's own distillation) are two of the same: give one")
+    for name, declared in declared_in(type(config)).items():
+        if declared.needs and config.is_given(name) and not any(getattr(config, n) for n in declared.needs):
+            refuse(f'{name_of(name)} needs {" or ".join(map(name_of, declared.needs))}')
+        if declared.package and config.is_given(name) and importlib.util.find_spec(declared.package[0]) is None:
+            package, extra = declared.package
+            refuse(f"{name_of(name)} needs the package {package}: pip install 'timm_pe[{extra}]'")
+
+
+def _check_compile(config: 'RunConfig', refuse: Refuse) -> None:
+    if config.torchcompile:
+        import torch._dynamo
+
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if config.torchcompile not in backends:
+            refuse(f'--torchcompile: unknown backend {config.torchcompile!r}, known are {", ".join(backends)}')
+    modes: tuple[str | None, ...] = (None, 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+    if config.torchcompile_mode not in modes:
+        known = ', '.join(filter(None, modes))
+        refuse(f'--torchcompile-mode must be one of {known}, got {config.torchcompile_mode!r}')
+    if config.torchscript and config.torchcompile:
+        refuse('--torchscript does not go with --torchcompile')
+
+
+def _check_optimizer(config: 'RunConfig', refuse: Refuse) -> None:
+    name, known = config.opt.lower().removeprefix('lookahead_'), cast(list[str], list_optimizers())
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=4)
+        hint = f'did you mean {", ".join(near)}?' if near else 'timm.optim.list_optimizers() lists the known ones'
+        refuse(f"--opt: unknown optimizer '{config.opt}', {hint}")
+
+
+def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
+    if not config.teacher:
+        if config.kd_model_name and config.kd_loss_type != 'kl':
+            refuse(f"--kd-loss-type: timm knows 'kl' alone, got {config.kd_loss_type!r}")
+        return
+    if config.kd_temperature <= 0:
+        refuse(f'--kd-temperature must be above 0, got {config.kd_temperature}')
+    if config.pe_projector == 'identity' and config.pe_projectors > 1:
+        refuse(
+            f'--pe-projector identity has nothing to train, {config.pe_projectors} of them are one: add --pe-projectors 1'
+        )
+    if config.aug_splits:
+        refuse('--aug-splits does not go with --teacher')
+    if config.torchscript:
+        refuse('--torchscript does not go with --teacher: a scripted model cannot be tapped; use --torchcompile')
+    if config.naflex_loader:
+        refuse('--naflex-loader does not go with --teacher: a teacher sees images, NaFlex batches are patches')
+    if config.task == 'multilabel' and (config.kd_loss_weight or config.pe_target == 'logits'):
+        flag = '--kd-loss-weight' if config.kd_loss_weight else '--pe-target logits'
+        refuse(f'{flag} compares softmax logits, --task multilabel has none: leave it off')
+    if config.pe_target == 'logits' and config.pe_teacher_norm != 'none':
+        refuse('--pe-teacher-norm is for features, it does not go with --pe-target logits')
+
+
+def _check_cache(config: 'RunConfig', refuse: Refuse) -> None:
+    if not config.teacher_cache:
+        return
+    reasons = {
+        'mixup': 'mixes images of the batch',
+        'cutmix': 'mixes images of the batch',
+        'cutmix_minmax': 'mixes images of the batch',
+        'aug_repeats': 'draws an image several times an epoch',
+        'train_img_sizes': 'gives an image another size in each batch',
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name):
+            refuse(f'--teacher-cache keeps one feature an image and view, {name_of(name)} {reason}: leave one out')
+    if config.reprob and not config.no_prefetcher:
+        refuse(
+            '--teacher-cache keeps one feature an image and view, --reprob erases batch by batch: leave one out, or add '
+            '--no-prefetcher, which erases image by image'
+        )
+
+
+def _check_task(config: 'RunConfig', refuse: Refuse) -> None:
+    if config.eval_metric not in (None, *_METRICS[config.task]):
+        known = ', '.join(_METRICS[config.task])
+        refuse(f'--eval-metric of --task {config.task} must be one of {known}, got {config.eval_metric!r}')
+    if config.target_format and config.task != 'multilabel':
+        refuse('--target-format needs --task multilabel')
+    if config.task == 'multilabel' and (config.kd_model_name or config.aug_splits):
+        refuse('--task multilabel does not go with --kd-model-name or --aug-splits')
+    if config.tta < 0 or (config.tta > 1 and (config.validation_batch_size or config.batch_size) % config.tta):
+        refuse(f'--tta must divide the validation batch, got {config.tta}')
+
+
+def _check_losses(config: 'RunConfig', refuse: Refuse) -> None:
+    loss = loss_type(config)
+    for name, declared in declared_in(type(config)).items():
+        if declared.of_loss and declared.of_loss != loss and config.is_given(name):
+            refuse(f'{name_of(name)} needs --loss {declared.of_loss}')
+    methods = ('neg_pos', 'inv_freq', 'effective_num')
+    by_frequency = config.loss_pos_weight in methods or config.loss_class_weight in methods or loss == 'db'
+    if bool(config.class_stats) != by_frequency:
+        refuse('--class-stats goes with --loss db, or with --loss-pos-weight / --loss-class-weight by a method')
+    if config.loss and (config.jsd_loss or config.bce_loss):
+        refuse('--loss replaces --jsd-loss and --bce-loss: give --loss alone')
+    if config.jsd_loss and config.bce_loss:
+        refuse('--jsd-loss does not go with --bce-loss')
+
+
+def loss_type(config: 'RunConfig') -> str | None:
+    """--loss, or what timm's older flags for it mean."""
+    return config.loss or ('jsd' if config.jsd_loss else 'bce' if config.bce_loss else None)
+
+
+def _check_sizes(config: 'RunConfig', refuse: Refuse) -> None:
+    sizes = config.train_img_sizes
+    for name in ('train_batch_sizes', 'train_size_probs'):
+        value = getattr(config, name)
+        if sizes and value is not None and len(value) != len(sizes):
+            refuse(f'{name_of(name)} takes one value for each of the {len(sizes)} sizes, got {len(value)}')
+    if config.train_size_schedule != 'constant' and (not sizes or len(sizes) < 2):
+        refuse('--train-size-schedule progressive needs two --train-img-sizes or more')
+    if config.variable_batch_loss_scale != 'none' and not config.train_batch_sizes:
+        refuse('--variable-batch-loss-scale needs --train-batch-sizes')
+    if sizes and (config.naflex_loader or config.aug_splits or config.use_multi_epochs_loader):
+        refuse('--train-img-sizes does not go with --naflex-loader, --aug-splits or --use-multi-epochs-loader')
+    names = ('aug_repeats', 'aug_splits', 'resplit', 'torchscript', 'save_images')
+    if config.naflex_loader and any(getattr(config, name) for name in names):
+        refuse(
+            '--naflex-loader does not go with --aug-repeats, --aug-splits, --resplit, --torchscript or --save-images'
+        )
+
+
+def _check_mixing(config: 'RunConfig', refuse: Refuse) -> None:
+    mixing = config.mixup > 0 or config.cutmix > 0 or config.cutmix_minmax is not None
+    odd = [size for size in config.train_batch_sizes or [config.batch_size] if size % 2]
+    if mixing and odd and not config.naflex_loader:
+        flag = '--train-batch-sizes' if config.train_batch_sizes else '--batch-size'
+        refuse(f'--mixup and --cutmix mix pairs, {flag} must be even, got {odd[0]}')
+    if mixing and config.aug_splits:
+        refuse('--mixup and --cutmix do not go with --aug-splits')
+    if config.aug_splits and config.no_prefetcher:
+        refuse('--aug-splits does not go with --no-prefetcher, which does not take the splits of an image apart')
+    if config.aug_splits == 1 or config.aug_splits < 0:
+        refuse(f'--aug-splits must be 0, or 2 and more, got {config.aug_splits}')
+    if loss_type(config) == 'jsd' and not config.aug_splits:
+        refuse('the jsd loss needs --aug-splits')
+    if config.split_bn and not (config.aug_splits or config.resplit):
+        refuse('--split-bn needs --aug-splits or --resplit')
+
+
+def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
+    if not config.train_crop_pad:
+        return
+    for name in ('scale', 'ratio', 'train_crop_mode'):
+        if config.is_given(name):
+            refuse(f'{name_of(name)} is for the crop that --train-crop-pad replaces: give one of the two')
+    for name in ('no_aug', 'naflex_loader', 'train_img_sizes', 'aug_splits'):
+        if getattr(config, name):
+            refuse(f'--train-crop-pad does not go with {name_of(name)}')
+
+
+def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
+    if not config.root and not config.dataset and not config.evaluate:  # a run that is evaluated knows its data
+        refuse('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
+    if config.resume == 'auto' and not config.experiment:
+        refuse('--resume auto needs --experiment: it continues in the folder of that name')
+    if config.evaluate and config.recovery_interval:
+        refuse('--recovery-interval does not go with --evaluate')
+    if config.evaluate and (config.log_tb or config.log_wandb or config.log_trackio):
+        refuse('--log-tb, --log-wandb and --log-trackio track a training run, --evaluate is none: leave them out')

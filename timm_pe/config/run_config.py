@@ -1,0 +1,133 @@
+"""The settings of a run: a frozen value, made once from YAML and the command line."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..errors import UsageError
+from . import rules
+from .cli import Parser
+from .declare import add_group, declared_in, default_of, flag
+from .flags import (
+    AugmentationFlags,
+    AverageFlags,
+    CacheFlags,
+    DataFlags,
+    DeviceFlags,
+    InputFlags,
+    LoaderFlags,
+    LossFlags,
+    ModelFlags,
+    OptimizerFlags,
+    ProjectorFlags,
+    RegularizationFlags,
+    RunFlags,
+    ScheduleFlags,
+    SizeFlags,
+    TeacherFlags,
+    TimmDistillationFlags,
+    TrackerFlags,
+)
+from .yaml_file import read_config
+
+# in the order of --help
+GROUPS: tuple[type, ...] = (
+    *(TeacherFlags, CacheFlags, ProjectorFlags, DataFlags, ModelFlags, InputFlags),
+    *(DeviceFlags, OptimizerFlags, ScheduleFlags, AugmentationFlags, RegularizationFlags, AverageFlags),
+    *(LoaderFlags, RunFlags, TrackerFlags, SizeFlags, LossFlags, TimmDistillationFlags),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(
+    TeacherFlags,
+    CacheFlags,
+    ProjectorFlags,
+    RunFlags,
+    TrackerFlags,
+    DataFlags,
+    InputFlags,
+    LoaderFlags,
+    AugmentationFlags,
+    SizeFlags,
+    ModelFlags,
+    RegularizationFlags,
+    LossFlags,
+    TimmDistillationFlags,
+    OptimizerFlags,
+    ScheduleFlags,
+    AverageFlags,
+    DeviceFlags,
+):
+    """Run settings.
+
+    What was given, flat in timm's names. What follows from it is derived in `derive.py` and never stored here.
+
+    Attributes:
+        given: Names of the flags that the command line or YAML named, at whatever value.
+    """
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    config: str = flag('', 'YAML file of flags, or the name of a recipe of hparams/; the command line wins', metavar='FILE', also=('-c',))  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flags and their values by name, as args.yaml holds them."""
+        return {name: getattr(self, name) for name in declared_in(type(self))}
+
+    def as_namespace(self) -> argparse.Namespace:
+        """The same for functions of timm that ask for a Namespace, or that keep one in a checkpoint."""
+        return argparse.Namespace(**self.as_dict())
+
+    def is_given(self, name: str) -> bool:
+        """Whether a flag has another value than its default."""
+        return bool(getattr(self, name) != default_of(type(self), name))
+
+    def to_yaml(self) -> str:
+        """The text of args.yaml."""
+        return yaml.safe_dump(self.as_dict(), default_flow_style=False)
+
+
+def create_parser(prog: str = 'train_distill') -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog=prog,
+        usage='%(prog)s [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME] [--flag VALUE ...]',
+        description="timm's ImageNet training with a teacher: projector ensemble feature distillation",
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    for group in (RunConfig, *GROUPS):
+        add_group(parser, group)
+    return parser
+
+
+def parse_config(
+    argv: list[str] | None = None,
+    prog: str = 'train_distill',
+    more: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> RunConfig:
+    """Read flags over YAML over defaults, and refuse what cannot work.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+        prog: Command to name in messages.
+        more: Makes settings from those that were given, for flags that were not.
+
+    Raises:
+        SystemExit: With code 2, after one line that says what is wrong.
+    """
+    parser = create_parser(prog)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # then what is in the result was given
+    given = vars(parser.parse_args(argv))
+    values = {**read_config(RunConfig, given['config'], parser.error), **given} if given.get('config') else given
+    try:
+        settings = {**more(values), **values} if more else values
+    except UsageError as e:
+        parser.error(str(e))
+    config = RunConfig(**settings, given=frozenset(values))
+    rules.check(config, parser.error)
+    return config

@@ -1,0 +1,137 @@
+"""Flags from YAML files: read without running anything, each value checked as on the command line."""
+
+import datetime
+import difflib
+import reprlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+
+from .declare import annotations_of, declared_in, default_of, value_type
+from .recipes import find_config
+
+Refuse = Callable[[str], NoReturn]
+
+# keys that would let a YAML file run something: whoever wants that says so on the command line
+_RUN_CODE = ('device_modules', 'dataset_trust_remote_code')
+# bytes of a YAML file
+_MAX_YAML = 2**17
+
+
+def read_config(group: type, path: str, refuse: Refuse) -> dict[str, Any]:
+    """Flags of a YAML file, or of a recipe by its name, each checked.
+
+    Args:
+        group: Declares the flags.
+        path: The file, or the name of a recipe.
+        refuse: Says what is wrong with one, and does not return.
+    """
+    try:
+        path = find_config(path)
+        config = read_yaml(path)
+    except ValueError as e:
+        refuse(f'--config: {e}')
+    known = set(declared_in(group)) - {'config'}
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        dest = str(key).replace('-', '_')
+        if dest == 'config':  # an args.yaml names the YAML it came from
+            continue
+        if runs_code(dest, value):
+            refuse(f'--config: {key} runs code and is taken from the command line alone')
+        if dest not in known:
+            near = difflib.get_close_matches(dest, known, n=1)
+            hint = f', did you mean {near[0]}?' if near else ''
+            refuse(f"--config: unknown key '{key}' in '{path}'{hint}")
+        if dest in values:
+            refuse(f"--config: '{path}' gives {dest} twice, as {dest} and as {dest.replace('_', '-')}")
+        values[dest] = typed_value(group, dest, value, f"--config: {key} in '{path}'", refuse)
+    return values
+
+
+def runs_code(name: str, value: Any) -> bool:
+    """Whether a flag at this value lets something run, which a file must not do."""
+    return bool(name in _RUN_CODE and value) or (isinstance(value, str) and value.startswith('pipe:'))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The 'key: value' lines of a YAML file; empty for an empty file. No tag in it makes more than plain values.
+
+    Raises:
+        ValueError: Unreadable, too large, no YAML, a key twice, or something else than 'key: value' lines.
+    """
+    try:
+        with open(path, 'rb') as f:
+            text = f.read(_MAX_YAML + 1)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read '{path}' ({getattr(e, 'strerror', None) or e})") from e
+    if len(text) > _MAX_YAML:
+        raise ValueError(f"'{path}' is larger than {_MAX_YAML:,} bytes, no file of flags is")
+    try:
+        config = yaml.load(text, Loader=_UniqueKeyLoader)
+    except Exception as e:  # YAML's own errors, and those of the Python types it makes: dates, numbers, depth
+        reason = ' '.join(str(e).split())
+        raise ValueError(f"'{path}' is no YAML file: {reason[:300]}") from e
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' must hold 'flag: value' lines, it holds a {type(config).__name__}")
+    return config
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key which stands twice; the original takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
+                raise yaml.YAMLError(f'it has the key {key!r} {count} times')
+        return super().construct_mapping(node, deep)
+
+
+def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -> Any:
+    """A YAML value of a flag, checked as the same words on the command line would be.
+
+    Args:
+        group: Declares the flag.
+        dest: Its name.
+        value: What YAML makes of the value.
+        what: The key and its file, for messages.
+        refuse: Says what the value must be, and does not return.
+    """
+    declared, annotation = declared_in(group)[dest], annotations_of(group)[dest]
+    kind, is_list, is_pairs = value_type(annotation)
+
+    def expect(expected: str) -> NoReturn:
+        refuse(f'{what} must be {expected}, got {reprlib.repr(value)}')
+
+    def scalar(v: Any) -> Any:
+        is_scalar = isinstance(v, (str, int, float, datetime.date)) and not isinstance(v, bool)
+        if not is_scalar or (kind is int and isinstance(v, float) and not v.is_integer()):
+            expect(f'of type {kind.__name__}')
+        try:
+            result = kind(v)
+        except (TypeError, ValueError, OverflowError):
+            expect(f'of type {kind.__name__}')
+        if declared.choices is not None and result not in declared.choices:
+            expect(f'one of {", ".join(map(str, declared.choices))}')
+        return result
+
+    if value is None:  # as if the flag had not been given; without a strength there is no color jitter, as in timm
+        return None if dest == 'color_jitter' else default_of(group, dest)
+    if kind is bool:
+        return value if isinstance(value, bool) else expect('true or false')
+    if value is True and declared.const is not None:
+        return declared.const
+    if is_pairs:
+        named = isinstance(value, dict) and all(isinstance(k, str) for k in value)
+        return value if named else expect("'key: value' lines")
+    if is_list:
+        values = value if isinstance(value, list) else [value]
+        if declared.count is not None and len(values) != declared.count:
+            expect(f'a list of {declared.count}')
+        return [scalar(v) for v in values]
+    return scalar(value)

@@ -1,0 +1,281 @@
+"""Data sets on timm.data: opened, and refused where their classes are not what the run takes them for."""
+
+import difflib
+import io
+import logging
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader import Reader
+from timm.utils import natural_key
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder, VisionDataset
+
+from ..config.flags import DataFlags
+from ..config.run_config import RunConfig
+from ..errors import UsageError, one_line
+from .unreadable import CountingImageDataset
+
+_logger = logging.getLogger(__name__)
+
+
+class DigitsReader(Reader):
+    """The 1,797 handwritten digits of scikit-learn (8x8, 10 classes; UCI ML hand-written digits), one half to train on.
+
+    The split is fixed and stratified: 898 images to train, 899 to validate.
+
+    Args:
+        split: A name with 'train' in it for the training half, any other for the validation half.
+
+    Raises:
+        UsageError: scikit-learn is not installed.
+    """
+
+    def __init__(self, split: str):
+        super().__init__()
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as e:
+            raise UsageError("--dataset sklearn/digits needs scikit-learn: pip install 'timm_pe[demo]'") from e
+        digits = load_digits()
+        halves = train_test_split(np.arange(len(digits.target)), test_size=0.5, stratify=digits.target, random_state=0)
+        self.indices = halves[0 if 'train' in split else 1]
+        images = (digits.images[self.indices] * (255 / 16)).round().astype(np.uint8)
+        self.files = [_png(image) for image in images]
+        self.targets = digits.target[self.indices]
+        self.class_to_idx = {str(c): c for c in range(10)}
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        return io.BytesIO(self.files[index]), int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return f'digits/{self.indices[index]}'
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, 'png')
+    return file.getvalue()
+
+
+_BUILT_IN_READERS = {'sklearn/digits': DigitsReader}
+
+
+# kinds of data sets that timm reads, '<kind>/<name>'
+_KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
+
+
+def _create_dataset(config: RunConfig, split: str, is_training: bool, in_chans: int) -> Dataset[Any]:
+    dataset = _open_dataset(config, split, is_training, in_chans)
+    if isinstance(dataset, VisionDataset):
+        return _ConvertedDataset(dataset, _image_mode(config, in_chans))
+    return CountingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
+
+
+class _ConvertedDataset(Dataset[Any]):
+    """A data set of torchvision whose images are converted to a PIL mode, as timm's readers do by themselves."""
+
+    def __init__(self, dataset: VisionDataset, mode: str):
+        self.dataset, self.mode = dataset, mode
+        self.transform: Any = None
+        self.target_transform: Any = None
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.dataset[index]
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        return (
+            image if self.transform is None else self.transform(image),
+            target if self.target_transform is None else self.target_transform(target),
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'dataset':
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _image_mode(flags: DataFlags, in_chans: int) -> str:
+    return flags.input_img_mode or ('RGB' if in_chans == 3 else 'L')
+
+
+def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: int) -> Dataset[Any]:
+    if in_chans not in (1, 3) and not config.input_img_mode:
+        raise UsageError(f'the student has {in_chans} input channels: say with --input-img-mode how images become that')
+    mode = _image_mode(config, in_chans)
+    if config.dataset.lower() in _BUILT_IN_READERS:
+        return ImageDataset(config.root, reader=_BUILT_IN_READERS[config.dataset.lower()](split), input_img_mode=mode)
+    root = config.root
+    is_folder = '/' not in config.dataset
+    # timm takes more in these two than its annotations say
+    extra: dict[str, Any] = {'class_map': config.class_map, 'repeats': config.epoch_repeats if is_training else 0}
+    if not is_folder:
+        extra['trust_remote_code'] = config.dataset_trust_remote_code
+    if config.target_format:
+        extra['target_format'] = config.target_format
+    try:
+        dataset = create_dataset(
+            config.dataset,
+            root=root,
+            split=split,
+            is_training=is_training,
+            download=config.dataset_download,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            input_img_mode=mode,
+            input_key=config.input_key,
+            target_key=config.target_key,
+            num_samples=config.train_num_samples if is_training else config.val_num_samples,
+            **extra,
+        )
+    except Exception as e:
+        raise UsageError(f"cannot open data set '{config.dataset or root}', split '{split}': {one_line(e)}") from e
+    if is_folder and not config.class_map:
+        _check_class_order(dataset)
+    return dataset
+
+
+def _check_class_order(dataset: Dataset[Any]) -> None:
+    """Refuse class folders that are equal to timm's sort: it sorts a set, so their order would be another in each process."""
+    names: dict[tuple[Any, ...], str] = {}
+    for name in sorted(class_map_of(dataset) or ()):
+        first = names.setdefault(tuple(natural_key(name)), name)
+        if first != name:
+            raise UsageError(
+                f"class folders '{first}' and '{name}' are equal to timm, which sorts without case and leading zeros, so their "
+                f'labels would be a matter of chance: rename one of them, or give all in their order with --class-map'
+            )
+
+
+def check_data(flags: DataFlags) -> None:
+    """Refuse data that can't be there, before anything is built or fetched.
+
+    Raises:
+        UsageError: No such folder, or an unknown kind of data set.
+    """
+    name, root = flags.dataset.lower(), flags.root
+    if name in _BUILT_IN_READERS:
+        return
+    if '/' not in name:
+        if not root or not os.path.exists(root):
+            near = (
+                difflib.get_close_matches(name, [*_BUILT_IN_READERS, *(f'{k}/' for k in _KINDS)], n=1) if name else []
+            )
+            hint = f' (or did you mean --dataset {near[0]}?)' if near else ''
+            raise UsageError(
+                f"no data folder '{root or ''}': give the folder that holds the splits, e.g. DIR/train and DIR/val{hint}"
+            )
+        return
+    if name.split('/')[0] not in _KINDS:
+        near = difflib.get_close_matches(name, _BUILT_IN_READERS, n=1)
+        hint = f', did you mean {near[0]}?' if near else ''
+        known = ', '.join([*_BUILT_IN_READERS, *(f'{k}/NAME' for k in _KINDS)])
+        raise UsageError(f"unknown data set '{flags.dataset}'{hint} Known: {known}, or a folder of images")
+
+
+def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] | None, Dataset[Any]]:
+    """Open the training split (None where the run only evaluates) and the validation split.
+
+    Args:
+        config: Run settings.
+        in_chans: Channels that the student sees: 3 reads images as RGB, 1 as grey.
+
+    Raises:
+        UsageError: No such data, no images, or splits whose classes differ.
+    """
+    train = None if config.evaluate else _create_dataset(config, config.train_split, True, in_chans)
+    evaluation = _create_dataset(config, config.val_split, False, in_chans)
+    _check_splits(train, evaluation, config)
+    return train, evaluation
+
+
+def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any], flags: DataFlags) -> None:
+    if train is None:
+        return
+    if '/' not in flags.dataset or isinstance(getattr(train, 'dataset', None), ImageFolder):
+        _check_split_folders(train, evaluation, flags)
+    classes, eval_classes = class_map_of(train), class_map_of(evaluation)
+    if not classes or not eval_classes or classes == eval_classes:
+        return
+    only = sorted(set(classes).symmetric_difference(eval_classes))
+    moved = [n for n in classes if classes[n] != eval_classes.get(n)]
+    differ = (
+        f'{", ".join(only[:5])} in one of them only'
+        if only
+        else f'{moved[0]} is {classes[moved[0]]} in one and {eval_classes[moved[0]]} in the other'
+    )
+    raise UsageError(
+        f'training and validation split have different classes, so their labels would not mean the same: '
+        f'{differ} ({len(classes)} and {len(eval_classes)} classes)'
+    )
+
+
+def _check_split_folders(train: Dataset[Any], evaluation: Dataset[Any], flags: DataFlags) -> None:
+    roots = [os.path.abspath(getattr(getattr(d, 'reader', d), 'root', '')) for d in (train, evaluation)]
+    data_dir = os.path.abspath(flags.root)
+    if roots[0] == roots[1] == data_dir:
+        _logger.warning(f"No split folders in '{data_dir}': training and validation use the SAME images.")
+    elif data_dir in roots:
+        split = (flags.train_split, flags.val_split)[roots.index(data_dir)]
+        raise UsageError(
+            f"no folder for split '{split}' in '{data_dir}': it has {', '.join(sorted(os.listdir(data_dir)))}"
+        )
+
+
+def class_map_of(dataset: Dataset[Any] | None) -> dict[str, int] | None:
+    """The class map of a data set, name -> index in the order of the indices; None where it does not tell.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+    """
+    while dataset is not None:
+        for part in (getattr(dataset, 'reader', None), dataset):
+            # timm's reader of tar files has another name for it
+            classes = getattr(part, 'class_to_idx', None) or getattr(part, 'class_name_to_idx', None)
+            if classes:
+                return {str(name): int(classes[name]) for name in sorted(classes, key=lambda name: classes[name])}
+        dataset = getattr(dataset, 'dataset', None)
+    return None
+
+
+def count_classes(dataset: Dataset[Any] | None) -> int | None:
+    """Number of classes of a data set, None where it does not tell."""
+    class_to_idx = class_map_of(dataset)
+    if class_to_idx:
+        return max(class_to_idx.values()) + 1
+    classes = getattr(dataset, 'classes', None)
+    return len(classes) if classes else None
+
+
+def check_num_classes(dataset: Dataset[Any], num_classes: int, given: bool) -> None:
+    """Refuse a student whose classes are not the data's.
+
+    Args:
+        dataset: The validation split.
+        num_classes: The student's.
+        given: --num-classes was given (then the two must be equal; else the model may have more).
+
+    Raises:
+        UsageError: They don't fit.
+    """
+    classes = count_classes(dataset)
+    if classes is None or classes == num_classes:
+        return
+    if given or classes > num_classes:
+        raise UsageError(
+            f'the data set has {classes} classes and the student {num_classes}: use --num-classes {classes}'
+        )
+    _logger.warning(
+        f'The student keeps the {num_classes} classes of its architecture, the data set has {classes}: '
+        f'--num-classes {classes} gives it a classifier of that size.'
+    )

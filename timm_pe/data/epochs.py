@@ -1,0 +1,136 @@
+"""Loaders over seeded draws: which batches an epoch has, from which one on."""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..config.run_config import RunConfig
+from ..errors import RunError, UsageError, one_line
+from ..process.runtime import Runtime
+from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
+from .unreadable import forget_unreadable
+
+_logger = logging.getLogger(__name__)
+
+
+def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
+    """Put a DataLoader over seeded draws in the place of timm's, under its prefetcher where there is one."""
+    plain = plain_loader(loader)
+    loader_class = MultiEpochsDataLoader if config.use_multi_epochs_loader else DataLoader
+    seeded = loader_class(
+        SeededDataset(plain.dataset, config.seed),
+        batch_sampler=DrawBatchSampler(
+            plain.batch_sampler,
+            config.seed,
+            runtime.rank,
+            runtime.world_size,
+            repeated=bool(config.aug_repeats),
+            views=config.teacher_cache_views if config.teacher_cache else None,
+        ),
+        collate_fn=SeededCollate(  # type: ignore[arg-type]  # its batches are those of SeededDataset
+            plain.collate_fn, config.seed, runtime.rank, config.mixup_off_epoch, indexed=bool(config.teacher_cache)
+        ),
+        num_workers=plain.num_workers,
+        pin_memory=plain.pin_memory,
+        worker_init_fn=plain.worker_init_fn,
+        persistent_workers=plain.persistent_workers,
+        generator=torch.Generator(),  # else each epoch takes its workers' seed from the run's random state
+    )
+    if not isinstance(loader, PrefetchLoader):
+        return seeded
+    loader.loader = seeded
+    if loader.random_erasing is not None:
+        erasing = SeededErasing(loader.random_erasing, config.seed, runtime.rank)
+        loader.random_erasing = erasing  # type: ignore[assignment]  # called as timm's is
+    return loader
+
+
+def plain_loader(loader: Any) -> Any:
+    """The DataLoader under a prefetcher."""
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
+
+
+def set_epoch(loader: Any, epoch: int, start: int = 0) -> bool:
+    """Tell all parts of a training loader which epoch comes next, and with which batch.
+
+    Returns:
+        Whether it will begin with batch `start`; a loader that cannot begins with the first.
+    """
+    plain = plain_loader(loader)
+    batches: Any = getattr(plain, 'batch_sampler', None)
+    erasing: Any = getattr(loader, 'random_erasing', None)
+    multi_epochs = isinstance(plain, MultiEpochsDataLoader)
+    if multi_epochs:
+        # its one iterator is ahead of us and counts epochs by itself once it runs
+        batches = batches.sampler if plain.iterator is None else None
+    part: Any
+    for part in (batches, getattr(loader, 'dataset', None), erasing):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+    seeks = isinstance(batches, DrawBatchSampler) and not multi_epochs
+    for part in (batches, erasing) if seeks else ():
+        if part is not None:
+            part.set_epoch(epoch, start)
+    return seeks
+
+
+def epoch_batches(loader: Any, epoch: int, start: int = 0) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """The batches of an epoch from number `start` on, with their numbers.
+
+    A loader that can only begin at the beginning draws those before, and they are passed over.
+    """
+    first = start if set_epoch(loader, epoch, start) else 0
+    for i, batch in enumerate(loader, first):
+        if i >= start:
+            yield i, batch
+
+
+def first_batch(loader: Any) -> tuple[Any, Any]:
+    """The batch that epoch 0 will start with; the loader is as if it had not been drawn.
+
+    Raises:
+        UsageError: Its images cannot be read.
+    """
+    set_epoch(loader, 0)
+    plain = plain_loader(loader)
+    if not isinstance(plain.dataset, IterableDataset):
+        # read here: workers would read ahead, and go on while the first epoch counts what cannot be read
+        loader = _loader_over(loader, [next(iter(plain.batch_sampler))], num_workers=0)
+    try:
+        batch = next(iter(loader))
+    except RunError as e:  # nothing has begun yet
+        raise UsageError(one_line(e)) from e
+    forget_unreadable(loader.dataset)
+    if isinstance(plain, MultiEpochsDataLoader):
+        plain.iterator = None
+    return batch
+
+
+def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
+    """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
+    return _loader_over(loader, ViewBatches(view, indices, batch_size), plain_loader(loader).num_workers)
+
+
+def _loader_over(loader: Any, batches: Iterable[Batch], num_workers: int) -> Any:
+    """`loader` over other batches, with the same pixels and normalization."""
+    plain = plain_loader(loader)
+    other = DataLoader(
+        plain.dataset,
+        batch_sampler=batches,
+        collate_fn=plain.collate_fn,
+        num_workers=num_workers,
+        pin_memory=plain.pin_memory,
+        worker_init_fn=plain.worker_init_fn,
+        generator=torch.Generator(),
+    )
+    if not isinstance(loader, PrefetchLoader):
+        return other
+    loader = copy.copy(loader)
+    loader.loader = other
+    return loader

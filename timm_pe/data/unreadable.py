@@ -1,0 +1,142 @@
+"""Images that cannot be read: timm takes the next ones in their place; here they are counted, and the first is named."""
+
+import io
+import multiprocessing
+from typing import Any
+
+import torch.distributed as dist
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
+
+from ..errors import RunError
+from ..process.files import hash_content
+
+# more than this share of an epoch is no accident
+_MAX_SHARE = 0.1
+_FEW = 10
+
+
+class _Reads(Reader):
+    """A reader that knows what it was asked for since `asked` was last emptied, and with `hashes` the content it gave."""
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+        self.asked: list[int] = []
+        self.hashes, self.source = False, 0
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        self.asked.append(index)
+        if not self.hashes:
+            return self.reader[index]
+        file, *rest = self.reader[index]
+        with file:
+            content = file.read()
+        self.source = hash_content(content)
+        return io.BytesIO(content), *rest
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'reader':
+            raise AttributeError(name)
+        return getattr(self.reader, name)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.reader._filename(index, basename, absolute)
+
+
+class CountingImageDataset(ImageDataset):
+    """timm's ImageDataset, with a count over all loader processes of the images that were drawn and could not be read.
+
+    Args:
+        dataset: What to read; its reader, image mode and transforms are taken over.
+
+    Attributes:
+        replaced: Whether another image took the place of the one that was last asked for.
+        source: `hash_content` of the file that the last image was read from; 0 where files are not hashed.
+    """
+
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(
+            '',
+            reader=_Reads(dataset.reader),
+            load_bytes=dataset.load_bytes,
+            input_img_mode=dataset.input_img_mode,
+            transform=dataset.transform,
+            target_transform=dataset.target_transform,
+            additional_features=dataset.additional_features,
+        )
+        self.replaced = False
+        self._count = multiprocessing.Array('q', [0, -1])  # how many, index of the first
+
+    def hash_sources(self, wanted: bool) -> None:
+        """Hash each file from here on, or no longer; the reader must give open files."""
+        self.reader.hashes, self.reader.source = wanted, 0
+
+    @property
+    def source(self) -> int:
+        """See the class."""
+        return self.reader.source
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        self.reader.asked.clear()
+        try:
+            return super().__getitem__(index)
+        except RuntimeError as e:
+            if len(self.reader.asked) == 1:
+                raise
+            first, number = self.reader.asked[0], len(self.reader.asked)
+            raise RunError(
+                f"{number} images in a row cannot be read, the first is '{self.filename(first)}': are the disk and the "
+                f'files in order?'
+            ) from e
+        finally:
+            self.replaced = len(self.reader.asked) > 1
+            if self.replaced:
+                with self._count.get_lock():
+                    self._count[1] = index if not self._count[0] else self._count[1]
+                    self._count[0] += 1  # the others were tried in its place: those that are drawn count themselves
+
+    def take_count(self) -> tuple[int, str]:
+        """How many images could not be read since it was last asked, and the name of the first."""
+        with self._count.get_lock():
+            number, first = self._count[0], self._count[1]
+            self._count[0] = 0
+        return number, self.filename(first) if number else ''
+
+
+def forget_unreadable(dataset: Any) -> tuple[int, str]:
+    """Begin to count anew; gives the count so far and the name of the first.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+    """
+    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset.take_count() if hasattr(dataset, 'take_count') else (0, '')
+
+
+def describe_unreadable(dataset: Any, images: int, distributed: bool) -> str:
+    """What to say of the images that could not be read in a pass over a data set; '' where there was none.
+
+    Args:
+        dataset: The data set, or what wraps it as `.dataset`.
+        images: How many were asked for, over all ranks.
+        distributed: Count those of all ranks; then all must call.
+
+    Raises:
+        RunError: They were more than a tenth.
+    """
+    number, first = forget_unreadable(dataset)
+    if distributed:
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, (number, first))
+        number, first = sum(n for n, _ in counts), next((name for n, name in counts if n), '')
+    if number > max(_FEW, _MAX_SHARE * images):
+        raise RunError(
+            f"{number} of {images} images cannot be read, the first is '{first}': are the disk and the files in order?"
+        )
+    if not number:
+        return ''
+    return f"{number} of {images} images could not be read, the first is '{first}': others were taken in their place."

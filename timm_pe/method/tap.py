@@ -1,0 +1,264 @@
+"""The penultimate feature of any timm model, read where it enters the classifier."""
+
+import difflib
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+
+# how the module is named that the feature enters
+_PATH = 'path=, of a teacher tap= or --teacher-tap'
+
+
+class FeatureTap:
+    """Gives the feature that entered the classifier in the last forward of a model.
+
+    A timm model's `get_classifier()` says where to hook, and the structure there how to read what passes:
+
+    - one layer: its input. Maps and tokens that are not pooled yet are averaged over positions.
+    - a head that pools and classifies in one module: the input of the layer in it that classifies.
+    - a tuple, the two heads of a distilled model: the mean of their inputs.
+    - a `ModuleList`, one head a branch or a stage: their inputs side by side.
+    - no classifier (`num_classes=0`, or an encoder that never has one): the model's output, pooled.
+
+    A model with `forward_head` and no `get_classifier()` is asked which module runs only without `pre_logits=True`.
+
+    Make the tap before `torch.compile` and DDP wrap the model, and after `reset_classifier`. A deepcopy of a module that
+    holds both the model and its tap (what an EMA makes) holds a tap of its own. The tap keeps one feature, with its
+    graph, until it is popped.
+
+    Args:
+        model: A timm model, or with `path` any module.
+        path: Name of the submodule whose input is the feature (`'fc'`), instead of what `get_classifier()` gives.
+
+    Attributes:
+        width: Number of channels `d` of the feature.
+
+    Raises:
+        UsageError: If the classifier or the feature's width can't be told, or there is no submodule `path`.
+    """
+
+    def __init__(self, model: nn.Module, path: str | None = None) -> None:
+        self._name = type(model).__name__
+        # averaged over the outer list, side by side over the inner one
+        self._heads = _tap_classifier(model) if path is None else [[_tap_path(model, path)]]
+        self.width = sum(site.width for site in self._heads[0])
+
+    def pop(self) -> torch.Tensor:
+        """The feature of the last forward; it can be taken once.
+
+        Returns:
+            Feature `[b, d]`, part of the autograd graph if the forward was.
+
+        Raises:
+            RuntimeError: If no forward has reached the classifier since the last call.
+            UsageError: If the feature isn't as wide as the structure told.
+        """
+        heads: list[list[Any]] = [[site.pop() for site in branches] for branches in self._heads]
+        if any(x is None for branches in heads for x in branches):
+            raise RuntimeError(
+                f'{self._name} has no feature to pop: its classifier has not run since the last pop(), has been replaced '
+                'since the tap was made, or the tap was removed. Call the whole model once before each pop().'
+            )
+        feature = _mean([torch.cat(branches, dim=1) if len(branches) > 1 else branches[0] for branches in heads])
+        if feature.shape[1] != self.width:
+            raise UsageError(
+                f'The feature of {self._name} is {feature.shape[1]} wide, its structure told {self.width}. '
+                f'Give the name of the module that takes the feature ({_PATH}).'
+            )
+        return feature
+
+    def remove(self) -> None:
+        """Unhook the model."""
+        for branches in self._heads:
+            for site in branches:
+                site.remove()
+
+
+class _Site:
+    """One hooked module: what enters it, or what the whole model puts out, as one vector a sample."""
+
+    def __init__(self, module: nn.Module, width: int, pools_token: bool = False, output: bool = False) -> None:
+        self.width = width
+        self._pools_token = pools_token
+        self._value: torch.Tensor | None = None
+        # bound methods: a deepcopied model calls the deepcopied site
+        if output:
+            self._handle = module.register_forward_hook(self._keep_output)
+        else:
+            self._handle = module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a tensor inside an autograd graph can't be deepcopied
+        return {**self.__dict__, '_value': None}
+
+    def pop(self) -> torch.Tensor | None:
+        value, self._value = self._value, None
+        return value
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self._value = None
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._value = self._pool(args[0] if args else next(iter(kwargs.values())))
+
+    def _keep_output(
+        self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
+        # a distilled model in training puts out one vector a head
+        self._value = _mean([self._pool(x) for x in (output if isinstance(output, tuple) else (output,))])
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        """`[b, d]`, `[b, n, d]`, `[b, h, w, d]` or `[b, d, h, w]` -> `[b, d]`."""
+        if not isinstance(x, torch.Tensor):
+            raise UsageError(f'A feature is one tensor, not a {type(x).__name__}: tap another module ({_PATH}).')
+        if x.ndim == 2:
+            return x
+        if self._pools_token:
+            return x[:, 0]
+        channel_dim = -1 if x.shape[-1] == self.width else 1
+        return x.movedim(channel_dim, 1).flatten(2).mean(2)
+
+
+def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
+    # heads that share one input give that very tensor
+    return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs).mean(0)
+
+
+def _tap_classifier(model: nn.Module) -> list[list[_Site]]:
+    """Hook what classifies in a timm model: alternative heads in the outer list, branches of a head in the inner."""
+    heads = _classifiers(model)
+    if any(_in_width(layer) or any(True for _ in layer.parameters()) for branches in heads for layer in branches):
+        return [[_tap_layer(model, layer) for layer in branches] for branches in heads]
+    return [[_Site(model, _declared_width(model), output=True)]]
+
+
+def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
+    """The layers that classify, as `_tap_classifier` hooks them; none for an encoder."""
+    if not hasattr(model, 'get_classifier'):
+        return _classifier_of_head(model)
+    try:
+        classifier = cast(Any, model).get_classifier()
+    except AttributeError as e:
+        # where the classifier is a part of the head, num_classes=0 may leave nothing to get it from
+        if getattr(model, 'num_classes', None) == 0:
+            return []
+        raise UsageError(
+            f'{type(model).__name__} does not find its own classifier ({e}). '
+            f'Name the module that the penultimate feature enters ({_PATH}).'
+        ) from e
+    heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
+    return [[_final_layer(x) for x in (head if isinstance(head, nn.ModuleList) else [head])] for head in heads]
+
+
+def _classifier_of_head(model: nn.Module) -> list[list[nn.Module]]:
+    """What classifies in a model without `get_classifier()`; none for an encoder."""
+    if hasattr(model, 'forward_features') and not (
+        hasattr(model, 'forward_head') and getattr(model, 'num_classes', None) != 0
+    ):
+        return []
+    found = _find_in_head(model) if hasattr(model, 'forward_head') else None
+    if found is None:
+        linears = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+        example = f', for example {linears[-1]!r}' if linears else ''
+        raise UsageError(
+            f'{type(model).__name__} has no get_classifier() to find its penultimate feature by. '
+            f'Name the module that the feature enters ({_PATH}){example}.'
+        )
+    return [found] if found else []
+
+
+@torch.no_grad()
+def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
+    """The module that `forward_head` runs only without `pre_logits=True`, if the pre-logits are what enters it.
+
+    Empty where the flag changes nothing, None where no such module is found.
+    """
+    weight = next(model.parameters(), torch.empty(0))
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        width = _declared_width(model)
+        # a map, tokens, a map with its channels last, or pooled already: what the head takes is not told
+        for shape in ((2, width, 4, 4), (2, 4, width), (2, 4, 4, width), (2, width)):
+            x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+            try:
+                pre_logits, before = _run_head(model, x, pre_logits=True)
+                output, after = _run_head(model, x)
+                if torch.equal(output, pre_logits):
+                    return []
+                for module, entered in after:
+                    if not any(module is other for other, _ in before) and any(True for _ in module.parameters()):
+                        return [module] if entered is not None and torch.equal(entered, pre_logits) else None
+            except Exception:  # a head may trip in any way over what it does not take
+                continue
+    finally:
+        for module, mode in training:
+            module.training = mode
+    return None
+
+
+def _run_head(
+    model: nn.Module, x: torch.Tensor, **kwargs: bool
+) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor | None]]]:
+    """What `forward_head` gives, and the modules that it ran, each with what entered it."""
+    ran: list[tuple[nn.Module, torch.Tensor | None]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # a copy: what follows may work in place
+        ran.append((module, args[0].clone() if args and isinstance(args[0], torch.Tensor) else None))
+
+    handles = [module.register_forward_pre_hook(keep) for module in model.modules()]
+    try:
+        return cast(Any, model).forward_head(x, **kwargs), ran
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _final_layer(head: nn.Module) -> nn.Module:
+    """The layer that classifies in a head that also pools; those can give their `pre_logits`."""
+    return getattr(head, 'fc', head) if 'pre_logits' in inspect.signature(head.forward).parameters else head
+
+
+def _tap_layer(model: nn.Module, layer: nn.Module) -> _Site:
+    parent = next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
+    others = [x for x in parent.children() if x is not layer and not isinstance(x, nn.Dropout)]
+    # a norm of pooled vectors and a linear layer that share a module classify together
+    hooked = parent if others and all(isinstance(x, nn.BatchNorm1d) for x in others) else layer
+    # attention pooling may classify every token and pool after that
+    pools_token = getattr(parent, 'pool_type', None) == 'token'
+    return _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
+
+
+def _tap_path(model: nn.Module, path: str) -> _Site:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if path not in modules:
+        names = difflib.get_close_matches(path, modules, n=5) or [name for name, _ in model.named_children()]
+        raise UsageError(f'{type(model).__name__} has no module {path!r} to tap, but has {", ".join(names)}.')
+    return _Site(modules[path], _in_width(modules[path]) or _declared_width(model))
+
+
+def _in_width(module: nn.Module) -> int | None:
+    """Number of channels of what enters a module, as the first layer in it that has them tells."""
+    for layer in module.modules():
+        for name in ('in_features', 'in_channels', 'num_features', 'normalized_shape'):
+            width = getattr(layer, name, None)
+            if width:
+                return width if isinstance(width, int) else width[-1]
+    return None
+
+
+def _declared_width(model: nn.Module) -> int:
+    """Number of channels of the penultimate feature as a timm model declares it, for layers that don't tell."""
+    width = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
+    if not width:
+        raise UsageError(
+            f'Nothing tells how wide the penultimate feature of {type(model).__name__} is. '
+            f'Name a module with weights, or one that contains some, that the feature enters ({_PATH}).'
+        )
+    return width

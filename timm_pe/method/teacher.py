@@ -1,0 +1,338 @@
+"""The teacher: any model, found, loaded, frozen and fed as it was trained."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.model_config import resolve_input_data_config
+from timm.task import DistillationTeacher
+from timm.utils import unwrap_model
+
+from ..errors import UsageError, one_line
+from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
+from .tap import FeatureTap
+from .weights import (
+    check_model_name,
+    classes_in_checkpoint,
+    create_timm_model,
+    fingerprint,
+    load_weights,
+    read_state_dict,
+    without_classifier,
+)
+
+# weights of red, green and blue in a grey image (ITU-R BT.601), those of PIL's 'L'
+LUMA = (0.299, 0.587, 0.114)
+
+
+class TeacherOutput(NamedTuple):
+    """What a teacher says of a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` where they are needed."""
+
+    feature: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class Teacher(nn.Module):
+    """A frozen model in eval mode that sees the student's batch as it was itself trained to see images.
+
+    The given module is frozen and set to eval mode in place (where norms are folded, a copy of it is); `train()` leaves
+    it there.
+
+    Args:
+        model: The teacher's network.
+        input_mean: Mean of the normalization that the *student's* batch went through, one value a channel.
+        input_std: Its standard deviation.
+        input_size: Side in pixels that batches are resized to (bicubic). None leaves them as they are where the network
+            can take them, and else resizes to the network's own size.
+        mean: The teacher's own mean; None reads its `pretrained_cfg` (ImageNet's where it has none).
+        std: Its own standard deviation, likewise.
+        tap: Path of the module whose input is the feature, for models that are not timm's.
+        device: Where it runs.
+        dtype: Its own precision; None leaves the model's and follows autocast.
+        channels_last: Run in memory format channels_last.
+        needs_logits: Where False the classifier does not run either, if the network can do without: if on the first batch
+            `forward_head(forward_features(x), pre_logits=True)` gives the feature that is tapped.
+        fold: Fold batch norms into the layers before them (see `fold_batch_norm`), in float32 before any cast to `dtype`.
+            Where that is not exact to rounding, the network stays as it is.
+        fingerprint: See the attribute.
+
+    Attributes:
+        model: The network.
+        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `loading.fingerprint`); empty
+            where they were drawn, or are those of a given module.
+        folded: Number of batch norms that were folded.
+        width: Width m of its penultimate feature.
+        num_classes: Number of its classes, None where the model doesn't tell.
+        mean: What its images are normalized with.
+        std: Likewise.
+
+    Shapes:
+        forward: the student's batch `[b, ch, h, w]` -> `TeacherOutput`, without a graph. One channel becomes three, and
+        three become one (luma), where the teacher has another number than the student.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
+        input_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        tap: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        needs_logits: bool = True,
+        fold: bool = False,
+        fingerprint: Mapping[str, str] | None = None,
+    ):
+        super().__init__()
+        self.fingerprint = dict(fingerprint or {})
+        network = unwrap_model(model)
+        self.needs_logits = needs_logits
+        # None: not known yet. The network inside a wrapper (compiled, DDP) is not called around it
+        self._has_pre_logits: bool | None = None if model is network else False
+        self._pre_logits = self._run_to_pre_logits
+        self._compiled = False
+        own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
+        channels = own['input_size'][0] if own else 1
+        self.mean, self.std = (
+            tuple(values) * (channels if len(values) == 1 else 1)
+            for values in (
+                mean or own.get('mean', IMAGENET_DEFAULT_MEAN),
+                std or own.get('std', IMAGENET_DEFAULT_STD),
+            )
+        )
+        for name, values in (('mean', self.mean), ('std', self.std)):
+            if own and len(values) != channels:
+                raise UsageError(f'the {name} of the teacher has {len(values)} values, it sees {channels} channels')
+        self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
+        self.input_size = input_size
+        self.folded = 0
+        if fold and model is network:
+            model = network = self._fold(model, tap)
+        self.tap = FeatureTap(network, tap)
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]  # takes all three together
+        self.dtype = dtype
+        self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.width = self.tap.width
+        self.num_classes: int | None = getattr(network, 'num_classes', None)
+        self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
+        self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
+        self.eval()
+
+    def set_input_norm(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Say which normalization the student's batch carries: x_teacher = (x * std + mean - own mean) / own std.
+
+        Args:
+            mean: Of the student's loader, one value a channel.
+            std: Likewise.
+            device: Where the batches are; None keeps the model's.
+
+        Raises:
+            UsageError: Numbers of channels that can't be made one another (1 and 3 can).
+        """
+        channels = len(mean), len(self.mean)
+        if channels[0] != channels[1] and set(channels) != {1, 3}:
+            raise UsageError(
+                f'the student sees {channels[0]} channels and the teacher {channels[1]}: only 1 and 3 can be converted'
+            )
+        self.input_mean, self.input_std = tuple(mean), tuple(std)
+        device = device or next((p.device for p in self.model.parameters()), None)
+
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+        scale = column(self.input_std) / column(self.std)
+        shift = (column(self.input_mean) - column(self.mean)) / column(self.std)
+        self.to_grey = channels == (3, 1)
+        if self.to_grey:
+            luma = column(LUMA)
+            scale = luma * column(self.input_std) / column(self.std)
+            shift = ((luma * column(self.input_mean)).sum(1, keepdim=True) - column(self.mean)) / column(self.std)
+        self.renormalizes = channels[0] != channels[1] or bool((scale != 1).any() or (shift != 0).any())
+        self.register_buffer('scale', scale.float().to(device), persistent=False)
+        self.register_buffer('shift', shift.float().to(device), persistent=False)
+
+    def _fold(self, model: nn.Module, tap: str | None) -> nn.Module:
+        """`model` with its batch norms folded, or as it is where that can't be."""
+        height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
+        pixels = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        folded = fold_batch_norm(model, (pixels - mean) / std, tap)
+        if folded is None:
+            return model
+        self.folded = count_batch_norms(model) - count_batch_norms(folded)
+        return folded
+
+    def train(self, mode: bool = True) -> 'Teacher':
+        """Stay in eval mode: a teacher's dropout and batch statistics never train."""
+        return super().train(False)
+
+    def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The student's batch `[b, ch, h, w]` in the teacher's normalization, channels, size and precision."""
+        size = self.size_for(x)
+        if self.renormalizes:
+            x = x.float() * self.scale
+            x = (x.sum(1, keepdim=True) if self.to_grey else x) + self.shift
+        if size != x.shape[-2:]:
+            x = F.interpolate(x.float(), size, mode='bicubic', antialias=True)
+        return x.to(self.input_dtype, memory_format=self.memory_format)
+
+    def size_for(self, x: torch.Tensor) -> tuple[int, int]:
+        """Height and width in which the teacher sees a batch of the size of `x`; decided once for each size.
+
+        Raises:
+            UsageError: The network takes neither this size nor one of its own.
+        """
+        given = x.shape[-2], x.shape[-1]
+        if given not in self._size_of:
+            wanted = given if self.input_size is None else (self.input_size, self.input_size)
+            failure = self._try_size(wanted, x.device)
+            if failure and self.input_size is not None:
+                raise UsageError(f'the teacher cannot take its input size {self.input_size} ({one_line(failure, 120)})')
+            if failure and (self.own_size is None or self._try_size(self.own_size, x.device)):
+                raise UsageError(
+                    f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
+                    f'({one_line(failure, 120)}): give its own input size'
+                )
+            self._size_of[given] = self.own_size if failure and self.own_size else wanted
+        return self._size_of[given]
+
+    def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
+        """Why the network can't take images of `size`, None where it can."""
+        x = torch.zeros(1, len(self.mean), *size, device=device, dtype=self.input_dtype)
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                unwrap_model(self.model)(x)
+                self.tap.pop()
+        except UsageError:  # of the tap, whatever the size
+            raise
+        except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
+            return e
+        return None
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> TeacherOutput:
+        x = self.adapt_input(x.detach())
+        with self._own_precision(x.device):
+            if not self.needs_logits and self._can_skip_classifier(x):
+                return TeacherOutput(self._kept(self._pre_logits(x)), None)
+            logits = self.model(x)
+        return TeacherOutput(self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """With CUDA graphs the student's forward would overwrite what a compiled teacher has just given."""
+        return x.clone() if self._compiled else x
+
+    @torch.no_grad()
+    def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
+        x = self.adapt_input(x.detach())
+        with self._own_precision(x.device):
+            logits = self.model(x)
+        self.tap.pop()
+        return logits
+
+    def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
+
+    def _run_to_pre_logits(self, x: torch.Tensor) -> torch.Tensor:
+        network = unwrap_model(self.model)
+        return network.forward_head(network.forward_features(x), pre_logits=True)
+
+    def _can_skip_classifier(self, x: torch.Tensor) -> bool:
+        """Whether timm's way to the pre-logits gives what the tap reads; found out once, on a batch of the run."""
+        if self._has_pre_logits is None:
+            unwrap_model(self.model)(x)
+            feature = self.tap.pop()
+            rtol = max(1e-4, 4 * torch.finfo(feature.dtype).eps)
+            try:
+                self._has_pre_logits = equal_to_rounding(self._run_to_pre_logits(x), feature, rtol)
+            except (AttributeError, TypeError, RuntimeError, ValueError):
+                self._has_pre_logits = False
+        return self._has_pre_logits
+
+    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # gives itself, where nn.Module gives nothing
+        """Compile the network (arguments of torch.compile). The tap sits on it already, as it must."""
+        self._compiled = True
+        self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
+        self.model = torch.compile(self.model, **compile_kwargs)
+        return self
+
+
+def create_teacher(
+    name_or_module: str | nn.Module,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    use_ema: bool = True,
+    needs_logits: bool = True,
+    model_kwargs: dict[str, Any] | None = None,
+    what: str = 'teacher',
+    **teacher_kwargs: Any,
+) -> Teacher:
+    """Make a `Teacher` from a timm name or from any module.
+
+    Args:
+        name_or_module: A timm name (`hf-hub:` and `local-dir:` included), a module, a `Teacher` or a timm
+            `DistillationTeacher`.
+        checkpoint: Weights in a file (.safetensors, .pth, .pth.tar) or a run folder; then nothing is fetched.
+        pretrained: Without a checkpoint: load the weights that belong to the name, or leave random ones.
+        num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
+        in_chans: Its own number of input channels; None is the architecture's default.
+        use_ema: Prefer a checkpoint's EMA weights.
+        needs_logits: Where False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
+            classifier has another size than `num_classes` is fine: the teacher keeps a random one.
+        model_kwargs: More arguments for `timm.create_model`.
+        what: How to call it in messages.
+        **teacher_kwargs: For `Teacher`.
+
+    Raises:
+        UsageError: Unknown name, weights that can't be had, read or fitted.
+    """
+    if isinstance(name_or_module, Teacher):
+        return name_or_module
+    teacher_kwargs['needs_logits'] = needs_logits
+    if isinstance(name_or_module, DistillationTeacher):
+        teacher_kwargs.setdefault('mean', cast(torch.Tensor, name_or_module.mean_kd).flatten().tolist())
+        teacher_kwargs.setdefault('std', cast(torch.Tensor, name_or_module.std_kd).flatten().tolist())
+        return Teacher(name_or_module.model, **teacher_kwargs)
+    if isinstance(name_or_module, nn.Module):
+        if checkpoint:
+            load_weights(
+                unwrap_model(name_or_module), read_state_dict(checkpoint, what, use_ema), what, str(checkpoint)
+            )
+        return Teacher(name_or_module, **teacher_kwargs)
+    check_model_name(name_or_module, what)
+    model_kwargs = dict(model_kwargs or {})
+    num_classes = model_kwargs.pop('num_classes', num_classes)
+    create = partial(create_timm_model, name_or_module, what, **{'in_chans': in_chans, **model_kwargs})
+    if checkpoint:
+        state_dict = read_state_dict(checkpoint, what, use_ema)
+        classes = classes_in_checkpoint(name_or_module, state_dict)
+        model = create(num_classes=classes if num_classes is None else num_classes)
+        if not needs_logits and classes is not None and model.num_classes != classes:
+            state_dict = without_classifier(model, state_dict)
+        load_weights(model, state_dict, what, str(checkpoint))
+    else:
+        model = create(pretrained=pretrained, num_classes=num_classes)
+    loaded = fingerprint(model, needs_logits) if checkpoint or pretrained else None
+    return Teacher(model, fingerprint=loaded, **teacher_kwargs)

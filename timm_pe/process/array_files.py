@@ -1,0 +1,76 @@
+"""Arrays in files: memory-mapped, made whole with all their blocks, one process at a time."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from filelock import FileLock
+
+from ..errors import UsageError, one_line
+
+_logger = logging.getLogger(__name__)
+
+# to read, or to read and write
+Mode = Literal['r', 'r+']
+
+
+def open_array(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode, without: str = 'to fill that view anew'
+) -> np.memmap:
+    try:
+        # to read first: opened for writing, a truncated file would grow to what its header says
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+        if mode != 'r':
+            array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        reason = getattr(e, 'strerror', None) or one_line(e, 120)
+        raise UsageError(f"--teacher-cache: cannot open '{path}' ({reason}): delete it {without}") from e
+    if getattr(array, 'shape', None) != shape or array.dtype != dtype:
+        raise UsageError(
+            f"--teacher-cache: '{path}' holds {getattr(array, 'dtype', 'no array')} {list(getattr(array, 'shape', []))}, "
+            f'not {dtype} {list(shape)}: delete it {without}'
+        )
+    return array
+
+
+def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, made: list[Path]) -> None:
+    """A file of zeros in numpy's format with all its blocks reserved: a full disk under a memory map would be a SIGBUS."""
+    beside = path.with_name(f'.{path.name}.tmp')
+    made.append(beside)
+    with open(beside, 'wb') as f:
+        header = {'descr': np.lib.format.dtype_to_descr(dtype), 'fortran_order': False, 'shape': shape}
+        np.lib.format.write_array_header_1_0(f, header)
+        f.flush()
+        _reserve(f, int(np.prod(shape)) * dtype.itemsize)
+    os.replace(beside, path)
+    made[-1] = path
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+        return
+    while size > 0:  # macOS
+        size -= file.write(bytes(min(size, 2**20)))
+
+
+def write_whole(path: Path, content: bytes, made: list[Path]) -> None:
+    beside = path.with_name(f'.{path.name}.tmp')
+    made.append(beside)
+    beside.write_bytes(content)
+    os.replace(beside, path)
+    made[-1] = path
+
+
+@contextlib.contextmanager
+def locked(folder: Path, made: list[Path]) -> Iterator[None]:
+    """Another run that makes the same files waits."""
+    path = folder / '.lock'
+    if not path.exists():
+        made.append(path)
+    with FileLock(path):
+        yield

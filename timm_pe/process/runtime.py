@@ -1,0 +1,155 @@
+"""Where and how a run computes: device, ranks, seeds, precision, and the order of compile and DDP."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, random_seed, set_jit_fuser
+from timm.utils.distributed import init_distributed_device_so
+
+from ..config.derive import torch_dtype
+from ..config.flags import DeviceFlags
+from ..config.run_config import RunConfig
+from ..errors import RunError, UsageError, one_line
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Runtime:
+    """What every stage needs to know of the machine.
+
+    Attributes:
+        device: Device of this rank.
+        distributed: More than one rank.
+        rank: Global rank.
+        world_size: Number of ranks.
+        autocast: Context of a forward pass.
+        scaler: Loss scaler of float16 AMP, else None.
+        model_dtype: Dtype of the parameters, None is float32.
+    """
+
+    device: torch.device
+    distributed: bool
+    rank: int
+    world_size: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    scaler: NativeScaler | None
+    model_dtype: torch.dtype | None
+
+    @property
+    def is_primary(self) -> bool:
+        """This rank writes files and talks."""
+        return self.rank == 0
+
+
+def setup_runtime(config: RunConfig) -> Runtime:
+    """Choose the device, join the other ranks, seed, and set the precision.
+
+    `--device cuda` where there is none falls back to the CPU and says so.
+
+    Raises:
+        UsageError: A device that does not exist, or a precision that does not work.
+    """
+    for name in config.device_modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise UsageError(f"--device-modules: cannot import '{name}': {one_line(e)}") from e
+    if config.fuser:
+        set_jit_fuser(config.fuser)
+    name = config.device
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        _logger.warning(f"No CUDA device here: '--device {name}' falls back to the CPU.")
+        name = 'cpu'
+    try:
+        torch.device(name)
+        joined = init_distributed_device_so(name)
+        device = torch.device(joined['device'])
+        torch.empty(0, device=device)
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise UsageError(f"--device: cannot use '{name}': {one_line(e)}") from e
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    distributed, rank = joined['distributed'], joined['global_rank']
+    random_seed(config.seed, rank)
+    if config.sync_bn and distributed and device.type == 'cpu':
+        raise UsageError('--sync-bn needs GPUs: PyTorch has no synchronized batch norm on the CPU')
+    model_dtype = torch_dtype(config.model_dtype)
+    if model_dtype is not None and model_dtype != torch.float32 and config.amp:
+        raise UsageError(f'--amp wants float32 parameters, --model-dtype is {config.model_dtype}: drop one of them')
+    amp_dtype = torch_dtype(config.amp_dtype)
+    return Runtime(
+        device=device,
+        distributed=distributed,
+        rank=rank,
+        world_size=joined['world_size'],
+        autocast=partial(torch.autocast, device_type=device.type, dtype=amp_dtype) if config.amp else nullcontext,
+        scaler=NativeScaler(device.type)
+        if config.amp and amp_dtype == torch.float16 and device.type == 'cuda'
+        else None,
+        model_dtype=model_dtype,
+    )
+
+
+def on_primary(runtime: Runtime, write: Callable[[], None], what: str) -> None:
+    """Let the primary rank write something; to be called on all ranks, and where it fails all of them know.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    failure: list[str | None] = [None]
+    if runtime.is_primary:
+        try:
+            write()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch's own file writer raises RuntimeError
+            failure = [f'cannot write {what}: {_why(e)}']
+    if runtime.distributed:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise RunError(f'{failure[0]}; what was written before is whole')
+
+
+def _why(error: BaseException) -> str:
+    cause = error
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return f'is the disk full? ({one_line(error)})'  # the file writers of torch and safetensors keep the reason to themselves
+
+
+def describe_precision(flags: DeviceFlags) -> str:
+    """Precision of the student in words."""
+    return f'AMP {flags.amp_dtype}' if flags.amp else (flags.model_dtype or 'float32')
+
+
+def describe_teacher_precision(config: RunConfig, dtype: torch.dtype) -> str:
+    """Precision of a teacher of this dtype in words; AMP is the student's and the teacher's, --model-dtype the student's alone."""
+    return describe_precision(config) if config.amp and not config.teacher_dtype else str(dtype).removeprefix('torch.')
+
+
+def prepare_task(task: TrainingTask, config: RunConfig, runtime: Runtime) -> None:
+    """Moving average, compile, DDP, in this order: each wraps what the one before must still see unwrapped."""
+    if config.torchcompile:
+        task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        if task.has_ema() and not config.model_ema_force_cpu:
+            task.compile_ema(backend=config.torchcompile, mode=config.torchcompile_mode)
+    if runtime.distributed:
+        if config.no_ddp_bb:  # DDP would then not even make them equal at the start
+            for buffer in cast(nn.Module, task.get_trainable_module()).buffers():
+                dist.broadcast(buffer, src=0)
+        device_ids = [runtime.device] if runtime.device.type == 'cuda' else None
+        task.prepare_distributed(device_ids=device_ids, **({'broadcast_buffers': False} if config.no_ddp_bb else {}))

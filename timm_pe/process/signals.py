@@ -1,0 +1,109 @@
+"""SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from ..errors import one_line
+from .runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+# updates between two looks for signals where each look waits for the devices
+SELDOM = 50
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop, and did so with a checkpoint.
+
+    Attributes:
+        signum: The signal; the command line exits with 128 + signum, as shells do.
+    """
+
+    def __init__(self, signum: int, where: str):
+        super().__init__(f'stopped by {signal.Signals(signum).name} {where}')
+        self.signum = signum
+
+
+class Interrupts:
+    """While it is entered, the first signal is kept for `requested`; a second SIGINT stops at once.
+
+    Args:
+        runtime: Says whether there are other ranks to ask; None is a run alone.
+    """
+
+    def __init__(self, runtime: Runtime | None = None):
+        self.distributed = runtime is not None and runtime.distributed
+        self.device = runtime.device if runtime is not None else torch.device('cpu')
+        self.signum = 0
+        self.group: dist.ProcessGroup | None = None
+        self.every, self.asked = 1, 0
+
+    def __enter__(self) -> 'Interrupts':
+        if self.distributed and dist.get_backend() != 'gloo':
+            self._join_hosts()
+        # Python lets only the main thread choose what a signal does
+        here = SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self.before = {number: signal.signal(number, self._handle) for number in here}
+        return self
+
+    def _join_hosts(self) -> None:
+        """A group of the hosts among themselves, where nobody waits for a device; else the devices ask now and then."""
+        why = ''
+        try:
+            self.group = cast(dist.ProcessGroup, dist.new_group(backend='gloo'))
+        except RuntimeError as e:
+            why = one_line(e)
+        failed = torch.tensor(int(bool(why)), device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            self.group, self.every = None, SELDOM
+            _logger.warning(
+                f'The hosts cannot connect by gloo ({why or "another rank says so"}): signals are looked for '
+                f'every {SELDOM} updates. GLOO_SOCKET_IFNAME names the network interface to use.'
+            )
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def requested(self) -> int:
+        """The signal that any rank got, 0 for none. All ranks must ask the same number of times."""
+        if not self.distributed:
+            return self.signum
+        self.asked += 1
+        if self.asked % self.every:
+            return 0
+        signum = torch.tensor(self.signum, device='cpu' if self.every == 1 else self.device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        return int(signum)
+
+
+def ignore_in_worker() -> None:
+    """Let a loader's worker live through signals that a terminal or a scheduler sends to all processes of a run.
+
+    The run itself finishes its step with the batches that the workers owe it, and ends them: from it, SIGTERM counts.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,191 @@
+"""RunFolder: the names of a run's files, and how each is read and written. Nobody else knows them.
+
+args.yaml                  the settings as they were given
+summary.csv                a row an epoch: loss, raw terms, metrics, learning rate, images/s
+last.pth.tar               the newest whole checkpoint; model_best.pth.tar, checkpoint-N.pth.tar, milestone-N.pth.tar
+recovery-E-B.pth.tar       a checkpoint within an epoch, gone once `last` is further
+student.safetensors        the weights of the best epoch, without teacher and projectors
+analysis.json, figures/    what the analysis found
+"""
+
+import csv
+import glob
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm.utils import trim_summary, update_summary
+
+from .config.run_config import RunConfig, parse_config
+from .config.yaml_file import read_yaml
+from .errors import UsageError, one_line
+from .method.weights import BEST, LAST, STUDENT
+from .process.files import replaced
+
+_logger = logging.getLogger(__name__)
+
+Row = dict[str, float | None]
+# parent of run folders where --output names none
+DEFAULT_OUTPUT = os.path.join('output', 'train')
+
+
+class RunFolder:
+    """A folder of train_distill, there already or not yet.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.name = self.path.name
+        self.args_file = self.path / 'args.yaml'
+        self.summary_file = self.path / 'summary.csv'
+        self.student_file = self.path / STUDENT
+        self.last_file = self.path / LAST
+        self.best_file = self.path / BEST
+        self.analysis_file = self.path / 'analysis.json'
+        self.figures = self.path / 'figures'
+
+    @classmethod
+    def around(cls, checkpoint: str | os.PathLike[str] | None) -> 'RunFolder | None':
+        """The run folder that a path names, or in which the file lies; None where there is no args.yaml, or no path."""
+        if not checkpoint:
+            return None
+        path = Path(checkpoint)
+        folder = cls(path if os.path.isdir(path) else path.parent)
+        return folder if os.path.isfile(folder.args_file) else None
+
+    def missing(self, *files: Path) -> list[str]:
+        """Names of those of `files` that are not there."""
+        return [file.name for file in files if not file.is_file()]
+
+    # Settings -----------------------------------------------------------------------------------------------------------
+
+    def args(self) -> dict[str, Any]:
+        """The settings of args.yaml by their names, not checked.
+
+        Raises:
+            ValueError: Unreadable, or no 'key: value' lines.
+        """
+        return read_yaml(str(self.args_file))
+
+    def config(self) -> RunConfig:
+        """The settings of the run; a file that is none of settings ends the process, as on the command line."""
+        return parse_config(['-c', str(self.args_file)])
+
+    def write_args(self, text: str) -> None:
+        """Write args.yaml."""
+        with replaced(self.args_file) as path:
+            Path(path).write_text(text, encoding='utf-8')
+
+    # Epochs -------------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        """The rows of summary.csv, an epoch each; a value that an epoch does not have is None.
+
+        Raises:
+            UsageError: Unreadable, or no table of numbers with an epoch in each row.
+        """
+        return _read_rows(self.summary_file)
+
+    def rows_by_epoch(self) -> dict[int, Row]:
+        """The rows of all epochs by their numbers, those of files that were moved aside included.
+
+        Raises:
+            UsageError: See `rows`.
+        """
+        aside = sorted(self._files(f'{self.summary_file.name}.until-*'))
+        rows = [row for file in [*aside, self.summary_file] for row in _read_rows(file)]
+        return dict(sorted(((int(row['epoch'] or 0), row) for row in rows), key=lambda pair: pair[0]))
+
+    def append_row(
+        self,
+        epoch: int,
+        train_metrics: Mapping[str, float],
+        eval_metrics: Mapping[str, float | str],
+        lr: float,
+    ) -> None:
+        """Append an epoch to summary.csv; an epoch without validation has empty metrics."""
+        columns = ['epoch', *(f'train_{k}' for k in train_metrics), *(f'eval_{k}' for k in eval_metrics), 'lr']
+        self._move_aside_other_columns(columns)
+        with self._changed_summary() as changed:
+            update_summary(epoch, dict(train_metrics), dict(eval_metrics), filename=changed, lr=lr)
+
+    def cut_rows(self, start_epoch: int) -> None:
+        """Drop the rows of summary.csv from an epoch on: a resumed run writes them again."""
+        if self.summary_file.exists():
+            with self._changed_summary() as changed:
+                trim_summary(changed, start_epoch)
+
+    @contextmanager
+    def _changed_summary(self) -> Iterator[str]:
+        """A copy of summary.csv to change, which then takes its place at once."""
+        with replaced(self.summary_file) as copy:
+            if self.summary_file.exists():
+                shutil.copyfile(self.summary_file, copy)
+            else:
+                Path(copy).touch()
+            yield copy
+
+    def _move_aside_other_columns(self, columns: Sequence[str]) -> None:
+        """A run that goes on with other loss terms starts a new file: a CSV has one header."""
+        if not self.summary_file.exists():
+            return
+        with open(self.summary_file, newline='', encoding='utf-8') as f:
+            header = next(csv.reader(f), None)
+        if header not in (None, list(columns)):
+            aside = f'{self.summary_file}.until-{time.strftime("%Y%m%d-%H%M%S")}'
+            os.replace(self.summary_file, aside)
+            _logger.warning(f"The columns of '{self.summary_file}' have changed: its rows so far are in '{aside}'.")
+
+    # Analysis -----------------------------------------------------------------------------------------------------------
+
+    def write_analysis(self, result: Mapping[str, Any]) -> None:
+        """Write analysis.json."""
+        with replaced(self.analysis_file) as path:
+            Path(path).write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+
+    # Checkpoints --------------------------------------------------------------------------------------------------------
+
+    def recovery_files(self) -> list[Path]:
+        """Checkpoints within an epoch."""
+        return self._files('recovery-*.pth.tar')
+
+    def epoch_files(self) -> list[Path]:
+        """Checkpoints of single epochs that are kept."""
+        return self._files('checkpoint-*.pth.tar')
+
+    def resumable(self) -> list[Path]:
+        """Checkpoints that a run can go on from, newest first.
+
+        The last epoch's is `last` by another name: the one before it is for a file that the disk has lost.
+        """
+        files = [self.last_file, *self.recovery_files(), *self.epoch_files()]
+        return sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime_ns, reverse=True)
+
+    def remove_half_written(self) -> None:
+        """Remove what a process that was killed was writing."""
+        for pattern in ('*.tmp', 'tmp.pth.tar', 'recovery_tmp.pth.tar'):
+            for path in self._files(pattern):
+                path.unlink()
+
+    def _files(self, pattern: str) -> list[Path]:
+        return [Path(path) for path in glob.glob(os.path.join(glob.escape(str(self.path)), pattern))]
+
+
+def _read_rows(file: Path) -> list[Row]:
+    try:
+        with open(file, newline='', encoding='utf-8') as f:
+            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as e:
+        raise UsageError(f"cannot read '{file}' ({one_line(e, 160)})") from e
+    if any(row.get('epoch') is None for row in rows):
+        raise UsageError(f"'{file}' cannot be read: {file.name} has rows without an epoch")
+    return rows

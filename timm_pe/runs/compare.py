@@ -1,0 +1,402 @@
+"""Finished runs side by side: what each was, which of them can be compared, and what their difference is."""
+
+import argparse
+import ast
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+
+from ..config.declare import default_of
+from ..config.run_config import RunConfig, create_parser
+from ..errors import UsageError, one_line
+from ..method.task import TARGETS
+from ..method.weights import BEST, LAST, STUDENT
+from ..run_folder import RunFolder
+
+# what two runs of one method may differ in, next to their number in the name
+_OF_A_SEED = ('seed', 'experiment')
+# runs of one student, which a teacher is or is not added to
+_OF_A_STUDENT = ('model', 'model_kwargs')
+# what two of them must share for their difference to be the teacher's, next to the data folder
+_OF_A_PAIR = (
+    *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
+    *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
+    *('epochs', 'stop_epoch', 'batch_size', 'grad_accum_steps', 'num_classes', 'class_map', 'seed'),
+)
+# what the report takes from an analysis.json
+_KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
+
+
+# Reading ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run folder of train_distill, as far as its report needs it.
+
+    Attributes:
+        folder: Where it is.
+        name: What the report calls it: the folder's name, with its parents' where two have the same.
+        args: args.yaml.
+        rows: summary.csv, a dict of numbers an epoch; None where an epoch has no value.
+        analysis: analysis.json, or None.
+    """
+
+    folder: RunFolder
+    name: str
+    args: dict[str, Any]
+    rows: list[dict[str, float | None]]
+    analysis: dict[str, Any] | None = None
+
+    @property
+    def validated(self) -> list[dict[str, float | None]]:
+        """The rows of epochs that were validated."""
+        return [row for row in self.rows if row.get('eval_top1') is not None]
+
+    @property
+    def final(self) -> dict[str, float | None]:
+        """The last validated row; empty where there is none."""
+        return self.validated[-1] if self.validated else {}
+
+    @property
+    def best(self) -> dict[str, float | None]:
+        """The first row of the highest top-1; empty where none was validated."""
+        return max(self.validated, key=lambda row: cast(float, row['eval_top1']), default={})
+
+    @property
+    def exported(self) -> dict[str, float | None]:
+        """The row of the epoch that student.safetensors and model_best are: the first of the best --eval-metric; empty without one."""
+        metric = f'eval_{self.args.get("eval_metric") or "top1"}'
+        sign = -1 if metric == 'eval_loss' else 1
+        return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
+
+    @property
+    def teacher(self) -> str | None:
+        """Name of its teacher's model, None for a run without one."""
+        return self.args.get('teacher') or self.args.get('kd_model_name')
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """From the start (args.yaml is written) to the end (summary.csv is), by the files' times.
+
+        None for a resumed run, and where the times can't be those of the run: a copy, or a clone.
+        """
+        if self.args.get('resume'):
+            return None
+        seconds = self.folder.summary_file.stat().st_mtime - self.folder.args_file.stat().st_mtime
+        speeds = [row.get('train_images_per_s') or math.inf for row in self.rows]
+        return seconds if seconds > sum(self.args.get('batch_size', 1) / speed for speed in speeds) else None
+
+    @cached_property
+    def params(self) -> int | None:
+        """Parameters of the student: the analysis counted them, else the tensors of student.safetensors do."""
+        if self.analysis and self.analysis.get('params'):
+            return self.analysis['params']
+        try:
+            with safe_open(self.folder.student_file, 'pt') as f:
+                names = [n for n in f.keys() if 'running_' not in n and 'num_batches_tracked' not in n]  # noqa: SIM118
+                return sum(math.prod(f.get_slice(n).get_shape()) for n in names)
+        except (OSError, SafetensorError):
+            return None
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs in `folders`, in that order.
+
+    Raises:
+        UsageError: No folder given, one given twice, or one that is no run folder (see `read_run`).
+    """
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UsageError(f"RUN '{folders[i]}' is given twice: give each run once")
+    return [read_run(RunFolder(path), name) for path, name in zip(paths, _distinct_names(paths), strict=True)]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as tell it from the others."""
+    names = []
+    for path in paths:
+        others = [p for p in paths if p != path]
+        depth = next(n for n in range(1, len(path.parts) + 1) if all(p.parts[-n:] != path.parts[-n:] for p in others))
+        names.append(''.join(c if c.isprintable() else '\ufffd' for c in '/'.join(path.parts[-depth:])))
+    return names
+
+
+def read_run(folder: RunFolder, name: str) -> Run:
+    """A run folder's args.yaml, summary.csv and, if it is there, analysis.json.
+
+    Raises:
+        UsageError: Not a run folder, files that can't be read, a run without epochs or of multi-label data.
+    """
+    missing = folder.missing(folder.args_file, folder.summary_file)
+    if missing:
+        raise UsageError(f"RUN '{folder.path}' is no run folder of train_distill: it has no {' and no '.join(missing)}")
+    try:
+        args, rows = folder.args(), folder.rows()
+        analysis = _read_analysis(folder, rows) if rows else None
+    except (OSError, ValueError, TypeError) as e:
+        raise UsageError(f"RUN '{folder.path}' cannot be read: {one_line(e, 160)}") from e
+    if args.get('task') == 'multilabel':
+        raise UsageError(
+            f"RUN '{folder.path}' is of --task multilabel: the report compares top-1, which it does not have"
+        )
+    if not rows:
+        raise UsageError(f"RUN '{folder.path}': {folder.summary_file.name} holds no epoch yet, train at least one")
+    return Run(folder, name, args, rows, analysis)
+
+
+def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
+    """analysis.json; None where there is none, or one of another version, or of the folder's run before this one."""
+    path = folder.analysis_file
+    if not path.is_file():
+        return None
+    analysis = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(analysis, dict) or not set(analysis) >= _KEYS:
+        return None
+    row = next((row for row in rows if row['epoch'] == analysis['epoch']), {})
+    if analysis['checkpoint'] == 'last' and row is not rows[-1]:
+        return None
+    if path.stat().st_mtime >= folder.summary_file.stat().st_mtime:
+        return analysis
+    # the older file; or a copy of both, where the times say nothing but the numbers agree
+    top1 = row.get('eval_top1')
+    return analysis if top1 is not None and abs(top1 - analysis['validation']['top1']) < 0.05 else None
+
+
+# Comparing -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone, or a single run.
+
+    Attributes:
+        name: The runs' name without its number.
+        runs: One or more.
+        color: Its place in the palette, from 0.
+    """
+
+    name: str
+    runs: list[Run]
+    color: int = 0
+
+    def mean(self, value: Callable[[Run], float | None]) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation of a value over the runs that have it; None where there is none."""
+        values = [v for v in map(value, self.runs) if v is not None]
+        return (
+            statistics.mean(values) if values else None,
+            statistics.stdev(values) if len(values) > 1 else None,
+        )
+
+
+def group_seeds(runs: Sequence[Run]) -> list[Group]:
+    """Put runs whose names end in -1, -2, ... together where they have equal arguments but for seed and name."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        match = re.fullmatch(r'(.+)-\d+', run.name)
+        settings = {k: v for k, v in run.args.items() if k not in _OF_A_SEED}
+        key = (match[1], json.dumps(settings, sort_keys=True, default=str)) if match else (run.name, '')
+        groups.setdefault(key, []).append(run)
+    return [
+        Group(name if len(members) > 1 else members[0].name, members, color)
+        for color, ((name, _), members) in enumerate(groups.items())
+    ]
+
+
+def baseline(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The run that shows what a teacher adds: the same model without one, under equal conditions (see `differing`).
+
+    None for a run without a teacher, and where there is no such run.
+    """
+    return next((other for other in _without_teacher(run, runs) if not differing(run, other)), None)
+
+
+def _without_teacher(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the same model without a teacher; none for a run without a teacher."""
+    if run.teacher is None:
+        return []
+    return [
+        other
+        for other in runs
+        if other.teacher is None and all(other.args.get(k) == run.args.get(k) for k in _OF_A_STUDENT)
+    ]
+
+
+def differing(run: Run, other: Run) -> list[str]:
+    """The conditions that two runs do not share, each with both values; numbers that one of them lacks are not compared."""
+    pairs: dict[str, tuple[Any, ...]] = {'data folder': (_data_folder(run), _data_folder(other))}
+    for name in _OF_A_PAIR:
+        values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
+        pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '') else value for value in values)
+    known = {
+        'last epoch': [r.final.get('epoch') for r in (run, other)],
+        'validation images': [((r.analysis or {}).get('images') or {}).get('validation') for r in (run, other)],
+    }
+    pairs.update({name: (f'{a:g}', f'{b:g}') for name, (a, b) in known.items() if None not in (a, b)})
+    return [f'{name} {a} and {b}' for name, (a, b) in pairs.items() if a != b]
+
+
+def _data_folder(run: Run) -> str:
+    folder = run.args.get('data_dir') or run.args.get('data')
+    return os.path.abspath(folder) if folder else 'none'
+
+
+def difference(run: Run, runs: Sequence[Run]) -> float | None:
+    """Final top-1 of a run minus that of its `baseline`, in points."""
+    other = baseline(run, runs)
+    if other is None:
+        return None
+    with_it, without = run.final.get('eval_top1'), other.final.get('eval_top1')
+    return None if with_it is None or without is None else with_it - without
+
+
+def why_no_difference(run: Run, runs: Sequence[Run]) -> str:
+    """What keeps a run with a teacher from having a `baseline`: the run that comes nearest, and what differs.
+
+    Empty where it has one, and where no run is of its model without a teacher.
+    """
+    others = [(differing(run, other), other.name) for other in _without_teacher(run, runs)]
+    if not others or baseline(run, runs):
+        return ''
+    differences, name = min(others, key=lambda o: len(o[0]))
+    return f'none to {name}: {", ".join(differences)}'
+
+
+def teaches(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether the teacher of another of the runs was loaded from this one's folder."""
+    return taught_epoch(run, runs) is not None
+
+
+def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | None:
+    """The row of the epoch whose weights taught the first other run that took some of this one's; None where none did.
+
+    Empty where the epoch was not validated, or the file does not tell it.
+    """
+    folder = Path(os.path.realpath(run.folder.path))
+    for other in runs:
+        path = Path(os.path.realpath(other.args.get('teacher_checkpoint') or os.devnull))
+        if folder not in (path, path.parent):
+            continue
+        file = path.name
+        if path == folder:
+            names = (STUDENT, BEST, LAST) if other.args.get('teacher_ema', True) else (BEST, LAST)
+            file = next((name for name in names if (folder / name).is_file()), names[0])
+        if file in (STUDENT, BEST):
+            return run.exported
+        kept = re.fullmatch(r'(checkpoint|milestone)-(\d+)\.pth\.tar', file)
+        epoch = run.rows[-1]['epoch'] if file == LAST else None
+        if kept:
+            epoch = int(kept[2]) - (kept[1] == 'milestone')  # named by the number of epochs done
+        return next((row for row in run.validated if row['epoch'] == epoch), {})
+    return None
+
+
+def shown_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
+    """The row that stands for a run: its last validated one; of a teacher of others, that of the weights they took."""
+    taught = taught_epoch(run, runs)
+    return run.final if taught is None else taught
+
+
+def describe_method(run: Run) -> str:
+    """How a run was taught, in words: projectors, activation, loss, weights."""
+    args = run.args
+    if args.get('kd_model_name'):
+        return f"timm's own {args.get('kd_distill_type', 'logit')} distillation"
+    if not run.teacher:
+        return 'labels alone'
+    target = args.get('pe_target') or 'feature'
+    task_weight, distill_weight, loss = TARGETS[target]
+    loss = args.get('pe_loss') or loss
+    given = [
+        (args.get('task_loss_weight'), task_weight, 'task loss'),
+        (args.get('distill_loss_weight'), distill_weight, loss),
+        (args.get('kd_loss_weight'), 0, f'KL at T = {args.get("kd_temperature", 4):g}'),
+    ]
+    weights = [(default if weight is None else weight, name) for weight, default, name in given]
+    return f'{_projectors(run, target)}; {" + ".join(f"{weight:g} × {name}" for weight, name in weights if weight)}'
+
+
+def _projectors(run: Run, target: str) -> str:
+    args = run.args
+    kind, act, norm = args.get('pe_projector'), cast(str, args.get('pe_act')), args.get('pe_teacher_norm')
+    if act == 'auto':
+        act = ((run.analysis or {}).get('projectors') or {}).get('act') or act
+    words = ['no projector' if kind == 'identity' else f'{args.get("pe_projectors")} × {kind}']
+    if kind != 'identity' and target == 'feature':
+        words.append({'none': 'no activation', 'auto': 'activation by the teacher'}.get(act, act))
+    if target != 'feature':
+        words.append(f'on {target}')
+    if norm not in (None, 'none'):
+        words.append(f'teacher {norm}')
+    return ', '.join(words)
+
+
+def command(run: Run) -> list[list[str]]:
+    """The command line of a run: the flags whose values are not the parser's defaults, and no others.
+
+    Returns:
+        Words that belong together, in lists: the program with the data folder, then each flag with its values. What can
+        be said in YAML alone (no colour jitter at all) is taken from args.yaml.
+    """
+    parser = create_parser()
+    chunks = [['train-distill']]
+    for action in parser._actions:
+        default = parser.get_default(action.dest)
+        value = run.args.get(action.dest, default)
+        if action.dest in ('help', 'config') or value == default:
+            continue
+        if value is None:
+            return [['train-distill', '-c', str(run.folder.args_file)]]
+        if not action.option_strings:
+            chunks[0].append(str(value))
+        elif isinstance(action, argparse.BooleanOptionalAction):
+            chunks.append([action.option_strings[0 if value else 1]])
+        elif action.nargs == 0:
+            chunks += [[action.option_strings[-1]]] if value == action.const else []
+        else:
+            chunks.append(_flag_words(action.option_strings, value))
+    return chunks
+
+
+def _flag_words(names: Sequence[str], value: Any) -> list[str]:
+    flag = next(name for name in names if name.startswith('--'))
+    if isinstance(value, dict):
+        return [flag, *(f'{k}={_literal(v)}' for k, v in value.items())]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    # a value that starts with a dash would be read as a flag
+    return [f'{flag}={value}'] if str(value).startswith('-') else [flag, str(value)]
+
+
+def _literal(value: Any) -> str:
+    """A value of a `k=v` flag; words that would be read as a number, None or True get quotes."""
+    return value if isinstance(value, str) and not _is_literal(value) else repr(value)
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def format_command(chunks: Sequence[Sequence[str]], width: int = 88) -> str:
+    """A command for a shell, quoted, with a backslash before each line break."""
+    lines = ['']
+    for chunk in map(shlex.join, chunks):
+        if lines[-1] and len(lines[-1]) + 1 + len(chunk) > width:
+            lines.append('   ')
+        lines[-1] = f'{lines[-1]} {chunk}' if lines[-1] else chunk
+    return ' \\\n'.join(lines)

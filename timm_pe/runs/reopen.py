@@ -1,0 +1,311 @@
+"""A finished run, opened again: its parts as they were, its weights, and what its networks say of its images."""
+
+import base64
+import io
+import os
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.utils import load_checkpoint_metadata
+from torch.utils.data import Dataset, IterableDataset, Subset
+from tqdm import tqdm
+
+from ..config.flags import AverageFlags
+from ..config.run_config import RunConfig
+from ..data.loaders import create_data
+from ..errors import UsageError
+from ..method.tap import FeatureTap
+from ..method.task import ProjectorEnsembleTask
+from ..method.teacher import Teacher
+from ..method.weights import load_weights, read_state_dict
+from ..process.runtime import Runtime
+from ..run_folder import RunFolder
+from ..train.build import build, hint
+from ..train.run_task import create_run_teacher
+from ..train.student import place_student
+
+CHECKPOINTS = ('last', 'best')
+MAX_TRAIN_IMAGES = 5000
+NUM_SAMPLES = 12
+_SAMPLE_SIDE = 128
+HINTS = {
+    'data': '--data-dir PATH says where the data is now',
+    'teacher': '--teacher-checkpoint PATH says where its weights are now',
+}
+
+
+def without_weights(config: RunConfig) -> RunConfig:
+    """Settings that build the student of a run with random weights, which those of a checkpoint replace."""
+    return replace(
+        config,
+        pretrained=False,
+        pretrained_path=None,
+        initial_checkpoint='',
+        head_init_scale=None,
+        head_init_bias=None,
+        torchscript=False,
+        grad_checkpointing=False,
+    )
+
+
+@dataclass
+class Options:
+    """What an analysis may be told; None is as in the run.
+
+    Attributes:
+        checkpoint: 'last' or 'best'.
+        data_dir: Where the data is now.
+        teacher_checkpoint: Where the teacher's weights are now.
+        device: Where to compute.
+        max_train_images: At most so many training images are looked at, the same ones in each run on the same data.
+        batch_size: Images in a forward pass.
+        workers: Loader processes.
+    """
+
+    checkpoint: str = 'last'
+    data_dir: str | None = None
+    teacher_checkpoint: str | None = None
+    device: str | None = None
+    max_train_images: int = MAX_TRAIN_IMAGES
+    batch_size: int | None = None
+    workers: int | None = None
+
+
+@dataclass
+class OpenRun:
+    """A finished run, built again.
+
+    Attributes:
+        config: Its settings.
+        epoch: That of the checkpoint, from 0, as in summary.csv.
+        student: The student in eval mode.
+        tap: Gives its penultimate feature.
+        teacher: Whom it is compared with, or None.
+        teacher_name: Name of the teacher's model.
+        task: The task with its projectors; None for a run without them.
+        loaders: 'train' and 'validation', both as images are seen in evaluation.
+        class_names: One a class.
+        samples: Numbers of some validation images, and their pictures.
+        runtime: Device and precision.
+    """
+
+    config: RunConfig
+    epoch: int
+    student: nn.Module
+    tap: FeatureTap
+    teacher: Teacher | None
+    teacher_name: str | None
+    task: ProjectorEnsembleTask | None
+    loaders: dict[str, Any]
+    class_names: list[str]
+    samples: list[tuple[int, str]]
+    runtime: Runtime
+
+
+@dataclass
+class Split:
+    """What student and teacher say of the images of a split, on the CPU in float32.
+
+    Attributes:
+        feature: The student's, `[n, d]`.
+        logits: The student's, `[n, c]`.
+        labels: `[n]`.
+        teacher_feature: `[n, m]`, or None.
+        teacher_logits: Those of a teacher with the same classes, or None.
+    """
+
+    feature: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    teacher_feature: torch.Tensor | None = None
+    teacher_logits: torch.Tensor | None = None
+
+
+class _FixedSubset(Subset[Any]):
+    """Some images of a data set; the loader gives the set its transform through it."""
+
+    @property
+    def transform(self) -> Any:
+        return cast(Any, self.dataset).transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        cast(Any, self.dataset).transform = transform
+
+
+def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
+    """The arguments of a run, with what the analysis does otherwise.
+
+    Raises:
+        UsageError: Not a run folder, no such checkpoint, or a kind of run that has no top-1.
+    """
+    if folder.missing(folder.args_file):
+        raise UsageError(
+            f'it is no run folder of train_distill, which holds {folder.args_file.name} and {folder.last_file.name}'
+        )
+    missing = folder.missing(checkpoint_file(folder, options))
+    if missing:
+        raise UsageError(f'it has no {missing[0]}: train at least one epoch')
+    config = folder.config()
+    if config.task == 'multilabel' or config.naflex_loader:
+        raise UsageError('runs with --task multilabel or --naflex-loader cannot be analysed')
+    return replace(
+        without_weights(config),
+        data_dir=options.data_dir or config.data_dir,
+        teacher_checkpoint=options.teacher_checkpoint or config.teacher_checkpoint,
+        device=options.device or config.device,
+        validation_batch_size=options.batch_size or config.validation_batch_size,
+        workers=config.workers if options.workers is None else options.workers,
+        # these change how fast a network computes, not what; the prefetcher brings batches to the device
+        channels_last=False,
+        no_prefetcher=False,
+    )
+
+
+def checkpoint_file(folder: RunFolder, options: Options) -> Path:
+    """The checkpoint that is looked at."""
+    return folder.last_file if options.checkpoint == 'last' else folder.best_file
+
+
+def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = ()) -> OpenRun:
+    """Build a finished run again, with the weights of its checkpoint.
+
+    Args:
+        folder: Run folder.
+        options: What is otherwise now.
+        others: More run folders: a run without a teacher is compared with that of the first that has one on the same data.
+
+    Raises:
+        UsageError: Anything of it that is not there any more, or does not fit.
+    """
+    config = read_run_config(folder, options)
+    parts = build(config, training=False, hints=HINTS)
+    student, teacher = parts.student, parts.teacher
+    task = cast(ProjectorEnsembleTask | None, parts.task)  # what is not built to train has no other
+    if any(isinstance(d, IterableDataset) for d in parts.datasets):
+        raise UsageError(
+            f"'{config.dataset}' is a stream, which cannot give the same images twice: it cannot be analysed"
+        )
+    subset = _fixed_subset(cast(Dataset[Any], parts.datasets[0]), options.max_train_images)
+    train = create_data(config, (None, subset), student, parts.runtime)
+    teacher_config = _teacher_config(config, parts.num_classes, (read_run_config(f, options) for f in others))
+    if teacher is None and teacher_config is not None:
+        with hint(HINTS['teacher']):
+            teacher = create_run_teacher(teacher_config, parts.data, parts.runtime)
+    if teacher is not None:
+        teacher.needs_logits = True  # the run may have done without them
+    student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
+    epoch = _load_checkpoint(checkpoint_file(folder, options), config, student, task)
+    return OpenRun(
+        config=config,
+        epoch=epoch,
+        student=student.eval(),
+        tap=FeatureTap(student, config.student_tap),
+        teacher=teacher,
+        teacher_name=teacher_config.teacher if teacher_config else None,
+        task=task.eval() if task else None,
+        loaders={'train': train.eval, 'validation': parts.data.eval},
+        class_names=read_class_names(parts.datasets[1], parts.num_classes),
+        samples=_draw_samples(parts.datasets[1]),
+        runtime=parts.runtime,
+    )
+
+
+def _teacher_config(config: RunConfig, num_classes: int, others: Iterable[RunConfig]) -> RunConfig | None:
+    """Settings that name the teacher: the run's own, that of timm's distillation, or one of another run's."""
+    if config.teacher:
+        return config
+    if config.kd_model_name:
+        return replace(config, teacher=config.kd_model_name, teacher_num_classes=num_classes)
+    for other in others:
+        kept = other.teacher and (other.teacher_checkpoint or other.teacher_pretrained)
+        if kept and _data_key(other) == _data_key(config):
+            return replace(config, **{k: v for k, v in other.as_dict().items() if k.startswith('teacher')})
+    return None
+
+
+def _data_key(config: RunConfig) -> tuple[Any, ...]:
+    root = os.path.realpath(config.root)
+    return config.dataset.lower(), root, config.train_split, config.val_split, config.class_map, config.num_classes
+
+
+def _load_checkpoint(path: Path, flags: AverageFlags, student: nn.Module, task: ProjectorEnsembleTask | None) -> int:
+    """Load student and projectors, the moving average's where that is what the run evaluated; return the epoch."""
+    ema = flags.model_ema and not flags.model_ema_force_cpu
+    load_weights(student, read_state_dict(path, 'the checkpoint', use_ema=ema), 'the checkpoint', str(path))
+    checkpoint = load_checkpoint_metadata(str(path))
+    if task is not None:
+        state = (checkpoint.get('task_state_ema') if ema else None) or checkpoint.get('task_state')
+        if not state:
+            raise UsageError(f"the checkpoint '{path}' holds no projectors")
+        task.load_task_state(state)
+    return int(checkpoint['epoch'])
+
+
+def read_class_names(dataset: Dataset[Any], num_classes: int) -> list[str]:
+    """Names of the classes of a data set, in their order; a class without one is called by its number."""
+    indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
+    names = {index: str(name) for name, index in (indices or {}).items()}
+    return [names.get(c, str(c)) for c in range(num_classes)]
+
+
+def _fixed_subset(dataset: Dataset[Any], size: int) -> Dataset[Any]:
+    """`size` images of the data set, always the same, in its order."""
+    number = len(cast(Sized, dataset))
+    if number <= size:
+        return dataset
+    return _FixedSubset(dataset, np.sort(np.random.default_rng(0).permutation(number)[:size]).tolist())
+
+
+def _draw_samples(dataset: Dataset[Any]) -> list[tuple[int, str]]:
+    """Numbers of some images of a data set, and their pictures before any transform as data URIs."""
+    images = cast(Any, dataset)
+    indices = np.sort(np.random.default_rng(0).permutation(len(images))[:NUM_SAMPLES]).tolist()
+    transform, images.transform = images.transform, None
+    try:
+        return [(i, _data_uri(images[i][0])) for i in indices]
+    finally:
+        images.transform = transform
+
+
+def _data_uri(image: Image.Image) -> str:
+    image = image.convert('L' if image.mode == 'L' else 'RGB')
+    image.thumbnail((_SAMPLE_SIDE, _SAMPLE_SIDE))
+    file = io.BytesIO()
+    image.save(file, 'png', optimize=True)
+    return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
+@torch.inference_mode()
+def collect(run: OpenRun, split: str) -> Split:
+    """Show student and teacher a split, image by image.
+
+    Raises:
+        UsageError: Labels that the student has no class for, or a student whose features are not finite.
+    """
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in Split.__dataclass_fields__}
+    compares_logits = run.teacher is not None and run.teacher.num_classes == len(run.class_names)
+    for input, target in tqdm(run.loaders[split], desc=split, leave=False, disable=None):
+        with run.runtime.autocast():
+            logits = run.student(input)
+            said = {'feature': run.tap.pop(), 'logits': logits[0] if isinstance(logits, (tuple, list)) else logits}
+            if run.teacher is not None:
+                taught = run.teacher(input)
+                said['teacher_feature'] = taught.feature
+                if compares_logits:
+                    said['teacher_logits'] = taught.logits
+        for name, value in said.items():
+            parts[name].append(value.float().cpu())
+        parts['labels'].append(target.cpu())
+    found = Split(**{name: torch.cat(values) for name, values in parts.items() if values})
+    if int(found.labels.max()) >= found.logits.shape[1]:
+        raise UsageError(f'the data has label {int(found.labels.max())}, the student {found.logits.shape[1]} classes')
+    if not (found.feature.isfinite().all() and found.logits.isfinite().all()):
+        raise UsageError('the features of its student are not finite: the run has diverged')
+    return found

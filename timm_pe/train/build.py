@@ -1,0 +1,94 @@
+"""From settings to the parts of a run: the one place where the order of the stages is written down."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch.nn as nn
+from timm.task import TrainingTask
+from torch.utils.data import Dataset
+
+from ..config.run_config import RunConfig
+from ..data.datasets import check_data, create_datasets
+from ..data.loaders import Data, create_data
+from ..errors import UsageError
+from ..method.teacher import Teacher
+from ..process.runtime import Runtime, setup_runtime
+from .checkpoints import find_resume
+from .run_task import check_loss_weights, create_run_task, create_run_teacher
+from .student import check_names, create_student
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        config: Its settings.
+        runtime: Device, ranks, precision.
+        student: The model to train. With a task it is on its device, else on the CPU.
+        datasets: Training split (None where only validation is asked for) and validation split.
+        data: Their loaders.
+        teacher: The teacher, or None.
+        task: The task, or None where nothing is trained.
+        checkpoint: The training checkpoint of --resume, '' for a fresh run.
+    """
+
+    config: RunConfig
+    runtime: Runtime
+    student: nn.Module
+    datasets: tuple[Dataset[Any] | None, Dataset[Any]]
+    data: Data
+    teacher: Teacher | None
+    task: TrainingTask | None
+    checkpoint: str = ''
+
+    @property
+    def num_classes(self) -> int:
+        """The student's classes."""
+        return cast(int, self.student.num_classes)
+
+
+def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None) -> Parts:
+    """Build what the settings ask for; with --evaluate neither teacher nor task.
+
+    The order matters: what can be refused cheaply comes first, and each stage draws from the seeded random state where the
+    one before left it, so that a run is built again as it was.
+
+    Args:
+        config: The settings.
+        training: False for a look at a finished run: no training loader, and no task where there is no teacher.
+        hints: What a user can do about an error of the 'data' or of the 'teacher'.
+
+    Raises:
+        UsageError: A setting, a file or a data set that does not fit.
+    """
+    hints = hints or {}
+    if training:
+        check_names(config)
+    checkpoint = find_resume(config) if training else ''
+    with hint(hints.get('data')):
+        check_data(config)
+    if training and not config.evaluate:
+        check_loss_weights(config, config.num_classes)
+    runtime = setup_runtime(config)
+    student = create_student(config)
+    with hint(hints.get('data')):
+        datasets = create_datasets(config, cast(int, student.in_chans))
+    data = create_data(config, (datasets[0] if training else None, datasets[1]), student, runtime)
+    if config.evaluate:
+        return Parts(config, runtime, student, datasets, data, None, None)
+    with hint(hints.get('teacher')):
+        teacher = create_run_teacher(config, data, runtime)
+    task = create_run_task(config, student, teacher, runtime) if training or teacher is not None else None
+    return Parts(config, runtime, student, datasets, data, teacher, task, checkpoint)
+
+
+@contextmanager
+def hint(text: str | None) -> Iterator[None]:
+    """Add to an error of the user what can be done about it."""
+    try:
+        yield
+    except UsageError as e:
+        raise UsageError(f'{e} ({text})' if text else str(e)) from e

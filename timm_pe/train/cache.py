@@ -1,0 +1,442 @@
+"""What the frozen teacher says of each training image, kept in files and read in place of running it.
+
+Augmentation is a function of (seed, view, image), so K views of the images can be asked about once: epoch e trains on view
+e mod K. The folder holds `manifest.json`, all that the answers depend on, and for each view
+
+    view-0.feature.npy         float16 [n, m], times the row's scale; and view-0.logits.npy [n, c] where a loss compares logits
+    view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
+    view-0.source.npy          uint64 [n], hash of the image's file that the row was computed from
+    view-0.done.npy            uint8 [n], 1 where the row is there
+
+Where images are files, `images.npy`, int64 [n, 2], has their sizes and times of change: only files that differ in these are
+read and compared with `source`.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..data.draws import IndexedTarget
+from ..data.fingerprint import hash_files, stat_files
+from ..errors import UsageError, one_line
+from ..method.teacher import TeacherOutput
+from ..process.array_files import Mode, create_array, locked, open_array, write_whole
+
+_logger = logging.getLogger(__name__)
+
+
+_FORMAT = 2
+
+
+_FLUSH_EVERY_S = 30.0
+
+
+# the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
+_EXPONENT = 15
+
+
+@dataclass
+class _View:
+    """The open files of one view."""
+
+    number: int
+    rows: dict[str, np.memmap]
+    done: np.memmap
+
+
+class TeacherCache:
+    """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled as rows are asked for.
+
+    Rows are float16 with a scale of their own. Those that are computed now and those that are read later are the same numbers.
+
+    Args:
+        folder: Where the files are, or will be.
+        manifest: What the rows depend on, JSON values by name; a folder made with others is refused.
+        num_images: n.
+        widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
+        num_views: K. Views do not depend on each other: a folder may have more, or get more later.
+        device: Where rows are wanted.
+        paths: The images' files, in the order of the rows; None where they are no files, whose changes are not seen.
+
+    Attributes:
+        counts: Rows that each view had when the folder was last looked at.
+        stale: Rows of each view in the folder whose image has changed since (see `find_changed`): they count as not there.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Mapping[str, Any],
+        num_images: int,
+        widths: Mapping[str, int],
+        num_views: int,
+        device: torch.device,
+        paths: Sequence[str] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.manifest = json.loads(json.dumps(manifest, default=str))
+        self.num_images, self.widths, self.num_views, self.device = num_images, dict(widths), num_views, device
+        self.paths = paths
+        self.counts = [0] * num_views
+        self.stale: dict[int, np.ndarray] = {}
+        self._stats: np.ndarray | None = None
+        self._mode: Mode | None = None
+        self._view: _View | None = None
+        self._pending: list[np.ndarray] = []
+        self._flushed = time.monotonic()
+
+    @property
+    def is_complete(self) -> bool:
+        """All rows of all views are there."""
+        return all(count == self.num_images for count in self.counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays of all views."""
+        return self.num_views * sum(
+            int(np.prod(shape)) * dtype.itemsize for _, shape, dtype in self._arrays(0).values()
+        )
+
+    def describe(self) -> str:
+        """Sizes, place and state, on one line."""
+        widths = ' + '.join(f'{w:,}' for w in self.widths.values())
+        return (
+            f'{self.num_views} view{"s" * (self.num_views > 1)} x {self.num_images:,} images x '
+            f'{widths if len(self.widths) == 1 else f"({widths})"} float16, {_format_bytes(self.num_bytes)} in '
+            f'{self.folder}, {sum(self.counts):,} of {self.num_views * self.num_images:,} rows there'
+        )
+
+    # Files --------------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See what is there; nothing is written.
+
+        Raises:
+            UsageError: A folder that is not a cache, one of another run (each difference is named), or damaged files.
+        """
+        self._check_manifest()
+        self.counts = [self._count(view) - len(self.stale.get(view, ())) for view in range(self.num_views)]
+        if self.is_complete:
+            self._mode = 'r'
+        elif self._mode == 'r':
+            self._mode = None
+
+    def find_changed(self) -> None:
+        """Set `stale`, by the files' contents where their sizes or times are not what they were; nothing is written.
+
+        Raises:
+            UsageError: Damaged files.
+        """
+        self.stale = {}
+        if self.paths is None:
+            return
+        stats, known = stat_files(self.paths), np.full((self.num_images, 2), -1, np.int64)
+        self._stats = stats
+        path = self.folder / 'images.npy'
+        if path.exists():
+            known = open_array(path, known.shape, known.dtype, 'r', 'to have all images compared anew')
+        # one that is out of reach now is compared when it is back
+        away = stats[:, 0] < 0
+        stats[away] = known[away]
+        numbers = [int(p.name.split('.')[0].removeprefix('view-')) for p in self.folder.glob('view-*.done.npy')]
+        views = {view: self._open_arrays(view, 'r') for view in numbers if self._has_files(view)}
+        there = np.zeros(self.num_images, bool)
+        for arrays in views.values():
+            there |= arrays['done'] != 0
+        differing = (known != stats).any(1)
+        if not differing.any():
+            self._stats = None  # nothing to keep
+        differing = np.flatnonzero(differing & there)
+        if not len(differing):
+            return
+        _logger.info(
+            f'Teacher cache: comparing {len(differing):,} images whose files have other sizes or times than before.'
+        )
+        sources = hash_files([self.paths[i] for i in differing.tolist()])
+        unread = differing[sources == 0]
+        stats[unread] = known[unread]
+        differing, sources = differing[sources != 0], sources[sources != 0]
+        for view, arrays in views.items():
+            changed = (arrays['done'][differing] != 0) & (arrays['source'][differing] != sources)
+            if changed.any():
+                self.stale[view] = differing[changed]
+
+    def describe_stale(self) -> str:
+        """How many images have changed, and the first; '' where none has."""
+        if not self.stale or self.paths is None:
+            return ''
+        images = np.unique(np.concatenate(list(self.stale.values()))).tolist()
+        first = f"the first is '{self.paths[images[0]]}'" if len(images) > 1 else f"'{self.paths[images[0]]}'"
+        have = 'have' if len(images) > 1 else 'has'
+        since = 'since their rows were computed' if len(images) > 1 else 'since its rows were computed'
+        return f'{len(images):,} of {self.num_images:,} images {have} changed {since}, {first}'
+
+    def _check_manifest(self) -> None:
+        path = self.folder / 'manifest.json'
+        try:
+            there = json.loads(path.read_text(encoding='utf-8'))
+        except FileNotFoundError:
+            others = [p.name for p in sorted(self.folder.glob('[!.]*'))]
+            if others:
+                raise UsageError(
+                    f"--teacher-cache: '{self.folder}' holds {others[0]} and no manifest.json, so it is no teacher cache: "
+                    f'give another folder'
+                ) from None
+            return
+        except (OSError, ValueError) as e:
+            raise UsageError(
+                f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
+            ) from e
+        there = there if isinstance(there, dict) else {}
+        if 'format' in there and 'format' in self.manifest and there['format'] != self.manifest['format']:
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' was made by another version of timm_pe (format {there['format']}, this one: "
+                f'{self.manifest["format"]}): give another folder, or delete it'
+            )
+        differences = [
+            f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
+            for name, value in self.manifest.items()
+            if name not in there or _differs(name, there[name], value)
+        ]
+        if differences:
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' was filled by a run that differs from this one: "
+                f'{"; ".join(differences)}: give another folder, or delete it'
+            )
+
+    def _arrays(self, view: int) -> dict[str, tuple[Path, tuple[int, ...], np.dtype]]:
+        """Path, shape and dtype of each file of a view, the flags last."""
+        n = self.num_images
+        described: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {}
+        for name, width in self.widths.items():
+            described[name] = ((n, width), np.float16)
+            described[f'{name}_scale'] = ((n,), np.float32)
+        if self.paths is not None:
+            described['source'] = ((n,), np.uint64)
+        described['done'] = ((n,), np.uint8)
+        return {
+            name: (self.folder / f'view-{view}.{name}.npy', shape, np.dtype(dtype))
+            for name, (shape, dtype) in described.items()
+        }
+
+    def _has_files(self, view: int) -> bool:
+        return all(path.exists() for path, _, _ in self._arrays(view).values())
+
+    def _count(self, view: int) -> int:
+        if not self._has_files(view):
+            return 0
+        return int(np.count_nonzero(self._open_arrays(view, 'r')['done']))
+
+    def _open_arrays(self, view: int, mode: Mode) -> dict[str, np.memmap]:
+        return {name: open_array(*described, mode) for name, described in self._arrays(view).items()}
+
+    def _open(self, view: int) -> _View:
+        if self._view is None or self._view.number != view:
+            self.flush()
+            arrays = self._open_arrays(view, self._mode or 'r')
+            self._view = _View(view, done=arrays.pop('done'), rows=arrays)
+        return self._view
+
+    def allocate(self) -> None:
+        """Make the files that are missing, at their full size: a disk that is too small is an error before training.
+
+        Raises:
+            UsageError: They cannot be made; what this call made is gone again.
+        """
+        made = [] if self.folder.exists() else [self.folder]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder, made):
+                self.look()  # another run may have been faster
+                if not (self.folder / 'manifest.json').exists():
+                    write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+                for view in range(self.num_views):
+                    if not self._has_files(view):
+                        self._create_files(view, made)
+                self._forget_stale(made)
+        except OSError as e:
+            if self.stale:
+                raise UsageError(
+                    f"--teacher-cache: {self.describe_stale()}, and '{self.folder}' cannot be written "
+                    f'({e.strerror or one_line(e)}): make it writable, or give another folder'
+                ) from e
+            free = _free_bytes(self.folder)
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise UsageError(
+                f"--teacher-cache: cannot make the files of {_format_bytes(self.num_bytes)} in '{self.folder}' "
+                f'({e.strerror or one_line(e)}; {free} free): make room, take fewer --teacher-cache-views, or give another '
+                f'folder'
+            ) from e
+
+    def _create_files(self, view: int, made: list[Path]) -> None:
+        arrays = self._arrays(view)
+        # flags without their rows would call zeros an answer: they go first and come last
+        arrays['done'][0].unlink(missing_ok=True)
+        for path, shape, dtype in arrays.values():
+            create_array(path, shape, dtype, made)
+
+    def _forget_stale(self, made: list[Path]) -> None:
+        """Unset the flags of the rows of images that have changed, and only then keep what the files are now."""
+        for view, rows in self.stale.items():
+            done = self._open_arrays(view, 'r+')['done']
+            done[rows] = 0
+            done.flush()
+        if self.stale:  # it has the pixels of some of these images
+            write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+            _logger.warning(f'Teacher cache: {self.describe_stale()}: they are computed again.')
+        self.keep_stats(made)
+        self.stale = {}
+
+    def keep_stats(self, made: list[Path]) -> None:
+        """Keep the sizes and times of the files as `find_changed` saw them, so that they are not compared again.
+
+        Args:
+            made: Takes the path of the file, for a caller that undoes what it made.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self._stats is not None:
+            file = io.BytesIO()
+            np.save(file, self._stats)
+            write_whole(self.folder / 'images.npy', file.getvalue(), made)
+
+    def open(self) -> None:
+        """Begin to write what is missing (rows of a complete cache are read without).
+
+        Raises:
+            UsageError: Files that `allocate` should have made cannot be opened.
+        """
+        self.stale = {}  # `allocate` has unset their flags, for all ranks
+        self.look()
+        self._mode = self._mode or 'r+'
+        self._open(0)
+
+    # Rows ---------------------------------------------------------------------------------------------------------------
+
+    def missing(self, view: int) -> np.ndarray:
+        """Indices of the images whose rows of a view are not there."""
+        return np.flatnonzero(np.asarray(self._open(view).done) == 0)
+
+    def __call__(self, target: IndexedTarget, compute: Callable[[], TeacherOutput]) -> TeacherOutput:
+        """What the teacher says of a batch, in float32 on the device; fields that are not kept are None.
+
+        Nothing here waits for the device unless rows are missing. Before `open` nothing is written.
+
+        Args:
+            target: Which images, in which view. One that could not be read shows another image: the answer is never kept.
+            compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
+
+        Raises:
+            UsageError: Values that are not finite.
+        """
+        if self._mode is None:
+            rows = self._rounded(compute())
+        else:
+            view = self._open(target.view)
+            replaced = target.index < 0
+            missing = ~replaced & (np.asarray(view.done)[target.index] == 0)
+            # the whole batch, for one shape (compile, cuDNN) and one rounding
+            computed = self._rounded(compute()) if (missing | replaced).any() else {}
+            if missing.any():
+                kept = dict(computed)
+                if self.paths is not None:  # what is not known is 0, and stale once its file has another time
+                    kept['source'] = np.zeros(len(missing), np.uint64) if target.sources is None else target.sources
+                self._keep(view, target.index[missing], {k: v[missing] for k, v in kept.items()})
+            rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items() if name != 'source'}
+            for name, values in computed.items():
+                rows[name][replaced] = values[replaced]
+        feature = cast(torch.Tensor, self._restored(rows, 'feature'))  # kept wherever a loss reads it
+        return TeacherOutput(feature, self._restored(rows, 'logits'))
+
+    def _restored(self, rows: Mapping[str, np.ndarray], name: str) -> torch.Tensor | None:
+        """A field of the teacher's output; None where it is not kept."""
+        if name not in self.widths:
+            return None
+        return self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
+
+    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(rows)
+        if self.device.type == 'cuda':
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True).float()
+
+    def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
+        rows = {}
+        for name in self.widths:
+            values = getattr(output, name).detach().float().cpu().numpy()
+            if not np.isfinite(values).all():
+                message = (
+                    f"--teacher-cache: the teacher's {name} is not finite, and no run can learn from it: are the teacher's "
+                    f'weights right, is --teacher-dtype wide enough?'
+                )
+                if dist.is_initialized() and dist.get_rank() > 0:
+                    _logger.error(message)  # this rank alone knows, and one-line errors are those of rank 0
+                raise UsageError(message)
+            # a float32 below 2^-126 has fewer digits: no scale may be
+            exponents = np.maximum(np.frexp(np.abs(values).max(1))[1] - _EXPONENT, -126)
+            rows[name] = np.ldexp(values, -exponents[:, None]).astype(np.float16)
+            rows[f'{name}_scale'] = np.ldexp(np.float32(1), exponents)
+        return rows
+
+    def _keep(self, view: _View, index: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        for name, values in rows.items():
+            view.rows[name][index] = values
+        self._pending.append(index)
+        if time.monotonic() - self._flushed > _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring rows to the disk, and only then say that they are there: no crash leaves a flag without its row."""
+        self._flushed = time.monotonic()
+        if not self._pending or self._view is None:
+            return
+        for array in self._view.rows.values():
+            array.flush()
+        self._view.done[np.concatenate(self._pending)] = 1
+        self._view.done.flush()
+        self._pending.clear()
+
+
+def _differs(name: str, there: Any, here: Any) -> bool:
+    """Whether two values of a manifest cannot be of one cache; of pixels only those of the same bytes are compared."""
+    if name == 'pixels' and isinstance(there, list) and len(there) == len(here):
+        return any(str(t).split()[:1] == h.split()[:1] and t != h for t, h in zip(there, here, strict=True))
+    return there != here
+
+
+def _show(value: Any, other: Any) -> str:
+    """A value of a manifest for a message: of the lines of a transform those that the other has not."""
+    lines = isinstance(value, list) and isinstance(other, list) and all(isinstance(v, str) for v in [*value, *other])
+    if lines and sorted(value) != sorted(other):
+        return ' '.join(v for v in value if v not in other) or 'nothing'
+    return str(value)
+
+
+def _format_bytes(number: float) -> str:
+    units = ['B', 'kB', 'MB', 'GB', 'TB']
+    while number >= 1000 and len(units) > 1:
+        number /= 1000
+        del units[0]
+    return f'{number:.{0 if units[0] == "B" else 1}f} {units[0]}'
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return _format_bytes(shutil.disk_usage(folder).free)
+    except OSError:
+        return 'unknown'

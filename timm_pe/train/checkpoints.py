@@ -1,0 +1,394 @@
+"""Checkpoints in timm's format, and the student as safetensors. Every file is written beside and moved into place."""
+
+import argparse
+import contextlib
+import logging
+import os
+import reprlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from timm.layers import SplitBatchNorm2d
+from timm.models import clean_state_dict
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
+
+from ..config.declare import name_of
+from ..config.flags import OptimizerFlags, RunFlags
+from ..config.run_config import RunConfig
+from ..errors import UsageError, one_line
+from ..method.weights import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
+from ..process.files import replaced, sync_file
+from ..process.runtime import Runtime
+from ..run_folder import DEFAULT_OUTPUT, RunFolder
+from .position import RunState, changes_of_meaning, is_meaning
+
+_logger = logging.getLogger(__name__)
+
+# entries of a training checkpoint, by their kind
+_ENTRIES = {
+    ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
+    ('epoch', 'version'): int,
+}
+# entries of a RunState that checkpoints of earlier commits do not have
+_ADDED = {'seconds', 'meaning'}
+# flags that say where and how a part of a run is run, or whose change is told elsewhere
+_NOT_COMPARED = {
+    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
+    *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
+    *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
+    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
+    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs'),
+    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
+}
+# what projectors lead to: to another they start new
+_NEW_PROJECTORS = {'target', 'teacher'}
+
+
+class Saver(CheckpointSaver):
+    """timm's saver whose files appear whole or not at all, and which keeps the best student as safetensors.
+
+    Args:
+        folder: The run's folder.
+        task: The task.
+        optimizer: Its optimizer.
+        config: Run settings, stored in the checkpoints as timm stores them.
+        scaler: AMP loss scaler or None.
+        decreasing: A lower metric is better.
+        evaluated_model: Gives the module whose weights were evaluated (the EMA's if on).
+
+    Attributes:
+        run: Where the run is, stored in the checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        scaler: object,
+        decreasing: bool,
+        evaluated_model: Callable[[], nn.Module],
+    ):
+        super().__init__(
+            model=task.get_eval_model(),
+            optimizer=optimizer,
+            args=config.as_namespace(),
+            amp_scaler=scaler,
+            task=task,
+            checkpoint_dir=str(folder.path),
+            recovery_dir=str(folder.path),
+            decreasing=decreasing,
+            max_history=config.checkpoint_hist,
+        )
+        self.folder = folder
+        self.evaluated_model = evaluated_model
+        self.run: RunState | None = None
+        self._last_is_there = False
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        if self._last_is_there:
+            return
+        try:
+            super()._save(save_path, epoch, metric)
+            sync_file(save_path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(save_path)
+            raise
+
+    def _replace(self, src: str, dst: str) -> None:
+        if not self._last_is_there:
+            os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return  # to rename one name of a file to another does nothing
+        beside = dst + '.tmp'
+        if os.path.exists(beside):
+            os.unlink(beside)
+        try:
+            os.link(src, beside)
+        except (OSError, NotImplementedError):
+            shutil.copy2(src, beside)
+        os.replace(beside, dst)
+
+    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
+        """timm's bookkeeping, and where the run is."""
+        return {**super().state_dict(epoch, metric), 'run': vars(self.run) if self.run else None}
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
+        best_before = self.best_metric
+        best_metric, best_epoch = super().save_checkpoint(epoch, metric)
+        # without any metric the student is the newest; a fresh run replaces that of an old one
+        due = self.best_metric != best_before or self.best_metric is None or not self.folder.student_file.exists()
+        if due and not (self._last_is_there and self._student_is_newer()):
+            save_student(self.evaluated_model(), self.folder.student_file)
+        for path in self.folder.recovery_files():  # what `last` holds now is further
+            path.unlink()
+        return best_metric, best_epoch
+
+    def _student_is_newer(self) -> bool:
+        """Than `last`, after which it is written."""
+        student, last = self.folder.student_file, self.folder.last_file
+        return student.exists() and student.stat().st_mtime_ns > last.stat().st_mtime_ns
+
+    def continue_from(self, path: str, metrics: Mapping[int, float] | None = None) -> bool:
+        """Continue the history of a folder from one of its checkpoints, whose weights the model has.
+
+        Args:
+            path: The checkpoint.
+            metrics: Metric of each epoch so far, where the history was ranked by another: it is ranked anew.
+
+        Returns:
+            The checkpoint is the `last` one, of a whole epoch.
+        """
+        checkpoint = load_checkpoint_metadata(path)
+        saved = checkpoint.get('saver') or {}
+        is_last = os.path.basename(path) == LAST and _is_of_whole_epoch(checkpoint, path)
+        epoch, metric = saved.get('pending', (None, None))
+        self.load_state_dict({**saved, 'pending': (None, None)} if is_last else saved)
+        if metrics is not None:
+            self._rank_anew(checkpoint['epoch'], metrics)
+            metric = metrics.get(epoch)
+        # those of the process before us are ours to clean
+        for other in self.folder.recovery_files():
+            if not os.path.samefile(other, path):
+                other.unlink()
+            else:
+                self.curr_recovery_file = str(other)
+        if is_last and epoch is not None:
+            # what follows on the writing of `last` is done again: a kill may have come in the midst of it
+            self._last_is_there = True
+            self.save_checkpoint(epoch, metric)
+            self._last_is_there = False
+        if metrics is None and best_epoch(self.folder) not in (None, self.best_epoch):
+            self._restore_best()  # the best of what followed on this checkpoint and is left, or by another metric
+        return is_last
+
+    def _rank_anew(self, last: int, metrics: Mapping[int, float]) -> None:
+        kept, self.checkpoint_files = [path for path, _ in self.checkpoint_files], []
+        self.best_metric = self.best_epoch = None
+        for epoch in range(last + 1):
+            path = self._checkpoint_path(epoch)
+            if path in kept:
+                self._track_checkpoint(path, epoch, metrics.get(epoch), update_best_file=False)
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Make model_best and the student those of the best epoch, where its checkpoint is kept."""
+        path = self._checkpoint_path(self.best_epoch)
+        if not os.path.exists(path):
+            return
+        self._duplicate(path, str(self.folder.best_file))
+        model = self.evaluated_model()
+        averaged = model is self.task.get_eval_model(ema=True)
+        state_dict = load_checkpoint_metadata(path)['state_dict_ema' if averaged else 'state_dict']
+        _save_weights(model, state_dict, self.folder.student_file)
+        at = os.stat(path).st_mtime_ns
+        os.utime(
+            self.folder.student_file, ns=(at, at)
+        )  # as old as its weights: it tells whether those of `last` are due yet
+
+
+def save_student(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a student as safetensors that `timm.create_model(name, checkpoint_path=...)` loads."""
+    _save_weights(model, unwrap_model(model).state_dict(), path)
+
+
+def _save_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Write weights of a model; of split batch norms the main ones', which have the names of plain ones and are evaluated."""
+    norms = (name for name, module in unwrap_model(model).named_modules() if isinstance(module, SplitBatchNorm2d))
+    auxiliary = tuple(f'{name}.aux_bn.' for name in norms)
+    kept = {k: v for k, v in state_dict.items() if not k.startswith(auxiliary)}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in kept.items()}
+    with replaced(path) as beside:
+        save_file(tensors, beside, metadata={'format': 'pt'})
+
+
+def best_epoch(folder: RunFolder) -> int | None:
+    """The epoch of a run folder's model_best, whose weights the student has; None where it has no such file."""
+    try:
+        return load_checkpoint_metadata(str(folder.best_file)).get('epoch')
+    except Exception:  # gone, or whatever it may be by now
+        return None
+
+
+def saved_args(path: str) -> dict[str, Any]:
+    """The settings that a training checkpoint was saved with, empty where it holds none."""
+    args = load_checkpoint_metadata(path).get('args')
+    return vars(args) if isinstance(args, argparse.Namespace) else {}
+
+
+def find_resume(flags: RunFlags) -> str:
+    """The training checkpoint that --resume means.
+
+    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, and ''
+    where there is none yet.
+
+    Raises:
+        UsageError: No such checkpoint.
+    """
+    if flags.resume != 'auto':
+        return str(find_checkpoint(flags.resume, '--resume', (LAST,))) if flags.resume else ''
+    folder = RunFolder(os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment))
+    for path in folder.resumable():
+        try:
+            _read(str(path))
+        except UsageError as e:
+            _logger.warning(f'{e}: trying the one before.')
+            continue
+        return str(path)
+    _logger.info(f"--resume auto: no checkpoint in '{folder.path}' yet, a fresh run.")
+    return ''
+
+
+def resume(
+    config: RunConfig,
+    path: str,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    meaning: Mapping[str, Any],
+) -> tuple[int | None, RunState | None]:
+    """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
+
+    With --no-resume-opt a run may be about something else than before; to another teacher or target its projectors start new.
+
+    Returns:
+        The epoch to start with, None where the checkpoint names none; and where exactly the run was, None where the
+        checkpoint is not of train_distill or the optimizer is fresh.
+
+    Raises:
+        UsageError: No such checkpoint, unreadable, or of another model, class map, teacher, optimizer or projectors.
+    """
+    checkpoint = _read(path)
+    run = _run_state(checkpoint, path)
+    changes = changes_of_meaning(run.meaning, meaning) if run else {}
+    if changes:
+        said = f"--resume: '{path}' is of a run about something else ({'; '.join(changes.values())})"
+        if not config.no_resume_opt:
+            raise UsageError(
+                f'{said}: give it the same, or add --no-resume-opt --start-epoch 0 to start a new run on its student'
+            )
+        _logger.warning(f'{said}{": its projectors start new" if changes.keys() & _NEW_PROJECTORS else ""}.')
+    if not config.no_resume_opt:
+        _check_optimizer(config, checkpoint, path)
+    check_weights(unwrap_model(task.get_eval_model()), clean_state_dict(_weights(checkpoint)), '--resume', path)
+    has_projectors = bool(checkpoint.get('task_state'))
+    if hasattr(task, 'projection') and not has_projectors:
+        if not config.no_resume_opt:
+            raise UsageError(
+                f"--resume: '{path}' holds no projectors, its optimizer knows none either: add --no-resume-opt to start "
+                f'new ones on its student'
+            )
+        _logger.info(f"'{path}' holds no projectors: they start new.")
+    try:
+        if changes.keys() & _NEW_PROJECTORS:
+            task.load_checkpoint_state(clean_state_dict(_weights(checkpoint)), None)
+            epoch = checkpoint['epoch'] + 1
+        else:
+            epoch = resume_task_checkpoint(
+                task,
+                path,
+                optimizer=None if config.no_resume_opt else optimizer,
+                loss_scaler=None if config.no_resume_opt else runtime.scaler,
+            )
+    except UsageError as e:
+        raise UsageError(f"--resume '{path}': {e}") from e
+    except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
+        raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
+    if epoch is not None and not _is_of_whole_epoch(checkpoint, path):
+        epoch -= 1  # saved in that epoch, not after it
+    return epoch, None if config.no_resume_opt else run
+
+
+def _is_of_whole_epoch(checkpoint: dict[str, Any], path: str) -> bool:
+    """Whether a checkpoint was saved after its epoch, not in it; of one that does not say so itself the name tells."""
+    run = (checkpoint.get('saver') or {}).get('run')
+    return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
+
+
+def _run_state(checkpoint: dict[str, Any], path: str) -> RunState | None:
+    run = (checkpoint.get('saver') or {}).get('run')
+    if run is None:
+        return None
+    names = {f.name for f in fields(RunState)}
+    # what later commits added may be missing
+    if not isinstance(run, dict) or not names - _ADDED <= set(run) <= names:
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
+    state = RunState(**run)
+    if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
+        raise UsageError(
+            f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
+        )
+    if not is_meaning(state.meaning):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
+    if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
+    return state
+
+
+def describe_differences(config: RunConfig, path: str) -> str:
+    """The flags of a checkpoint that are others now, as far as they bear on what is trained."""
+    saved, now = saved_args(path), config.as_dict()
+    names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
+    said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
+    return ', '.join(said)
+
+
+def _check_optimizer(flags: OptimizerFlags, checkpoint: dict[str, Any], path: str) -> None:
+    trained_with = str(getattr(checkpoint.get('args'), 'opt', flags.opt))
+    if trained_with.lower() != flags.opt.lower():
+        raise UsageError(
+            f"--resume: '{path}' was trained with --opt {trained_with}, this run has --opt {flags.opt}: use the same, or "
+            f'--no-resume-opt for a fresh optimizer'
+        )
+
+
+def resume_ema(path: str, task: TrainingTask, meaning: Mapping[str, Any]) -> None:
+    """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
+    checkpoint = load_checkpoint_metadata(path)
+    run = _run_state(checkpoint, path)
+    try:
+        if run and changes_of_meaning(run.meaning, meaning).keys() & _NEW_PROJECTORS:
+            weights = checkpoint.get('state_dict_ema') or _weights(checkpoint)
+            task.load_checkpoint_state(clean_state_dict(weights), None, ema=True)
+        else:
+            load_task_ema_checkpoint(task, path)
+    except Exception as e:
+        raise UsageError(f"--resume: the moving average in '{path}' does not fit: {one_line(e)}") from e
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A training checkpoint that has what one has, its tensors not read yet."""
+    find_checkpoint(path, '--resume')
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+    except Exception as e:
+        if 'mmap can only be used' in str(e):
+            raise UsageError(
+                f"--resume: '{path}' is in the format before torch 1.6 and is not loaded: load and save it anew"
+            ) from e
+        raise UsageError(f'--resume: {why_unreadable(path, e)}') from e
+    if not isinstance(checkpoint, dict) or not ('state_dict' in checkpoint or 'model' in checkpoint):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint ({LAST}, checkpoint-N.pth.tar)")
+    check_state_dict(_weights(checkpoint), '--resume', path)
+    for names, kind in _ENTRIES.items():
+        for name in names:
+            value = checkpoint.get(name)
+            if value is not None and (not isinstance(value, kind) or (kind is int and cast(int, value) < 0)):
+                raise UsageError(f"--resume: '{path}' is no training checkpoint: {name} is {reprlib.repr(value)}")
+    return checkpoint
+
+
+def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return checkpoint['state_dict' if 'state_dict' in checkpoint else 'model']

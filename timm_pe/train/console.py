@@ -1,0 +1,220 @@
+"""What a run says: the start table, progress, summary.csv."""
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import timm
+import torch
+import torch.nn as nn
+from timm.task import TrainingTask
+from timm.utils import setup_default_logging, world_info_from_env
+from tqdm import tqdm
+
+from ..config.derive import label_smoothing, loader_workers
+from ..config.run_config import RunConfig
+from ..data.loaders import Data
+from ..method.task import ProjectorEnsembleTask
+from ..method.teacher import Teacher
+from ..process.runtime import Runtime, describe_precision, describe_teacher_precision
+from ..version import __version__
+from .cache import TeacherCache
+
+_logger = logging.getLogger(__name__)
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Plain messages from `level` up on the primary rank, errors only on the others."""
+    is_primary = world_info_from_env()[1] == 0
+    setup_default_logging(default_level=level if is_primary else logging.ERROR)
+    # it would list all files that are kept, after every epoch
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    logging.getLogger('huggingface_hub').propagate = False  # it prints by itself
+    root = logging.getLogger()
+    handler = _TqdmHandler()
+    handler.setFormatter(root.handlers[0].formatter)
+    root.handlers = [handler]
+
+
+def _count(params: int) -> str:
+    return f'{params / 1e6:.2f} M' if params >= 1e5 else f'{params:,}'
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ' '.join(f'{v:.4g}' for v in values)
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters of `module`."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def start_table(
+    config: RunConfig,
+    runtime: Runtime,
+    student: nn.Module,
+    task: TrainingTask,
+    data: Data,
+    num_classes: int,
+    epochs: tuple[int, int],
+    rates: tuple[float, float],
+    teacher: Teacher | None = None,
+    cache: TeacherCache | None = None,
+) -> str:
+    """Every resolved choice of a run, in one table.
+
+    Args:
+        config: Run settings.
+        runtime: Device, ranks, precision.
+        student: The student.
+        task: The task.
+        data: The run's `Data`.
+        num_classes: The student's classes.
+        epochs: The first epoch, and one past the last.
+        rates: Learning rate and weight decay.
+        teacher: The `Teacher`, or None.
+        cache: The `TeacherCache`, or None.
+    """
+    size = 'x'.join(map(str, data.config['input_size']))
+    columns = [('model', config.model), ('parameters', _count(count_params(student))), ('classes', str(num_classes))]
+    columns += [('input', size), ('mean', _numbers(data.config['mean'])), ('std', _numbers(data.config['std']))]
+    columns += [('precision', describe_precision(config))]
+    head, rows = ('student', 'teacher'), [(name, value, '') for name, value in columns]
+    if teacher is not None:
+        of_teacher = {
+            'model': str(config.teacher),
+            'parameters': f'{_count(count_params(teacher.model))} (frozen)',
+            'classes': str(teacher.num_classes),
+            'input': _teacher_input(teacher, data.config['input_size']),
+            'mean': _numbers(teacher.mean),
+            'std': _numbers(teacher.std),
+            'precision': describe_teacher_precision(config, teacher.dtype or teacher.input_dtype),
+        }
+        rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
+        projection = cast(ProjectorEnsembleTask, task).projection
+        rows.insert(2, ('feature width', str(projection.in_dim), str(projection.out_dim)))
+    width = max(len(r[1]) for r in rows) + 3
+    lines = [f'{"":<16}{head[0]:<{width}}{head[1] if teacher is not None else ""}'.rstrip()]
+    lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
+    lines += [f'{name:<16}{value}' for name, value in _run_rows(config, runtime, task, data, teacher, epochs, rates)]
+    if cache is not None:
+        lines.append(f'{"teacher cache":<16}{cache.describe()}')
+    return '\n'.join(lines)
+
+
+def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
+    height, width = teacher.size_for(torch.empty(1, *student_size, device=teacher.scale.device))
+    resized = '' if (height, width) == tuple(student_size[1:]) else ' (bicubic)'
+    return f'{len(teacher.mean)}x{height}x{width}{resized}'
+
+
+def _run_rows(
+    config: RunConfig,
+    runtime: Runtime,
+    task: TrainingTask,
+    data: Data,
+    teacher: Teacher | None,
+    epochs: tuple[int, int],
+    rates: tuple[float, float],
+) -> list[tuple[str, str]]:
+    rows = []
+    start_epoch, num_epochs = epochs
+    criterion = type(task.criterion).__name__
+    if teacher is None:
+        rows.append(('loss', criterion))
+    else:
+        task = cast(ProjectorEnsembleTask, task)
+        p = task.projection
+        of = 'logits ' if task.target == 'logits' else ''
+        rows.append(
+            (
+                'projectors',
+                f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}, activation {p.act}, '
+                f'{_count(count_params(p))} parameters',
+            )
+        )
+        if task.teacher_norm != 'none':
+            rows.append(('teacher norm', task.teacher_norm))
+        kd = f' + {task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}' if task.kd_loss_weight else ''
+        rows.append(
+            (
+                'loss',
+                f'{task.task_loss_weight:g} x {criterion} + {task.distill_loss_weight:g} x {task.feature_loss_name}{kd}',
+            )
+        )
+    rows.append(('learning rate', f'{rates[0]:.4g} ({config.opt}, {config.sched}, weight decay {rates[1]:g})'))
+    accum, batch = config.grad_accum_steps, config.batch_size
+    rows.append(
+        ('global batch', f'{batch * runtime.world_size * accum} = {batch} x {runtime.world_size} ranks x {accum} steps')
+    )
+    warmup = f', warmup {config.warmup_epochs}' if config.warmup_epochs else ''
+    if warmup and start_epoch == 0 and not config.sched_on_updates and config.sched != 'none':
+        warmup += f' (all of epoch 0 at lr {config.warmup_lr:g}: --sched-on-updates warms up batch by batch)'
+    first = f', starting at {start_epoch}' if start_epoch else ''
+    rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
+    mixing = [f'{n} {getattr(config, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(config, n)]
+    rows.append(('regularization', ', '.join([*mixing, f'smoothing {label_smoothing(config):g}'])))
+    average = f'decay {config.model_ema_decay:g}' if config.model_ema else 'none'
+    rows.append(('weight average', average))
+    rows.append(('seed', str(config.seed)))
+    rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
+    rows.append(('loader workers', '{} ({})'.format(*loader_workers(config, data.train.dataset))))
+    rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
+    python = platform.python_version()
+    rows.append(
+        ('versions', f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {python}')
+    )
+    return rows
+
+
+class Progress:
+    """Progress of a pass over a loader: a live bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        what: 'Train 3/10', 'Test', ...
+        total: Number of batches.
+        enabled: False on all ranks but the primary.
+    """
+
+    def __init__(self, what: str, total: int, enabled: bool = True):
+        self.what, self.total, self.start = what, total, time.perf_counter()
+        live = enabled and sys.stderr.isatty()
+        self.lines = enabled and not live
+        self.bar = tqdm(total=total, desc=what, unit='batch', leave=False, dynamic_ncols=True, disable=not live)
+
+    def update(
+        self,
+        done: int,
+        terms: Mapping[str, float] | None = None,
+        images_per_s: float | None = None,
+        lr: float | None = None,
+    ) -> None:
+        """Say that `done` batches are done; now and then with loss terms, speed and learning rate."""
+        self.bar.update(done - self.bar.n)
+        if terms is None:
+            return
+        shown = [*(f'{name}: {value:#.4g}' for name, value in terms.items()), f'{images_per_s:.4g} images/s']
+        text = '  '.join(shown if lr is None else [*shown, f'lr: {lr:.3e}'])
+        self.bar.set_postfix_str(text)
+        if self.lines:
+            left = (time.perf_counter() - self.start) / done * (self.total - done)
+            share = 100 * done / max(self.total, 1)
+            _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left: {_duration(left)}')
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    return f'{int(seconds) // 3600:d}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'

@@ -1,0 +1,130 @@
+"""Validation: timm's metrics of a model over a loader, over all ranks."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, evaluation_sample_limit
+
+from ..config.flags import LossFlags
+from ..config.run_config import RunConfig
+from ..data.loaders import Data
+from ..data.unreadable import describe_unreadable
+from ..errors import UsageError
+from ..method.weights import load_weights, read_state_dict
+from ..process.runtime import Runtime
+from .build import Parts
+from .console import Progress
+from .student import place_student
+
+_logger = logging.getLogger(__name__)
+
+
+def create_evaluator(flags: LossFlags, runtime: Runtime, loader: Any) -> ClassificationEvaluator:
+    """timm's evaluator of the task: loss, top-1 and top-5, or mAP and F1 for multi-label data."""
+    limit = evaluation_sample_limit(loader)
+    if flags.task == 'multilabel':
+        threshold = flags.multilabel_threshold
+        return MultiLabelClassificationEvaluator(runtime.device, max_samples=limit, threshold=threshold)
+    return ClassificationEvaluator(runtime.device, max_samples=limit)
+
+
+def batch_to_device(config: RunConfig, runtime: Runtime, input: Any, target: Any) -> tuple[Any, Any]:
+    """A loader's batch where the run computes, in its dtype and memory format (a prefetching loader did the first two)."""
+    if config.no_prefetcher:
+        input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
+        target = target.to(runtime.device)
+    if config.channels_last and not isinstance(input, dict):
+        input = input.contiguous(memory_format=torch.channels_last)
+    return input, target
+
+
+def _on_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    if isinstance(value, dict):
+        return {k: _on_device(v, device, dtype if k == 'patches' else None) for k, v in value.items()}
+    return value.to(device=device, dtype=dtype) if isinstance(value, torch.Tensor) else value
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    loader: Any,
+    runtime: Runtime,
+    config: RunConfig,
+    progress: Progress,
+    after_batch: Callable[[], None] = lambda: None,
+) -> OrderedDict[str, float]:
+    """Metrics (in percent) and loss of `model` over a validation loader, over all ranks.
+
+    Args:
+        model: Batch `[b, ch, h, w]` -> logits `[b, c]`; a module should be in eval mode.
+        loader: Validation loader.
+        runtime: Device, ranks, precision.
+        config: Run settings.
+        progress: Where to show it.
+        after_batch: Called after each batch.
+
+    Raises:
+        UsageError: Labels that the model has no class for.
+    """
+    evaluator = create_evaluator(config, runtime, loader)
+    for i, (input, target) in enumerate(loader):
+        input, target = batch_to_device(config, runtime, input, target)
+        with runtime.autocast():
+            output = model(input)
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        if config.tta > 1:
+            output = output.unfold(0, config.tta, config.tta).mean(dim=2)
+            target = target[:: config.tta][: len(output)]
+        if i == 0 and target.ndim == 1 and int(target.max()) >= output.shape[-1]:
+            raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
+        evaluator.update(output, target)
+        progress.update(i + 1)
+        after_batch()
+    return evaluator.compute(distributed=runtime.distributed)
+
+
+def validate(
+    model: Any,
+    data: Data,
+    runtime: Runtime,
+    config: RunConfig,
+    what: str,
+    after_batch: Callable[[], None] = lambda: None,
+) -> OrderedDict[str, float]:
+    """`evaluate` over the validation split, with its progress shown."""
+    progress = Progress(what, len(data.eval), runtime.is_primary)
+    try:
+        metrics = evaluate(model, data.eval, runtime, config, progress, after_batch)
+    finally:
+        progress.close()
+    say_unreadable(data.eval, len(data.eval.dataset), runtime)
+    return metrics
+
+
+def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
+    """Say how many images of a pass over a loader could not be read."""
+    said = describe_unreadable(loader.dataset, images, runtime.distributed)
+    if said:
+        _logger.warning(said)
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Metrics on one line, percentages to three places."""
+    names = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
+    percent = [f'{names.get(k, k)} {v:.3f} %' for k, v in metrics.items() if k != 'loss']
+    return '  '.join([*percent, f'loss {metrics["loss"]:.4f}'])
+
+
+def evaluate_checkpoint(parts: Parts) -> None:
+    """Validate the weights of --evaluate, and say what came out."""
+    config, path = parts.config, parts.config.evaluate
+    # a moving average that the run kept on the CPU was not what it evaluated
+    state_dict = read_state_dict(path, '--evaluate', use_ema=not config.model_ema_force_cpu)
+    load_weights(parts.student, state_dict, '--evaluate', path)
+    student = place_student(parts.student, config, parts.runtime).eval()
+    metrics = validate(student, parts.data, parts.runtime, config, 'Evaluate')
+    _logger.info(f"'{path}': {format_metrics(metrics)} on {len(parts.data.eval.dataset)} images.")

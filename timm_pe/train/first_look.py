@@ -1,0 +1,79 @@
+"""What a run looks at before it begins: is the teacher sound, and does it know its classes?"""
+
+import logging
+
+import torch
+from timm.task import evaluation_sample_limit
+from torch.utils.data import IterableDataset
+
+from ..data.epochs import first_batch
+from ..data.loaders import Data
+from ..errors import UsageError
+from ..method.task import ProjectorEnsembleTask
+from ..process.runtime import Runtime
+from .build import Parts
+from .cache import TeacherCache
+from .evaluate import format_metrics, validate
+from .trackers import TeacherAgreement, is_tracked
+
+_logger = logging.getLogger(__name__)
+
+
+def look_at_first_batch(
+    task: ProjectorEnsembleTask, data: Data, runtime: Runtime, cache: TeacherCache | None = None
+) -> None:
+    """Ask the teacher about the batch that epoch 0 will start with: is it sound, and what does it make of an 'auto' activation?
+
+    Raises:
+        UsageError: A feature or logit that is not finite.
+    """
+    input, target = first_batch(data.train)
+    input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+    with runtime.autocast():
+        teacher = cache(target, lambda: task.teacher(input)) if cache is not None else task.teacher(input)
+        for what, values in (('features', teacher.feature), ('logits', teacher.logits)):
+            if values is not None and not torch.isfinite(values).all():
+                raise UsageError(
+                    f"the teacher's {what} on the first training batch are not finite: are its weights right, is "
+                    f'--teacher-dtype wide enough?'
+                )
+        if task.projection.act != 'auto':
+            return
+        act = task.resolve_act(input, teacher)
+    signs = 'all >= 0' if act == 'relu' else 'of both signs'
+    _logger.info(f"--pe-act auto is '{act}': the teacher's features on the first training batch are {signs}.")
+
+
+def check_teacher(parts: Parts) -> TeacherAgreement | None:
+    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing.
+
+    Returns:
+        For a run with trackers, what the student's validations can be compared with.
+    """
+    config, teacher, data, runtime = parts.config, parts.teacher, parts.data, parts.runtime
+    num_classes = parts.num_classes
+    if teacher is None or not config.teacher_eval:
+        return None
+    if teacher.num_classes != num_classes:
+        _logger.info(
+            f'Teacher: its {teacher.num_classes} classes are not the {num_classes} of the data, so its accuracy cannot be '
+            f'checked.'
+        )
+        return None
+    if config.task == 'multilabel':
+        metrics = validate(teacher.forward_logits, data, runtime, config, 'Teacher')
+        _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
+        return None
+    # the images of a stream come in no fixed order
+    measured = is_tracked(config) and not isinstance(data.eval.dataset, IterableDataset)
+    agreement = TeacherAgreement(evaluation_sample_limit(data.eval)) if measured else None
+    forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
+    metrics = validate(forward, data, runtime, config, 'Teacher')
+    _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
+    chance, images = 1 / num_classes, len(data.eval.dataset)
+    if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
+        _logger.warning(
+            f'THE TEACHER IS AT CHANCE LEVEL (top-1 {metrics["top1"]:.2f} % of {num_classes} classes): were its weights '
+            f'loaded, are the classes in its order?'
+        )
+    return agreement

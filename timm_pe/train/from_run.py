@@ -1,0 +1,180 @@
+"""What a run takes from the folder of another one: an evaluation how its student was built and fed, a teacher likewise."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from timm.models import resolve_model_input_args
+
+from ..config.declare import default_of
+from ..config.flags import TeacherFlags
+from ..config.rules import odd_value, out_of_bounds
+from ..config.run_config import RunConfig
+from ..config.yaml_file import runs_code, typed_value
+from ..errors import UsageError, one_line
+from ..run_folder import RunFolder
+
+# how a run says that its student was built and fed: what a teacher takes from there, ...
+_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
+# ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
+# one of them is given: they say one thing together
+_OF_AN_EVALUATION = (
+    *((name,) for name in ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps')),
+    ('img_size', 'input_size'),
+    *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map')),
+    ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
+    ('amp', 'amp_dtype', 'model_dtype'),
+    ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
+    *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
+)  # fmt: skip
+# what a pretrained cfg says of a model's input
+_INPUT_FIELDS = ('mean', 'std', 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
+
+
+def read_settings(folder: RunFolder, what: str, names: Iterable[str]) -> dict[str, Any]:
+    """Settings of a finished run, each checked as on the command line.
+
+    Args:
+        folder: Its folder.
+        what: What the folder was given for ('--teacher-checkpoint'), for messages.
+        names: Flags to read.
+
+    Returns:
+        Their values, None where the run says nothing of them.
+
+    Raises:
+        UsageError: One is none of the flag's values.
+    """
+    path = folder.args_file
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(message)
+
+    try:
+        run = folder.args()
+    except ValueError as e:
+        raise UsageError(f'{what}: {e}') from e
+    if not run:
+        raise UsageError(f"{what}: '{path}' is empty, it should say how the student was built and fed")
+    settings: dict[str, Any] = dict.fromkeys(names)
+    for name in settings:
+        value = run.get(name)
+        if value is None:
+            continue
+        if runs_code(name, value):
+            refuse(f"{what}: {name} in '{path}' runs code and is taken from the command line alone")
+        settings[name] = typed_value(RunConfig, name, value, f"{what}: {name} in '{path}'", refuse)
+        odd = odd_value(settings[name]) or out_of_bounds(RunConfig, name, settings[name])
+        if odd:
+            refuse(f"{what}: {name} in '{path}' {odd}")
+    return settings
+
+
+# An evaluation ---------------------------------------------------------------------------------------------------------
+
+
+def fill_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an evaluation takes from the run of its checkpoint; none where nothing is evaluated.
+
+    Args:
+        given: What the command line and YAML say.
+
+    Raises:
+        UsageError: See `read_settings`.
+    """
+    folder = RunFolder.around(given.get('evaluate'))
+    if folder is None:
+        return {}
+    return _of_an_evaluation(folder, given)
+
+
+def _of_an_evaluation(folder: RunFolder, given: Collection[str]) -> dict[str, Any]:
+    run = read_settings(folder, '--evaluate', [name for names in _OF_AN_EVALUATION for name in names])
+    if run['input_size'] and run['in_chans'] is None:
+        run['in_chans'] = run['input_size'][0]
+    taken = [name for names in _OF_AN_EVALUATION if not set(names) & set(given) for name in names]
+    return {name: run[name] for name in taken if run[name] is not None}
+
+
+def describe_evaluation(config: RunConfig) -> str:
+    """In words which settings of --evaluate are those of its run, and which that run had at another value; '' for no run."""
+    folder = RunFolder.around(config.evaluate)
+    if folder is None:
+        return ''
+    run = {k: v for k, v in _of_an_evaluation(folder, ()).items() if v != default_of(RunConfig, k)}
+    same = [f'{name} {_shown(value)}' for name, value in run.items() if getattr(config, name) == value]
+    other = [f'{name} {_shown(value)}' for name, value in run.items() if getattr(config, name) != value]
+    otherwise = f'; given otherwise: {", ".join(other)}' if other else ''
+    return f"--evaluate: from '{folder.args_file}': {', '.join(same) or 'nothing'}{otherwise}."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ' '.join(f'{k}={v}' for k, v in value.items())
+    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# A teacher -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """How the teacher is built and fed: by its flags, and where they say nothing by the run that made it.
+
+    Attributes:
+        mean: What its images are normalized with; None is what belongs to its model.
+        std: Likewise.
+        kwargs: More arguments of its architecture.
+    """
+
+    mean: list[float] | None
+    std: list[float] | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def check_teacher_run(flags: TeacherFlags) -> None:
+    """Refuse a teacher's run folder whose settings cannot be read, before anything is built.
+
+    Raises:
+        UsageError: See `read_settings`.
+    """
+    folder = RunFolder.around(flags.teacher_checkpoint)
+    if folder is not None:
+        read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)
+
+
+def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
+    """How the teacher of a run is built and fed.
+
+    Raises:
+        UsageError: See `read_settings`, and a model of that run that cannot be looked up.
+    """
+    folder = RunFolder.around(flags.teacher_checkpoint)
+    if folder is None:
+        return TeacherSettings(flags.teacher_mean, flags.teacher_std, flags.teacher_kwargs)
+    run = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)
+    built = _built_in(run, run['model'] or str(flags.teacher))
+    kwargs = {
+        **(run['model_kwargs'] or {}),
+        'in_chans': run['in_chans'],
+        'global_pool': run['gp'],
+        # an architecture of one size was built for that of its images
+        'img_size': built.get('img_size'),
+        # what that run's model name and overlay said of its input; the name of the teacher may have another tag
+        'pretrained_cfg_overlay': {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS},
+    }
+    kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **flags.teacher_kwargs}
+    return TeacherSettings(flags.teacher_mean or run['mean'], flags.teacher_std or run['std'], kwargs)
+
+
+def _built_in(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What timm built the student of a `run` with, `pretrained_cfg` and `img_size` in it."""
+    given = {key: run[key] for key in ('img_size', 'input_size', 'in_chans')}
+    overlay = {'pretrained_cfg_overlay': run['pretrained_cfg_overlay']} if run['pretrained_cfg_overlay'] else {}
+    try:
+        return resolve_model_input_args(name, given, **{**(run['model_kwargs'] or {}), **overlay})
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything, or gone
+        raise UsageError(
+            f"--teacher-checkpoint: cannot tell how '{name}' was built and fed in its run ({one_line(e)}): give a weights file "
+            f'outside of the run, --teacher-mean and --teacher-std'
+        ) from e

@@ -1,0 +1,177 @@
+"""What an epoch of training keeps count of: its loss terms, its optimizer steps, its images."""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .console import Progress
+from .nonfinite import NonFiniteLoss, describe_nonfinite
+from .trackers import StepCurves
+
+_logger = logging.getLogger(__name__)
+
+_NEVER = 2**31 - 1
+
+
+class LossMeter:
+    """Running means of the loss terms, kept on the device and read only when asked.
+
+    Also remembers the first step at which each term was not finite. Reading synchronizes with the device, and with the
+    other ranks.
+
+    Args:
+        device: Where the terms are.
+        distributed: Read those of all ranks.
+        skip: Leave batches with a term that is not finite out, and do not raise.
+
+    Attributes:
+        count: Images of all ranks in the means, as of the last reading.
+        bad: With `skip`, what was not finite and where first, as of the last reading.
+    """
+
+    def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
+        self.device, self.distributed, self.skip = device, distributed, skip
+        self.bad, self.count = '', 0.0
+        self.names: list[str] = []
+        self.steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What was added up, to go on from with `load_state`."""
+        return {'names': self.names, 'steps': self.steps, 'sums': self.sums.cpu()} if self.names else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was added up before."""
+        if state:
+            self._start(state['names'])
+            self.steps = state['steps']
+            self.sums.copy_(state['sums'])
+
+    def start_anew(self, names: Iterable[str]) -> None:
+        """Forget what was added up: a resumed epoch goes on with other terms."""
+        _logger.warning(
+            f'The loss terms have changed in the middle of the epoch, {", ".join(self.names)} then and '
+            f'{", ".join(names)} now: the losses of this epoch are means over its batches from {self.steps} on.'
+        )
+        self._start(names)
+
+    def _start(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.sums = torch.zeros(len(self.names) + 1, device=self.device, dtype=torch.float32)
+        self.first_bad = torch.full((len(self.names),), _NEVER, device=self.device, dtype=torch.int64)
+
+    def update(self, terms: dict[str, torch.Tensor], batch_size: int) -> None:
+        """Add one batch's terms (scalars on the device)."""
+        values = torch.stack([v.detach().float() for v in terms.values()])
+        if not self.names:
+            self._start(terms)
+        finite = torch.isfinite(values)
+        size: int | torch.Tensor = batch_size
+        self.first_bad = torch.minimum(self.first_bad, torch.where(finite, _NEVER, self.steps))
+        if self.skip:
+            values = torch.where(finite.all(), values, 0)
+            size = batch_size * finite.all()
+        self.sums[:-1] += values * size
+        self.sums[-1] += size
+        self.steps += 1
+
+    def read(self) -> OrderedDict[str, float]:
+        """Means over all batches so far, of all ranks.
+
+        Raises:
+            NonFiniteLoss: A term was not finite at some step, on some rank.
+        """
+        sums, first_bad = self.sums.clone(), self.first_bad.clone()
+        if self.distributed:
+            dist.all_reduce(sums)
+            dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
+        numbers = torch.cat([sums, first_bad.float()]).tolist()  # all in one transfer: the host waits once
+        totals, self.count, firsts = (
+            numbers[: len(self.names)],
+            numbers[len(self.names)],
+            numbers[len(self.names) + 1 :],
+        )
+        step = min(firsts)
+        if step < _NEVER:
+            # the terms before their weighted sum: 'loss' is only the culprit where no term is
+            bad = [n for n, first in zip(self.names, firsts, strict=True) if first == step]
+            self.bad = describe_nonfinite(bad, int(step))
+            if not self.skip:
+                raise NonFiniteLoss(self.bad)
+        return OrderedDict((n, total / max(self.count, 1)) for n, total in zip(self.names, totals, strict=True))
+
+
+class Accumulation:
+    """Which batches end an optimizer step, and how many share it; the batches left over at the end share their own.
+
+    Args:
+        num_batches: Batches in an epoch.
+        steps: Batches that share an optimizer step.
+    """
+
+    def __init__(self, num_batches: int, steps: int):
+        self.num_batches, self.steps = num_batches, steps
+
+    def starts_at(self, i: int) -> bool:
+        """Whether batch `i` is the first of its optimizer step."""
+        return i % self.steps == 0
+
+    def ends_at(self, i: int) -> bool:
+        """Whether the optimizer steps after batch `i`."""
+        return i + 1 >= self.num_batches or (i + 1) % self.steps == 0
+
+    def size(self, i: int) -> int:
+        """How many batches share the optimizer step of batch `i`."""
+        if i >= self.num_batches:  # a stream that is longer than it said: a step of its own for each batch
+            return 1
+        first = i - i % self.steps
+        return min(self.steps, self.num_batches - first)
+
+    def updates_after(self, batches: int) -> int:
+        """Optimizer steps in the first batches of an epoch."""
+        return -(-batches // self.steps)
+
+
+@dataclass
+class EpochCount:
+    """An epoch of training while it runs.
+
+    Attributes:
+        number: The epoch, from 0.
+        num_batches: Batches in it.
+        accumulation: Which of them end an optimizer step.
+        meter: Its loss terms.
+        curves: What the trackers are told.
+        progress: What the terminal is told.
+        update: Optimizer steps since the start of the run.
+        images: Images of all ranks that this process has trained on.
+        began: When it began, by `time.perf_counter`.
+    """
+
+    number: int
+    num_batches: int
+    accumulation: Accumulation
+    meter: 'LossMeter'
+    curves: StepCurves
+    progress: Progress
+    update: int
+    images: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def images_per_s(self) -> float:
+        """Speed so far."""
+        return self.images / (time.perf_counter() - self.began)
+
+    def add(self, terms: dict[str, torch.Tensor], batch_size: int, world_size: int) -> None:
+        """Count a batch and its loss terms."""
+        if self.meter.names and self.meter.names != list(terms):
+            self.meter.start_anew(terms)
+            self.curves.go_on({}, 0)
+        self.meter.update(terms, batch_size)
+        self.images += batch_size * world_size

@@ -1,0 +1,281 @@
+"""Where exactly a run is: what a checkpoint holds besides timm's entries, so that a resumed run ends bit for bit the same.
+
+It is the entry 'run' of the saver's state. Random states are tensors and integers, so that the file still loads with
+weights_only.
+"""
+
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.task import DistillationTeacher, TrainingTask
+from timm.utils import unwrap_model
+
+from ..config.run_config import RunConfig
+from ..data.datasets import class_map_of
+from ..data.draws import kept_rng
+from ..data.epochs import plain_loader
+from ..data.loaders import Data
+from ..errors import UsageError, one_line
+from ..method.weights import fingerprint
+from ..process.runtime import Runtime
+
+_logger = logging.getLogger(__name__)
+# buffers of norms; whatever else a module keeps in buffers is the same on all ranks
+_RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+@dataclass
+class RunState:
+    """A moment of a run.
+
+    Attributes:
+        epoch: Epoch that is trained, or was last.
+        batch: Batches of it that are trained; `settings['batches']` once all are.
+        validated: The epoch is finished, its validation and its checkpoint too.
+        metric: What the epoch was ranked by, where it was validated.
+        train_metrics: Training metrics of the epoch once all its batches are trained.
+        settings: What the number of a batch depends on.
+        data: Number and hash of the training images.
+        schedule: State of a plateau schedule, which follows from no number.
+        ranks: For each rank its random states, sums of losses, and buffers where ranks have their own.
+        seconds: How long the run has trained, in all its parts; None in a checkpoint that does not say it.
+        meaning: What the run is about, see `run_meaning`; empty in a checkpoint that does not say it.
+    """
+
+    epoch: int
+    batch: int = 0
+    validated: bool = False
+    metric: float | None = None
+    train_metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float | None = None
+    meaning: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which part of a run this process trains.
+
+    Attributes:
+        first: First epoch, from 0.
+        schedule: Epochs of the schedule, with warmup prefix and cooldown.
+        end: One past the last epoch.
+        resumed: Where exactly the run was, None for a run that starts at the beginning of an epoch.
+        seconds_before: Seconds that earlier parts of the run have trained, None where that is not known.
+        is_resumed: There were earlier parts.
+    """
+
+    first: int
+    schedule: int
+    end: int
+    resumed: RunState | None = None
+    seconds_before: float | None = 0.0
+    is_resumed: bool = False
+
+
+def run_settings(config: RunConfig, num_batches: int, world_size: int) -> dict[str, Any]:
+    """What must be equal for batch k of an epoch to be the same batch."""
+    return {
+        'ranks': world_size,
+        'batch_size': config.batch_size,
+        'grad_accum_steps': config.grad_accum_steps,
+        'batches': num_batches,
+        'seed': config.seed,
+    }
+
+
+def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runtime) -> dict[str, Any]:
+    """What a run is about: what goes on under another of these is another run. To be called on all ranks.
+
+    Returns:
+        The architecture of the student, the kind of task, the class map (None where the data tell none), what is distilled,
+        the teacher's name and the hashes of its weights (none of weights that were drawn).
+    """
+    student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
+    if isinstance(teacher, DistillationTeacher):
+        hashes = fingerprint(unwrap_model(teacher.model), config.kd_distill_type != 'feature')
+    else:
+        hashes = getattr(teacher, 'fingerprint', {})
+    target = config.pe_target if config.teacher else config.kd_distill_type if config.kd_model_name else None
+    meaning = {
+        'model': (getattr(student, 'pretrained_cfg', None) or {}).get('architecture', config.model),
+        'task': config.task,
+        'classes': class_map_of(getattr(plain_loader(data.train), 'dataset', None)),
+        'target': target,
+        'teacher': config.teacher or config.kd_model_name,
+        'teacher_weights': hashes,
+    }
+    shared = [meaning]
+    if runtime.distributed:  # weights that timm draws for a teacher of its own differ between ranks
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def is_meaning(value: Any) -> bool:
+    """Whether a value from a file is like what `run_meaning` gives, or empty."""
+    kinds: dict[str, type | tuple[type, ...]] = {'classes': (dict, type(None)), 'teacher_weights': dict}
+    names = {'model', 'task', 'target', 'teacher', *kinds}
+    return value == {} or (
+        isinstance(value, dict) and value.keys() == names and all(isinstance(value[n], k) for n, k in kinds.items())
+    )
+
+
+def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What of a run's meaning is another, each told in a few words. What is not known of one of them is not compared."""
+    changes = {
+        name: f'{name} {then[name]} then, {now[name]} now'
+        for name in ('model', 'task', 'target')
+        if name in then and then[name] != now[name]
+    }
+    classes = then.get('classes') or {}, now['classes'] or {}
+    if all(classes) and classes[0] != classes[1]:
+        name = next(n for n in {**classes[0], **classes[1]} if classes[0].get(n) != classes[1].get(n))
+        of = [str(c.get(name, 'of no class')) for c in classes]
+        changes['classes'] = f'class {name!r} {of[0]} then, {of[1]} now'
+    if 'teacher' in then and not _is_same_teacher(then, now):
+        of = [f'{run["teacher"] or "none"}{_in_brackets(run["teacher_weights"].values())}' for run in (then, now)]
+        changes['teacher'] = f'teacher {of[0]} then, {of[1]} now'
+    return changes
+
+
+def _is_same_teacher(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """By its weights, whatever it is called; where they were drawn, by its name."""
+    of_then, of_now = then['teacher_weights'], now['teacher_weights']
+    if not of_then or not of_now:
+        return bool(of_then) == bool(of_now) and then['teacher'] == now['teacher']
+    return all(of_then[part] == of_now[part] for part in of_then.keys() & of_now.keys())
+
+
+def _in_brackets(words: Iterable[str]) -> str:
+    text = ' '.join(words)
+    return f' ({text})' if text else ''
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    numpy = np.random.get_state(legacy=False)
+    key = numpy['state']['key'].astype(np.int64)
+    states = {
+        'python': random.getstate(),
+        'numpy': {**numpy, 'state': {'key': torch.from_numpy(key), 'pos': numpy['state']['pos']}},
+        'torch': torch.get_rng_state(),
+    }
+    if device.type == 'cuda':
+        states['cuda'] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = states['python']
+    random.setstate((version, tuple(internal), gauss))
+    numpy = states['numpy']
+    key = numpy['state']['key'].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, 'state': {'key': key, 'pos': numpy['state']['pos']}})
+    torch.set_rng_state(states['torch'])
+    if device.type == 'cuda' and 'cuda' in states:
+        torch.cuda.set_rng_state(states['cuda'], device)
+
+
+def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Running statistics of the trained module and of its moving average: each rank has its own in between."""
+    modules = {'module': task.get_trainable_module(), 'ema': task.get_trainable_module(ema=True)}
+    return {
+        f'{which}.{name}': buffer
+        for which, module in modules.items()
+        if module is not None
+        for name, buffer in unwrap_model(module).named_buffers()
+        if name.rpartition('.')[2] in _RUNNING
+    }
+
+
+def _generators(task: TrainingTask) -> dict[str, torch.Generator]:
+    """Generators that the moving average has of its own: one in bfloat16 is rounded at random."""
+    average = task.get_trainable_module(ema=True)
+    made = vars(average).items() if average is not None else ()
+    return {f'{name} {value.device.type}': value for name, value in made if isinstance(value, torch.Generator)}
+
+
+def take_rank_state(
+    task: TrainingTask, runtime: Runtime, losses: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """What belongs to each rank, from all of them; to be called on all."""
+    own = {'random': _random_states(runtime.device), 'losses': dict(losses or {})}
+    own['generators'] = {name: generator.get_state() for name, generator in _generators(task).items()}
+    if not runtime.distributed:
+        return [own]
+    own['buffers'] = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
+    ranks: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(ranks, own)
+    return ranks
+
+
+def check_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> None:
+    """Refuse random states that cannot be put back, before anything is written.
+
+    Raises:
+        UsageError: They are not what `take_rank_state` gives.
+    """
+    try:
+        if len(state.ranks) == runtime.world_size:
+            own = state.ranks[runtime.rank]
+            with kept_rng():
+                _set_random_states(own['random'], torch.device('cpu'))
+            for name, generator in _generators(task).items():
+                if name in own.get('generators', {}):
+                    torch.Generator(generator.device).set_state(own['generators'][name])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as e:
+        raise UsageError(f'--resume: the random states in the checkpoint do not fit: {one_line(e)}') from e
+
+
+def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> Mapping[str, Any]:
+    """Put random states and buffers of this rank back.
+
+    Returns:
+        Its sums of losses.
+    """
+    if len(state.ranks) != runtime.world_size:
+        _logger.warning(
+            f'The checkpoint is of {len(state.ranks)} ranks, these are {runtime.world_size}: random states start anew.'
+        )
+        return {}
+    own = state.ranks[runtime.rank]
+    buffers = _buffers(task)
+    with torch.no_grad():
+        for name, value in own.get('buffers', {}).items():
+            if name in buffers:  # the moving average may be new
+                buffers[name].copy_(value)
+    _set_random_states(own['random'], runtime.device)
+    for name, generator in _generators(task).items():
+        if name in own.get('generators', {}):  # the average may be new, or elsewhere than it was
+            generator.set_state(own['generators'][name])
+    return own['losses']
+
+
+def take_schedule(scheduler: Any) -> dict[str, Any]:
+    """State of a plateau schedule; the values of any other are a function of the epoch or the update."""
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return {}
+    return {
+        'plateau': scheduler.lr_scheduler.state_dict(),
+        'restore_lr': scheduler.restore_lr,
+        'lr': [group['lr'] for group in scheduler.optimizer.param_groups],
+    }
+
+
+def restore_schedule(scheduler: Any, schedule: Mapping[str, Any]) -> None:
+    """Put back what `take_schedule` took."""
+    if not schedule or not isinstance(scheduler, PlateauLRScheduler):
+        return
+    scheduler.lr_scheduler.load_state_dict(schedule['plateau'])
+    scheduler.restore_lr = schedule['restore_lr']
+    for group, lr in zip(scheduler.optimizer.param_groups, schedule['lr'], strict=True):
+        group['lr'] = lr

@@ -1,0 +1,166 @@
+"""The cache that a run asks for with --teacher-cache: what its rows depend on, opened on all ranks together."""
+
+import contextlib
+import logging
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import unwrap_model
+from torch.utils.data import Dataset
+
+from ..config.run_config import RunConfig
+from ..data.draws import SeededDataset
+from ..data.fingerprint import hash_names, hash_pixels, list_files
+from ..data.loaders import Data
+from ..errors import UsageError
+from ..method.teacher import Teacher
+from ..method.weights import hash_tensors
+from ..process.runtime import Runtime, describe_teacher_precision
+from .cache import _FORMAT, TeacherCache
+from .from_run import teacher_settings
+
+_logger = logging.getLogger(__name__)
+
+
+def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, runtime: Runtime) -> TeacherCache | None:
+    """The cache that --teacher-cache names, looked at; None without the flag.
+
+    Only sizes and times of files that were found to have the same content are written, to a complete cache.
+
+    Raises:
+        UsageError: See `TeacherCache.look` and `TeacherCache.find_changed`; or a cache with missing rows and ranks on several machines.
+    """
+    if not config.teacher_cache or teacher is None:
+        return None
+    widths = {
+        'feature': teacher.width if config.pe_target == 'feature' else 0,
+        'logits': teacher.num_classes if config.kd_loss_weight or config.pe_target == 'logits' else 0,
+    }
+    dataset = data.train.dataset
+    paths = list_files(dataset.dataset)
+    _hash_sources(dataset, paths is not None)
+    cache = TeacherCache(
+        config.teacher_cache,
+        {**create_manifest(config, teacher, data, widths), 'image files': paths is not None},
+        len(dataset),
+        {name: width for name, width in widths.items() if width},
+        config.teacher_cache_views,
+        runtime.device,
+        paths,
+    )
+    several = _on_several_machines(runtime)
+    with _ranks_together(runtime):
+        cache.look()
+    with _ranks_together(runtime):
+        if runtime.is_primary:
+            cache.find_changed()
+    if runtime.distributed:
+        stale = [cache.stale]
+        dist.broadcast_object_list(stale, src=0)
+        cache.stale = stale[0]
+    with _ranks_together(runtime):
+        cache.look()
+        if several and not cache.is_complete:
+            said = f' ({cache.describe_stale()})' if cache.stale else ''
+            raise UsageError(
+                f"--teacher-cache: ranks on several machines can only read a cache, and '{cache.folder}' has "
+                f'{sum(cache.counts):,} of {cache.num_images * cache.num_views:,} rows{said}: fill it on one of them first '
+                f'(python -m timm_pe.precompute, with the same flags; images that it cannot read have to be mended)'
+            )
+    if runtime.is_primary and cache.is_complete:
+        with contextlib.suppress(OSError):  # a folder to read from alone: they are compared again next time
+            cache.keep_stats([])
+    _hash_sources(dataset, paths is not None and not cache.is_complete)
+    return cache
+
+
+def _hash_sources(dataset: SeededDataset, wanted: bool) -> None:
+    if hasattr(dataset.dataset, 'hash_sources'):
+        dataset.dataset.hash_sources(wanted)
+
+
+def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime: Runtime) -> None:
+    """Make the files that a cache lacks, and open it. A teacher that has nothing left to say leaves the device.
+
+    Raises:
+        UsageError: See `TeacherCache.allocate`.
+    """
+    if cache is None:
+        return
+    with _ranks_together(runtime):
+        if runtime.is_primary and not cache.is_complete:
+            _logger.info(f'Teacher cache: {cache.describe()}.')
+            cache.allocate()
+    with _ranks_together(runtime):
+        cache.open()
+    if cache.is_complete and teacher is not None:
+        teacher.to('cpu')
+
+
+def create_manifest(
+    config: RunConfig, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """All that the teacher's answers depend on: its weights and input, the images, their transforms and draws."""
+    dataset = data.train.dataset
+    size = data.config['input_size']
+    height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
+    return {
+        'format': _FORMAT,
+        'teacher': config.teacher,
+        'teacher arguments': teacher_settings(config).kwargs,
+        'teacher weights': hash_tensors(unwrap_model(teacher.model).state_dict()),
+        'teacher input': f'{len(teacher.mean)}x{height}x{width}',
+        'teacher mean': list(teacher.mean),
+        'teacher std': list(teacher.std),
+        'teacher norms folded': teacher.folded,
+        'teacher tap': config.teacher_tap,
+        'teacher precision': describe_teacher_precision(config, teacher.dtype or teacher.input_dtype),
+        'feature width': widths['feature'],
+        'logits': widths['logits'],
+        'image size': list(size),
+        'image precision': config.model_dtype or 'float32',
+        'image mean': list(data.config['mean']),
+        'image std': list(data.config['std']),
+        'images': len(dataset),
+        'image names': hash_names(dataset.dataset),
+        'pixels': hash_pixels(dataset),
+        'transform': _describe_transform(dataset.dataset),
+        'seed': config.seed,
+    }
+
+
+def _describe_transform(dataset: Dataset[Any]) -> list[str]:
+    text = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(dataset, 'transform', None)))
+    return [line.strip() for line in text.splitlines()]
+
+
+def _on_several_machines(runtime: Runtime) -> bool:
+    """Whether ranks do not share one page cache, through which alone they can write to one memory-mapped file."""
+    if not runtime.distributed:
+        return False
+    boot = Path('/proc/sys/kernel/random/boot_id')
+    machines: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(machines, (platform.node(), boot.read_text() if boot.exists() else ''))
+    return len(set(machines)) > 1
+
+
+@contextlib.contextmanager
+def _ranks_together(runtime: Runtime) -> Iterator[None]:
+    """All ranks go on, or all stop with the error of the first that has one."""
+    failures: list[str | None] = [None]
+    try:
+        yield
+    except UsageError as e:
+        failures = [str(e)]
+    if runtime.distributed:
+        own = failures[0]
+        failures = [None] * runtime.world_size
+        dist.all_gather_object(failures, own)
+    failure = next(filter(None, failures), None)
+    if failure:
+        raise UsageError(failure)

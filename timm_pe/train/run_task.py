@@ -1,0 +1,240 @@
+"""Teacher, task loss and task that the flags ask for."""
+
+import logging
+import os
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.loss import create_classification_loss
+from timm.loss.class_weights import load_class_stats, resolve_class_weights
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from ..config.derive import label_smoothing, mixing_active, torch_dtype
+from ..config.flags import LossFlags
+from ..config.rules import loss_type
+from ..config.run_config import RunConfig
+from ..data.loaders import Data
+from ..errors import UsageError, one_line
+from ..method.task import TARGETS, ProjectorEnsembleTask
+from ..method.teacher import Teacher, create_teacher
+from ..method.weights import announce_download
+from ..process.runtime import Runtime
+from .from_run import teacher_settings
+from .student import place_student
+
+_logger = logging.getLogger(__name__)
+
+
+def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teacher | None:
+    """The teacher that the flags name; None without --teacher."""
+    if not config.teacher:
+        return None
+    settings = teacher_settings(config)
+    teacher = create_teacher(
+        config.teacher,
+        checkpoint=config.teacher_checkpoint,
+        pretrained=config.teacher_pretrained,
+        num_classes=config.teacher_num_classes,
+        use_ema=config.teacher_ema,
+        needs_logits=config.kd_loss_weight > 0 or config.pe_target == 'logits',
+        model_kwargs=settings.kwargs,
+        what='--teacher',
+        input_mean=data.config['mean'],
+        input_std=data.config['std'],
+        input_size=config.teacher_input_size,
+        mean=settings.mean,
+        std=settings.std,
+        tap=config.teacher_tap,
+        device=runtime.device,
+        dtype=torch_dtype(config.teacher_dtype),
+        # a CPU runs convolutions up to a third faster so, and the rest no slower (benchmarks/step_time.py)
+        channels_last=config.channels_last or runtime.device.type == 'cpu',
+        fold=config.teacher_fold,
+    )
+    if teacher.folded:
+        _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
+    if runtime.distributed:
+        # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
+        for tensor in teacher.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    return teacher
+
+
+def create_run_task(
+    config: RunConfig,
+    student: nn.Module,
+    teacher: Teacher | None,
+    runtime: Runtime,
+) -> TrainingTask:
+    """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
+    student = place_student(student, config, runtime)
+    common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
+    if teacher is not None:
+        return _create_projector_task(config, student, teacher, criterion, common)
+    if config.kd_model_name:
+        return _create_timm_kd_task(config, config.kd_model_name, student, criterion, common)
+    if config.task == 'multilabel':
+        return MultiLabelClassificationTask(student, criterion, threshold=config.multilabel_threshold, **common)
+    return ClassificationTask(student, criterion, **common)
+
+
+def _create_projector_task(
+    config: RunConfig,
+    student: nn.Module,
+    teacher: Teacher,
+    criterion: nn.Module,
+    common: dict[str, Any],
+) -> ProjectorEnsembleTask:
+    _, weight, loss = TARGETS[config.pe_target]
+    if config.pe_loss not in (None, loss) and config.distill_loss_weight is None:
+        _logger.warning(
+            f'The default weight {weight:g} was chosen for the {loss} loss, it now weighs {config.pe_loss!r}: '
+            f'consider --distill-loss-weight.'
+        )
+    if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':
+        _logger.warning(
+            "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."
+        )
+    return ProjectorEnsembleTask(
+        student_model=student,
+        teacher_model=teacher,
+        criterion=criterion,
+        num_projectors=config.pe_projectors,
+        projector=config.pe_projector,
+        act=config.pe_act,
+        feature_loss=config.pe_loss,
+        target=config.pe_target,
+        teacher_norm=config.pe_teacher_norm,
+        distill_loss_weight=config.distill_loss_weight,
+        task_loss_weight=config.task_loss_weight,
+        kd_loss_weight=config.kd_loss_weight,
+        kd_temperature=config.kd_temperature,
+        multi_label=config.task == 'multilabel',
+        threshold=config.multilabel_threshold,
+        student_tap=config.student_tap,
+        **common,
+    )
+
+
+def _create_timm_kd_task(
+    config: RunConfig, teacher: str, student: nn.Module, criterion: nn.Module, common: dict[str, Any]
+) -> TrainingTask:
+    """timm's logit, feature or token distillation. It gives its teacher the student's classes and pretrained weights."""
+    common = {
+        **common,
+        'student_model': student,
+        'teacher_model': teacher,
+        'criterion': criterion,
+        'distill_loss_weight': config.distill_loss_weight,
+        'task_loss_weight': config.task_loss_weight,
+    }
+    announce_download(teacher, '--kd-model-name')
+    try:
+        if config.kd_distill_type == 'logit':
+            return LogitDistillationTask(loss_type=config.kd_loss_type, temperature=config.kd_temperature, **common)
+        if config.kd_distill_type == 'feature':
+            return FeatureDistillationTask(
+                student_feature_dim=config.kd_student_feature_dim,
+                teacher_feature_dim=config.kd_teacher_feature_dim,
+                **common,
+            )
+        return TokenDistillationTask(
+            distill_type=config.kd_token_distill_type, temperature=config.kd_temperature, **common
+        )
+    except Exception as e:
+        raise UsageError(f"--kd-model-name '{teacher}': {one_line(e)}") from e
+
+
+def check_loss_weights(flags: LossFlags, num_classes: int | None) -> None:
+    """Refuse weights and counts of the task loss that can't be read, or are not those of `num_classes`; None knows no number.
+
+    Raises:
+        UsageError: With the flag, and both numbers.
+    """
+    _load_loss_weights(flags, num_classes)
+
+
+def _load_loss_weights(
+    flags: LossFlags, num_classes: int | None
+) -> tuple[tuple[torch.Tensor, int] | None, dict[str, float | torch.Tensor | None]]:
+    """Counts of --class-stats, and weights by timm's names for them."""
+    if flags.class_stats and not os.path.isfile(flags.class_stats):
+        raise UsageError(f"--class-stats: no file '{flags.class_stats}'")
+    try:
+        stats = load_class_stats(flags.class_stats)
+    except (ValueError, TypeError, OSError) as e:
+        raise UsageError(f"--class-stats: cannot read '{flags.class_stats}' ({one_line(e)})") from e
+    if stats is not None:
+        _check_number('--class-stats', stats[0], num_classes)
+    bce = flags.loss_pos_weight is None
+    weights: dict[str, float | torch.Tensor | None] = {}
+    for kind, flag, given in (
+        (
+            'pos_weight',
+            '--bce-pos-weight' if bce else '--loss-pos-weight',
+            flags.bce_pos_weight if bce else flags.loss_pos_weight,
+        ),
+        ('class_weight', '--loss-class-weight', flags.loss_class_weight),
+    ):
+        try:
+            weights[kind] = resolve_class_weights(
+                given,
+                kind,
+                stats,
+                power=flags.loss_weight_power,
+                beta=flags.loss_weight_beta,
+                max_weight=flags.loss_weight_max,
+            )
+        except (ValueError, TypeError, OSError) as e:
+            if 'could not convert' in str(e) and not os.path.exists(str(given)):
+                raise UsageError(f"{flag}: no file '{given}', and no numbers") from e
+            raise UsageError(f'{flag}: {one_line(e)}') from e
+        _check_number(flag, weights[kind], num_classes)
+    return stats, weights
+
+
+def _check_number(flag: str, values: float | torch.Tensor | None, num_classes: int | None) -> None:
+    if isinstance(values, torch.Tensor) and num_classes is not None and len(values) != num_classes:
+        raise UsageError(f'{flag} has {len(values)} values, the student has {num_classes} classes: give one for each')
+
+
+def _create_criterion(config: RunConfig, num_classes: int) -> nn.Module:
+    stats, weights = _load_loss_weights(config, num_classes)
+    counts, number = stats if stats is not None and loss_type(config) == 'db' else (None, None)
+    try:
+        return create_classification_loss(
+            loss_type(config),
+            multi_label=config.task == 'multilabel',
+            smoothing=label_smoothing(config),
+            soft_targets=mixing_active(config),
+            bce_target_thresh=config.bce_target_thresh,
+            bce_sum=config.bce_sum,
+            asl_gamma_pos=config.asl_gamma_pos,
+            asl_gamma_neg=config.asl_gamma_neg,
+            asl_clip=config.asl_clip,
+            asl_reduction=config.asl_reduction,
+            poly_epsilon=config.poly_epsilon,
+            poly_gamma=config.poly_gamma,
+            poly_alpha=config.poly_alpha,
+            jsd_splits=config.aug_splits,
+            twoway_tp=config.twoway_tp,
+            twoway_tn=config.twoway_tn,
+            class_counts=counts,
+            num_samples=number,
+            db_neg_scale=config.db_neg_scale,
+            db_init_bias=config.db_init_bias,
+            db_focal_gamma=config.db_focal_gamma,
+            **weights,
+        )
+    except (ValueError, TypeError, OSError) as e:
+        raise UsageError(f'task loss: {one_line(e)}') from e

@@ -1,0 +1,415 @@
+"""The start of a run: optimizer, resumed state, schedule, folder. Its end is a whole `Trainer`."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch.utils.data import IterableDataset
+
+from ..config.derive import learning_rate, ranked_by
+from ..config.flags import AverageFlags
+from ..config.run_config import RunConfig
+from ..data.epochs import plain_loader
+from ..data.fingerprint import hash_names
+from ..data.loaders import Data
+from ..errors import UsageError, one_line
+from ..method.task import ProjectorEnsembleTask
+from ..process.runtime import prepare_task
+from ..run_folder import DEFAULT_OUTPUT, RunFolder
+from . import checkpoints
+from .build import Parts
+from .cache import TeacherCache
+from .checkpoints import Saver
+from .console import start_table
+from .first_look import check_teacher, look_at_first_batch
+from .meters import Accumulation
+from .nonfinite import UpdateGuard
+from .position import RunState, Span, check_rank_state, restore_schedule, run_meaning, run_settings
+from .run_cache import allocate_cache, open_teacher_cache
+from .trackers import Trackers, start_trackers
+from .trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What --resume found.
+
+    Attributes:
+        path: The checkpoint, '' for a fresh run.
+        epoch: The epoch to start with, None where the checkpoint names none.
+        state: Where exactly the run was, None where the checkpoint does not say it.
+    """
+
+    path: str = ''
+    epoch: int | None = None
+    state: RunState | None = None
+
+
+def start(parts: Parts) -> Trainer | None:
+    """Make the trainer of a run; the order of what it does is that of what depends on what.
+
+    Weights are loaded before the moving average copies them, the average is made before both are compiled, and all of them
+    before DDP wraps them. The run's folder comes last: a run that cannot start leaves nothing behind.
+
+    Returns:
+        The trainer; None where --resume auto finds that the run is finished.
+
+    Raises:
+        UsageError: A setting, a checkpoint or a folder that does not fit.
+    """
+    config, runtime, data = parts.config, parts.runtime, parts.data
+    task = parts.task
+    assert task is not None
+    cache = open_teacher_cache(config, parts.teacher, data, runtime)
+    lr = learning_rate(config, runtime.world_size)
+    optimizer = _create_optimizer(config, task, lr)
+    meaning = run_meaning(config, task, data, runtime)
+    found = _resume(parts, optimizer, meaning)
+    rates = (
+        _resumed_rates(config, found.path, lr, optimizer)
+        if found.path and not config.no_resume_opt
+        else (lr, config.weight_decay)
+    )
+    if config.model_ema:
+        _set_up_average(config, task, found.path, meaning)
+    if isinstance(task, ProjectorEnsembleTask):
+        look_at_first_batch(task, data, runtime, cache)
+    prepare_task(task, config, runtime)
+    guard = None
+    if config.nonfinite == 'skip':
+        guard = UpdateGuard(cast(nn.Module, task.get_trainable_module()), scales=runtime.scaler is not None)
+    images = _describe_images(data)
+    resumed = _accept_state(parts, images, found.state)
+    accumulation = Accumulation(len(data.train), config.grad_accum_steps)
+    scheduler, num_epochs = _create_scheduler(config, optimizer, accumulation)
+    span = _create_span(config, found, resumed, num_epochs)
+    if not config.warmup_prefix and config.warmup_epochs >= num_epochs:
+        _logger.warning(
+            f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
+            f'{rates[0]:.4g}.'
+        )
+    if scheduler is not None and (span.first > 0 or resumed):
+        _resume_schedule(config, scheduler, found, span, accumulation)
+    if config.resume == 'auto' and span.first >= span.end:
+        _finish(parts, optimizer, found, span)
+        return None
+    agreement = check_teacher(parts)
+    allocate_cache(cache, parts.teacher, runtime)
+    folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
+    _announce(parts, span, rates, cache, folder)
+    return Trainer(
+        parts,
+        optimizer,
+        scheduler,
+        span,
+        images=images,
+        meaning=meaning,
+        cache=cache,
+        guard=guard,
+        folder=folder,
+        saver=saver,
+        trackers=trackers,
+        agreement=agreement,
+    )
+
+
+def _create_optimizer(config: RunConfig, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
+    module = cast(nn.Module, task.get_trainable_module())
+    settings = {**optimizer_kwargs(cfg=config), 'lr': lr}
+    try:
+        optimizer = create_optimizer_v2(module, **settings, **config.opt_kwargs)
+    except (ValueError, TypeError, IndexError) as e:
+        raise UsageError(f"--opt: cannot make optimizer '{config.opt}': {one_line(e)}") from e
+    if isinstance(task, ProjectorEnsembleTask):
+        check_projectors_optimized(task.projection, optimizer)
+    return optimizer
+
+
+def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless each projector parameter is in exactly one group of the optimizer.
+
+    Raises:
+        RuntimeError: Projectors that would silently not train, or train twice as fast.
+    """
+    grouped = [id(p) for group in optimizer.param_groups for p in group['params']]
+    for name, param in projection.named_parameters():
+        if grouped.count(id(param)) != 1:
+            raise RuntimeError(
+                f'projector parameter {name} is in {grouped.count(id(param))} optimizer groups, not in 1'
+            )
+
+
+def _create_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, accumulation: Accumulation
+) -> tuple[Scheduler | None, int]:
+    """The schedule, and its epochs with warmup prefix and cooldown."""
+    try:
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(config, decreasing_metric=config.eval_metric == 'loss'),
+            updates_per_epoch=accumulation.updates_after(accumulation.num_batches),
+        )
+    except (ValueError, AssertionError) as e:
+        raise UsageError(f'schedule: {one_line(e)}') from e
+    for name, epochs in (('stop-epoch', [config.stop_epoch]), ('save-epochs', config.save_epochs or [])):
+        wrong = [e for e in epochs if e is not None and not 1 <= e <= num_epochs]
+        if wrong:
+            raise UsageError(f'--{name} must be from 1 to the {num_epochs} epochs of the schedule, got {wrong[0]}')
+    return scheduler, num_epochs
+
+
+def _create_span(config: RunConfig, found: Found, resumed: RunState | None, num_epochs: int) -> Span:
+    first = config.start_epoch if config.start_epoch is not None else (found.epoch or 0)
+    if first >= num_epochs and config.resume != 'auto':
+        raise UsageError(
+            f'nothing to train: the run starts at epoch {first} and --epochs gives {num_epochs} (--start-epoch 0 '
+            f'starts the schedule anew)'
+        )
+    seconds = (found.state.seconds if found.state else None) if found.path else 0.0
+    return Span(
+        first=first,
+        schedule=num_epochs,
+        end=config.stop_epoch or num_epochs,
+        resumed=resumed,
+        seconds_before=seconds,
+        is_resumed=bool(found.path),
+    )
+
+
+def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str, Any]) -> Found:
+    """Weights, optimizer and scaler of the checkpoint; on all ranks the same one.
+
+    Raises:
+        UsageError: See `checkpoints.resume`; or machines whose disks hold different checkpoints.
+    """
+    config, runtime, path = parts.config, parts.runtime, parts.checkpoint
+    assert parts.task is not None
+    found = Found(path, *checkpoints.resume(config, path, parts.task, optimizer, runtime, meaning)) if path else Found()
+    if not runtime.distributed:
+        return found
+    ranks: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(ranks, (os.path.basename(path), found.epoch, found.state.batch if found.state else None))
+    if len(set(ranks)) > 1:
+        other = next(r for r, of_rank in enumerate(ranks) if of_rank != ranks[0])
+        said = [
+            f"'{name}' of epoch {epoch}" if name else 'no checkpoint' for name, epoch, _ in (ranks[0], ranks[other])
+        ]
+        raise UsageError(
+            f'--resume: rank 0 found {said[0]}, rank {other} {said[1]}: --output must be a folder that all machines share'
+        )
+    return found
+
+
+def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Learning rate and weight decay of a resumed optimizer, which brings its own; says which flags are others than before."""
+    differences = checkpoints.describe_differences(config, path)
+    if differences:
+        _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
+    first = optimizer.param_groups[0]
+    resumed_lr = first.get('initial_lr', first['lr'])
+    resumed_decay = max(group.get('weight_decay', config.weight_decay) for group in optimizer.param_groups)
+    for name, resumed, given in (('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)):
+        if resumed != given:
+            _logger.warning(
+                f'--resume continues with {name} {resumed:.4g} of the checkpoint, not with {given:.4g}: --no-resume-opt '
+                f'starts a fresh optimizer.'
+            )
+    return resumed_lr, resumed_decay
+
+
+def _set_up_average(flags: AverageFlags, task: TrainingTask, path: str, meaning: Mapping[str, Any]) -> None:
+    device = torch.device('cpu') if flags.model_ema_force_cpu else None
+    task.setup_ema(decay=flags.model_ema_decay, use_warmup=flags.model_ema_warmup, device=device)
+    if path:
+        checkpoints.resume_ema(path, task, meaning)
+
+
+def _describe_images(data: Data) -> dict[str, Any]:
+    dataset = getattr(plain_loader(data.train).dataset, 'dataset', None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return {}
+    return {'number': len(dataset), 'names': hash_names(dataset)}
+
+
+def _accept_state(parts: Parts, images: Mapping[str, Any], state: RunState | None) -> RunState | None:
+    """What of a checkpoint's state holds for this run; where something in it has changed, say what follows."""
+    if state is None or parts.config.start_epoch is not None:
+        return None
+    if state.data != images:
+        _logger.warning(
+            f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
+            f'{state.data.get("names")} then, {images.get("number")} of hash {images.get("names")} now.'
+        )
+    assert parts.task is not None
+    check_rank_state(state, parts.task, parts.runtime)
+    if state.validated:
+        return state
+    settings = run_settings(parts.config, len(parts.data.train), parts.runtime.world_size)
+    changed = [k for k, v in settings.items() if state.settings.get(k) != v]
+    if state.train_metrics or (not changed and state.data == images):
+        return state
+    why = ', '.join(f'{k.replace("_", " ")} {state.settings.get(k)} then and {settings[k]} now' for k in changed)
+    _logger.warning(f'Epoch {state.epoch} starts again from its first batch: {why or "other images"}.')
+    return None
+
+
+def _resume_schedule(
+    config: RunConfig, scheduler: Scheduler, found: Found, span: Span, accumulation: Accumulation
+) -> None:
+    state = span.resumed
+    schedule, metric = (state.schedule, state.metric) if state else ({}, None)
+    if schedule and _metric_then(config, found) != ranked_by(config):
+        _logger.warning('--eval-metric is another than before: the plateau schedule counts anew.')
+        schedule, metric = {**schedule, 'plateau': {}}, None
+    restore_schedule(scheduler, schedule)
+    if config.sched_on_updates:
+        batches = state.batch if state and not state.validated else 0
+        before = span.first * accumulation.updates_after(accumulation.num_batches)
+        scheduler.step_update(before + accumulation.updates_after(batches))
+    elif not isinstance(scheduler, PlateauLRScheduler):
+        scheduler.step(span.first)
+    elif not state or state.validated:
+        scheduler.step(span.first, metric)
+
+
+def _finish(parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span) -> None:
+    """--resume auto found nothing left to train; a kill may have left files of the last epoch to write."""
+    if parts.runtime.is_primary and found.path:
+        folder = RunFolder(os.path.dirname(found.path))
+        _continue_folder(parts.config, _create_saver(parts, optimizer, folder), found, span)
+    _logger.info(f'--resume auto: the run is finished after {span.first} epochs.')
+
+
+def _open_run_folder(
+    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span
+) -> tuple[RunFolder, Saver | None, Trackers]:
+    """Make the run's folder with args.yaml, and on the primary rank saver and trackers. Nothing is written before."""
+    config, runtime = parts.config, parts.runtime
+    failure: list[str | None] = [None]
+    folder, saver, trackers = RunFolder(_folder_path(parts)), None, Trackers()
+    if runtime.is_primary:
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            saver, trackers = _fill_folder(parts, optimizer, found, span, folder)
+        except UsageError as e:
+            failure = [str(e)]
+        except OSError as e:
+            failure = [f"--output: cannot write into '{config.output or DEFAULT_OUTPUT}' ({e.strerror})"]
+    if runtime.distributed:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise UsageError(failure[0])
+    return folder, saver, trackers
+
+
+def _folder_path(parts: Parts) -> str:
+    config, size = parts.config, parts.data.config['input_size'][-1]
+    name = config.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}'
+    return os.path.join(config.output or DEFAULT_OUTPUT, name)
+
+
+def _fill_folder(
+    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span, folder: RunFolder
+) -> tuple[Saver, Trackers]:
+    config = parts.config
+    goes_on = bool(
+        found.path
+        and (span.first > 0 or span.resumed)
+        and os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder.path)
+    )
+    trackers = start_trackers(config, str(folder.path), resumed=goes_on)
+    folder.remove_half_written()
+    folder.write_args(config.to_yaml())
+    saver = _create_saver(parts, optimizer, folder)
+    if goes_on:
+        _continue_folder(config, saver, found, span)
+    folder.cut_rows(span.first if goes_on else 0)
+    return saver, trackers
+
+
+def _create_saver(parts: Parts, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Saver:
+    config, task = parts.config, parts.task
+    assert task is not None
+    with_average = task.has_ema() and not config.model_ema_force_cpu
+    return Saver(
+        folder,
+        task,
+        optimizer,
+        config,
+        parts.runtime.scaler,
+        decreasing=config.eval_metric == 'loss',
+        evaluated_model=lambda: cast(nn.Module, task.get_eval_model(ema=with_average)),
+    )
+
+
+def _continue_folder(config: RunConfig, saver: Saver, found: Found, span: Span) -> None:
+    then, now = _metric_then(config, found), ranked_by(config)
+    metrics = None if then == now else _metrics_so_far(found, f'eval_{now}', span.first)
+    is_last = saver.continue_from(found.path, metrics)
+    if is_last and span.first in (config.save_epochs or []):
+        saver.save_milestone(span.first)  # a kill may have come between `last` and the milestone
+    if metrics is not None:
+        _announce_best(saver, metrics, f'--eval-metric is {now} now and was {then} before')
+
+
+def _metric_then(config: RunConfig, found: Found) -> str:
+    """What the epochs of the checkpoint were ranked by."""
+    saved = checkpoints.saved_args(found.path)
+    return ranked_by(replace(config, **{k: saved[k] for k in ('eval_metric', 'task') if k in saved}))
+
+
+def _metrics_so_far(found: Found, column: str, start_epoch: int) -> dict[int, float]:
+    """A column of summary.csv in the folder of the checkpoint, as far as it goes before an epoch."""
+    folder = RunFolder(os.path.dirname(found.path))
+    rows = folder.rows_by_epoch() if folder.summary_file.exists() else {}
+    metrics = {epoch: row.get(column) for epoch, row in rows.items() if epoch < start_epoch}
+    return {epoch: metric for epoch, metric in metrics.items() if metric is not None}
+
+
+def _announce_best(saver: Saver, metrics: Mapping[int, float], why: str) -> None:
+    if not metrics:
+        _logger.warning(f'{why}: summary.csv has none of it, the best epoch is found among those to come.')
+        return
+    best = (min if saver.decreasing else max)(metrics, key=lambda epoch: metrics[epoch])
+    said = f'{why}: epoch {best} is the best so far'
+    if saver.best_metric is None:
+        said += ', but no weights are kept: the best is found among the epochs to come'
+    elif metrics[best] != saver.best_metric:
+        said += f', but its weights are not kept: of those that are, epoch {saver.best_epoch} is'
+    _logger.warning(f'{said}.')
+
+
+def _announce(
+    parts: Parts, span: Span, rates: tuple[float, float], cache: TeacherCache | None, folder: RunFolder
+) -> None:
+    """Print every resolved choice, once."""
+    assert parts.task is not None
+    table = start_table(
+        parts.config,
+        parts.runtime,
+        unwrap_model(parts.task.get_eval_model()),
+        parts.task,
+        parts.data,
+        parts.num_classes,
+        (span.first, span.schedule),
+        rates,
+        parts.teacher,
+        cache,
+    )
+    _logger.info(f'\n{table}\n{"folder":<16}{folder.path}\n')

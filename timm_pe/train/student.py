@@ -1,0 +1,186 @@
+"""The student: timm's factory with the flags of the training script."""
+
+import logging
+import os
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import resolve_model_input_args
+
+from ..config.flags import ModelFlags
+from ..config.run_config import RunConfig
+from ..errors import UsageError, one_line
+from ..method.weights import (
+    check_model_name,
+    check_values,
+    classes_in_checkpoint,
+    create_timm_model,
+    find_checkpoint,
+    load_weights,
+    read_state_dict,
+)
+from ..process.runtime import Runtime
+from .from_run import check_teacher_run, describe_evaluation
+
+_logger = logging.getLogger(__name__)
+
+
+def check_names(config: RunConfig) -> None:
+    """Refuse models that do not exist and files that are not there, before anything is built or fetched.
+
+    Raises:
+        UsageError: See `check_model_name` and `find_checkpoint`.
+    """
+    check_model_name(config.model, '--model')
+    if config.teacher:
+        check_model_name(config.teacher, '--teacher')
+    if config.kd_model_name:
+        check_model_name(config.kd_model_name, '--kd-model-name')
+    for flag in ('teacher_checkpoint', 'pretrained_path', 'initial_checkpoint', 'evaluate'):
+        if getattr(config, flag):
+            find_checkpoint(getattr(config, flag), '--' + flag.replace('_', '-'))
+    for flag in ('class_map', 'class_stats'):
+        path = getattr(config, flag)
+        if path and os.path.exists(path) and not os.path.isfile(path):  # a device would be read without end
+            raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
+    check_teacher_run(config)
+    said = describe_evaluation(config)
+    if said:
+        _logger.info(said)
+
+
+def create_student(config: RunConfig) -> nn.Module:
+    """Create the model to train, on the CPU.
+
+    Args:
+        config: Run settings.
+
+    Raises:
+        UsageError: Unknown model, arguments it does not take, weights that can't be had.
+    """
+    if config.fast_norm:
+        set_fast_norm()
+    overlay = dict(config.pretrained_cfg_overlay)
+    if config.pretrained_path:
+        # num_classes -1: the file's head is taken only where it fits
+        file = str(find_checkpoint(config.pretrained_path, '--pretrained-path'))
+        overlay = {'file': file, 'num_classes': -1, **overlay}
+    if overlay.get('file'):
+        overlay.setdefault(
+            'source', ''
+        )  # a model of the hub or of a folder has one, which timm would ask in place of the file
+    try:
+        model_args = resolve_model_input_args(
+            config.model,
+            config.as_dict(),
+            **{**config.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})},
+        )
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything
+        raise UsageError(f'--model {config.model}: {one_line(e)}') from e
+    # given again below, by the name as the user wrote it
+    model_args.pop('model_name')
+    pretrained_cfg = model_args.pop('pretrained_cfg')
+    for name, given in (('num_classes', config.num_classes), ('global_pool', config.gp)):
+        if given is not None:  # a hub or local-dir model brings those it was saved with
+            model_args[name] = given
+    kwargs = {
+        'drop_rate': config.drop,
+        'drop_path_rate': config.drop_path if config.drop_path is not None else config.drop_connect,
+        'drop_block_rate': config.drop_block,
+        'bn_momentum': config.bn_momentum,
+        'bn_eps': config.bn_eps,
+        'scriptable': config.torchscript or None,
+        **({'pretrained_cfg_overlay': overlay} if ':' in config.model else {'pretrained_cfg': pretrained_cfg}),
+        **model_args,
+    }
+    if config.pretrained_path:
+        # read before timm does, for its errors, but for the .npz of JAX that some models convert
+        weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
+        model = create_timm_model(config.model, '--pretrained-path', pretrained=True, **kwargs)
+        if weights:
+            _check_taken(model, weights, config.pretrained_path)
+    else:
+        model = create_timm_model(config.model, '--model', pretrained=config.pretrained, **kwargs)
+    _check_classifier(model, config)
+    if config.initial_checkpoint:
+        state_dict = read_state_dict(config.initial_checkpoint, '--initial-checkpoint')
+        _load_initial(model, state_dict, config)
+    _init_head(model, config.head_init_scale, config.head_init_bias)
+    if config.grad_checkpointing:
+        _set_grad_checkpointing(model, config.model)
+    return model
+
+
+def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], flags: ModelFlags) -> None:
+    try:
+        load_weights(model, state_dict, '--initial-checkpoint', flags.initial_checkpoint)
+    except UsageError as e:
+        classes = classes_in_checkpoint(flags.model, state_dict)
+        if not classes or classes == model.num_classes:
+            raise
+        raise UsageError(
+            f'{e}; it has {classes} classes, the model {model.num_classes}: --pretrained-path takes all but its classifier'
+        ) from e
+
+
+def _check_classifier(model: nn.Module, config: RunConfig) -> None:
+    if not hasattr(model, 'num_classes') or not hasattr(model, 'get_classifier'):
+        raise UsageError(f'--model {config.model}: a {type(model).__name__} is no classifier, see --model-kwargs')
+    if config.input_img_mode and len(Image.new(config.input_img_mode, (1, 1)).getbands()) != model.in_chans:
+        raise UsageError(
+            f'--input-img-mode {config.input_img_mode} does not give the {model.in_chans} channels of the student'
+        )
+
+
+def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
+    """timm adapts pretrained weights to the model and leaves out the rest: refuse a file of which nothing was taken."""
+    check_values(model, weights, '--pretrained-path', path)
+    own = [v for v in model.state_dict().values() if v.ndim > 1]
+    if not any(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for b in weights.values() for a in own):
+        raise UsageError(
+            f"--pretrained-path: '{path}' does not fit {type(model).__name__}: none of its weights was taken"
+        )
+
+
+def _init_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    if scale is None and bias is None:
+        return
+    classifier = cast(Any, model).get_classifier()
+    for head in classifier if isinstance(classifier, tuple) else (classifier,):
+        if getattr(head, 'weight', None) is None or (bias is not None and head.bias is None):
+            raise UsageError('--head-init-scale and --head-init-bias need a classifier with a weight and a bias')
+        with torch.no_grad():
+            if scale is not None:
+                head.weight.mul_(scale)
+                if head.bias is not None:
+                    head.bias.mul_(scale)
+            if bias is not None:
+                nn.init.constant_(head.bias, bias)
+
+
+def _set_grad_checkpointing(model: nn.Module, name: str) -> None:
+    try:
+        cast(Any, model).set_grad_checkpointing(enable=True)
+    except (AttributeError, AssertionError, NotImplementedError) as e:
+        raise UsageError(f"--grad-checkpointing: '{name}' does not support it") from e
+
+
+def place_student(model: nn.Module, config: RunConfig, runtime: Runtime) -> nn.Module:
+    """Move the student to its device, with the normalization layers and the memory format that the flags ask for."""
+    if config.split_bn:
+        model = convert_splitbn_model(model, max(config.aug_splits, 2))
+    model = model.to(device=runtime.device, dtype=runtime.model_dtype)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if runtime.distributed and config.sync_bn:
+        model = convert_sync_batchnorm(model)
+        _logger.info('Converted batch norm to synchronized batch norm.')
+    if config.torchscript:
+        try:
+            model = torch.jit.script(model)
+        except Exception as e:
+            raise UsageError(f"--torchscript: '{config.model}' cannot be scripted: {one_line(e, 160)}") from e
+    return model

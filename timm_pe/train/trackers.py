@@ -1,0 +1,455 @@
+"""Trackers of a run: TensorBoard, Weights & Biases, trackio. Each keeps its files in the run's folder."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torchvision
+import yaml
+from timm.task import TrainingTask
+from torch.nn.utils import get_total_norm
+from torchvision.transforms.functional import to_pil_image
+
+from ..config.flags import TrackerFlags
+from ..config.run_config import RunConfig
+from ..errors import UsageError, one_line
+
+_logger = logging.getLogger(__name__)
+
+_SAMPLES = 16
+
+# raw term of a task's result -> the attribute of the task that weighs it
+_WEIGHTS = {
+    'task_loss': 'task_loss_weight',
+    'pe_loss': 'distill_loss_weight',
+    'logit_loss': 'kd_loss_weight',
+    'kd_loss': 'distill_loss_weight',  # timm's own distillation tasks
+    'distill_loss': 'distill_loss_weight',
+}
+
+
+class Tracker(Protocol):
+    """What a run needs of a tracker. Steps are optimizer updates since the start of the run."""
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Keep the run's arguments."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of the curves named in `values`."""
+
+    def images(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """Keep a picture `[3, h, w]` of values from 0 to 1."""
+
+    def close(self, failed: bool = False) -> None:
+        """Write out what is left; `failed` says that the run ended by an error."""
+
+
+class TensorBoardTracker:
+    """Event files in RUN/tensorboard.
+
+    Args:
+        flags: What is asked of trackers.
+        folder: The run's folder.
+        resumed: The run goes on in this folder: what an earlier process wrote from the first new step on is dropped from
+            the curves. A run that starts anew drops all of them.
+    """
+
+    def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.create = lambda step: SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=step)
+        # only the first step of a resumed run says what of the old curves must go
+        self.writer = None if resumed else self.create(0)
+        self.text: str | None = None
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+        self.text = '    ' + yaml.safe_dump(_plain(values)).replace('\n', '\n    ')
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        if self.writer is None:
+            self.writer = self.create(step)
+        if self.text is not None:
+            self.writer.add_text('config', self.text, step)
+            self.text = None
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """See `Tracker`."""
+        if self.writer is None:
+            self.writer = self.create(step)
+        self.writer.add_image(name, picture, step)
+
+    def close(self, failed: bool = False) -> None:
+        """See `Tracker`."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run whose files are in RUN/wandb; WANDB_MODE and WANDB_API_KEY of the environment hold.
+
+    Args:
+        flags: What is asked of trackers.
+        folder: The run's folder.
+        resumed: Go on with the run that was last tracked in this folder.
+    """
+
+    def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
+        import wandb
+
+        self.image = wandb.Image
+        known = flags.wandb_resume_id or (_last_wandb_id(folder) if resumed else None)
+        self.run = wandb.init(
+            project=flags.wandb_project,
+            name=os.path.basename(folder),
+            tags=flags.wandb_tags or None,
+            id=known,
+            resume='must' if flags.wandb_resume_id else 'allow' if known else None,
+            dir=folder,
+        )
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+        self.run.config.update(_plain(values), allow_val_change=True)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self.run.log(dict(values), step=step)
+
+    def images(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """See `Tracker`."""
+        self.run.log({name: self.image(to_pil_image(picture))}, step=step)
+
+    def close(self, failed: bool = False) -> None:
+        """See `Tracker`."""
+        self.run.finish(exit_code=int(failed))
+
+
+def _last_wandb_id(folder: str) -> str | None:
+    """Id of the run that wandb last kept in a run folder."""
+    latest = os.path.join(folder, 'wandb', 'latest-run')
+    names = [n for n in (os.listdir(latest) if os.path.isdir(latest) else []) if n.endswith('.wandb')]
+    return names[0].removeprefix('run-').removesuffix('.wandb') if names else None
+
+
+class TrackioTracker:
+    """A trackio run of project timm_pe; its data base is in RUN/trackio, or in TRACKIO_DIR of the environment.
+
+    Args:
+        flags: What is asked of trackers.
+        folder: The run's folder.
+        resumed: Go on with the run of this name.
+    """
+
+    def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
+        place = os.environ.get('TRACKIO_DIR')
+        own = os.path.join(os.path.abspath(folder), 'trackio')
+        os.environ['TRACKIO_DIR'] = place or own  # read when it is imported, and never again
+        try:
+            import trackio
+        finally:
+            if not place:
+                del os.environ['TRACKIO_DIR']
+        if str(trackio.TRACKIO_DIR) != (place or own):
+            _logger.warning(f"--log-trackio: trackio was loaded before and keeps writing to '{trackio.TRACKIO_DIR}'.")
+        self.trackio = trackio
+        self.name, self.resume = os.path.basename(folder), 'allow' if resumed else 'never'
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+        self.trackio.init(project='timm_pe', name=self.name, config=_plain(values), resume=self.resume, embed=False)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self.trackio.log(dict(values), step=step)
+
+    def images(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """See `Tracker`."""
+        self.trackio.log({name: self.trackio.Image(to_pil_image(picture))}, step=step)
+
+    def close(self, failed: bool = False) -> None:
+        """See `Tracker`."""
+        self.trackio.finish()
+
+
+# flag -> (its tracker, the package it needs, the extra that brings it); what may fail over a network comes last
+TRACKERS: dict[str, tuple[type, str, str]] = {
+    'log_tb': (TensorBoardTracker, 'tensorboard', 'tensorboard'),
+    'log_trackio': (TrackioTracker, 'trackio', 'trackio'),
+    'log_wandb': (WandbTracker, 'wandb', 'wandb'),
+}
+
+
+def is_tracked(flags: TrackerFlags) -> bool:
+    """Whether any tracker is asked for."""
+    return any(getattr(flags, flag) for flag in TRACKERS)
+
+
+def missing_package(flags: TrackerFlags) -> str | None:
+    """What to say where a flag asks for a tracker that is not installed; None where all are."""
+    for flag, (_, package, extra) in TRACKERS.items():
+        if getattr(flags, flag) and importlib.util.find_spec(package) is None:
+            return f"--{flag.replace('_', '-')} needs the package {package}: pip install 'timm_pe[{extra}]'"
+    return None
+
+
+class Trackers:
+    """The trackers of a run; none on all ranks but the primary.
+
+    A tracker that fails while the run goes on is named once and left out. Used as a context it closes them all.
+
+    Args:
+        trackers: They.
+        show_samples: Whether to keep a picture of the first batch; a resumed run has it already.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker] = (), show_samples: bool = True):
+        self.trackers = list(trackers)
+        self.show_samples = show_samples
+
+    def __bool__(self) -> bool:
+        return bool(self.trackers)
+
+    def __enter__(self) -> 'Trackers':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self._each(lambda tracker: tracker.scalars(step, values))
+
+    def images(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """See `Tracker`."""
+        self._each(lambda tracker: tracker.images(step, name, picture))
+
+    def close(self, failed: bool = False) -> None:
+        """See `Tracker`."""
+        self._each(lambda tracker: tracker.close(failed))
+        self.trackers = []
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as e:  # a full disk or a lost network is no reason to lose the training
+                self.trackers.remove(tracker)
+                _logger.warning(f'{type(tracker).__name__} failed and gets nothing more: {one_line(e)}')
+
+
+def start_trackers(config: RunConfig, folder: str, resumed: bool) -> Trackers:
+    """Start what the flags ask for; on the primary rank alone.
+
+    Args:
+        config: Run settings, which the trackers keep.
+        folder: The run's folder.
+        resumed: The run goes on in this folder, and so do its curves.
+
+    Raises:
+        UsageError: A tracker that does not start.
+    """
+    started = Trackers(show_samples=not resumed)
+    for flag, (kind, _, _) in TRACKERS.items():
+        if not getattr(config, flag):
+            continue
+        try:
+            tracker = kind(config, folder, resumed)
+            started.trackers.append(tracker)
+            tracker.config({k: v for k, v in config.as_dict().items() if not k.startswith('wandb')})
+        except Exception as e:
+            started.close(failed=True)
+            hint = ' (WANDB_MODE=offline needs neither key nor network)' if flag == 'log_wandb' else ''
+            raise UsageError(f'--{flag.replace("_", "-")} does not start: {one_line(e)}{hint}') from e
+    return started
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as every tracker can write them."""
+    simple = (bool, int, float, str, list, dict, type(None))
+    return {k: v if isinstance(v, simple) else str(v) for k, v in values.items()}
+
+
+def weighted_terms(task: TrainingTask, terms: Mapping[str, float]) -> dict[str, float]:
+    """Raw loss terms under their names, and each that has a weight in the task's loss also times that."""
+    weights = {name: getattr(task, attribute) for name, attribute in _WEIGHTS.items() if hasattr(task, attribute)}
+    return {**terms, **{f'{name}_weighted': weights[name] * value for name, value in terms.items() if name in weights}}
+
+
+class StepCurves:
+    """What an epoch of training tells the trackers at its log intervals. Steps between them cost nothing.
+
+    Args:
+        trackers: The run's trackers; with none of them nothing is done.
+        task: The task.
+        optimizer: Its optimizer.
+        epoch: Number of the epoch, from 0.
+        num_batches: Batches in it.
+        log_interval: Batches between two points of a curve.
+        accum_steps: Batches of an optimizer step.
+        mean: Mean that the batches are normalized with.
+        std: Standard deviation likewise.
+    """
+
+    def __init__(
+        self,
+        trackers: Trackers,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        num_batches: int,
+        log_interval: int,
+        accum_steps: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.trackers, self.task, self.optimizer = trackers, task, optimizer
+        self.epoch, self.num_batches = epoch, num_batches
+        self.log_interval, self.accum_steps = log_interval, accum_steps
+        self.mean, self.std = mean, std
+        self.samples: torch.Tensor | None = None
+        self.norm: torch.Tensor | None = None
+        self.images_before = 0.0
+        self.sums_before: dict[str, float] = {}
+
+    def keep_samples(self, input: Any) -> None:
+        """Remember some images of the run's first batch `[b, ch, h, w]`; they are shown at the next log interval."""
+        if self.trackers and self.trackers.show_samples and isinstance(input, torch.Tensor):
+            self.trackers.show_samples = False
+            self.samples = input[:_SAMPLES].detach().clone()
+
+    def wants_norm(self, i: int) -> bool:
+        """Whether the optimizer step that ends with batch `i` is the last one before a point of the curve."""
+        if not self.trackers:
+            return False
+        end = i + self.accum_steps
+        return i + 1 >= self.num_batches or end // self.log_interval > i // self.log_interval
+
+    def measure_norm(self) -> None:
+        """Take the gradient's norm, on the device. Unscaled gradients, before they are clipped."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        self.norm = get_total_norm(gradients)
+
+    def go_on(self, terms: Mapping[str, float], images: float) -> None:
+        """Start in the middle of an epoch: `terms` are the means over its `images` so far."""
+        self.images_before, self.sums_before = images, {name: mean * images for name, mean in terms.items()}
+
+    def log(self, i: int, step: int, images: float, terms: Mapping[str, float], speed: float, lr: float) -> None:
+        """Add a point after batch `i`.
+
+        Args:
+            i: Number of the batch in the epoch.
+            step: Optimizer updates since the start of the run.
+            images: Images of the epoch so far.
+            terms: Means of loss and raw terms over them; the curve shows those since its last point.
+            speed: Images per second.
+            lr: Learning rate.
+        """
+        if not self.trackers:
+            return
+        images_before, sums_before = self.images_before, self.sums_before
+        self.go_on(terms, images)
+        new = max(images - images_before, 1)
+        since = {name: (total - sums_before.get(name, 0.0)) / new for name, total in self.sums_before.items()}
+        values = {**weighted_terms(self.task, since), 'lr': lr, 'images_per_s': speed}
+        if self.norm is not None:
+            values['grad_norm'] = self.norm.item()
+            self.norm = None
+        epoch = self.epoch + (i + 1) / max(self.num_batches, 1)
+        self.trackers.scalars(step, {**{f'step/{k}': v for k, v in values.items()}, 'epoch': epoch})
+        if self.samples is not None:
+            self.trackers.images(step, 'first_batch', sample_grid(self.samples, self.mean, self.std))
+            self.samples = None
+
+
+def sample_grid(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalized images `[b, ch, h, w]` as one picture `[3, H, W]` of values from 0 to 1, four in a row."""
+    shape = (1, -1, 1, 1)
+    pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    pixels = pixels[:, : 3 if pixels.shape[1] >= 3 else 1].clamp(0, 1)
+    return torchvision.utils.make_grid(pixels, nrow=4)
+
+
+def log_epoch(
+    trackers: Trackers, task: TrainingTask, step: int, metrics: Mapping[str, float], agreement: float | None
+) -> None:
+    """Tell the trackers of an epoch, under the names of summary.csv; 'epoch' is how many are done.
+
+    Args:
+        trackers: The run's trackers.
+        task: The task.
+        step: Optimizer updates since the start of the run.
+        metrics: The epoch's row of summary.csv.
+        agreement: Percentage of validation images on which student and teacher agree, where measured.
+    """
+    terms = {k.removeprefix('train_'): v for k, v in metrics.items() if k.startswith('train_')}
+    weighted = {f'train_{k}': v for k, v in weighted_terms(task, terms).items()}
+    more = {} if agreement is None else {'eval_teacher_agreement': agreement}
+    trackers.scalars(step, {**metrics, **weighted, **more, 'epoch': metrics['epoch'] + 1})
+
+
+class TeacherAgreement:
+    """How often the student names the class that the teacher names, on the validation images.
+
+    The teacher's classes are those it gave when it was validated before the first epoch, so nothing is computed twice.
+
+    Args:
+        max_images: Images of this rank that count: those after them only make its share as long as the others'. None
+            where there are none of these.
+    """
+
+    def __init__(self, max_images: int | None = None):
+        self.max_images = max_images
+        self.teacher: list[torch.Tensor] = []
+        self.same, self.images = torch.tensor(0), 0
+        self.percent: float | None = None
+
+    def record(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The teacher's `forward`, which also remembers the classes of its logits `[b, c]`, batch by batch."""
+
+        def recorded(input: torch.Tensor) -> torch.Tensor:
+            logits = forward(input)
+            self.teacher.append(logits.argmax(-1))
+            return logits
+
+        return recorded
+
+    def compare(self, forward: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+        """The student's `forward`, which also counts agreement on the same batches in the same order."""
+        batches = iter(self.teacher)
+        self.same, self.images = torch.tensor(0), 0
+
+        def compared(input: torch.Tensor) -> Any:
+            output = forward(input)
+            logits = output[0] if isinstance(output, (tuple, list)) else output
+            same = logits.argmax(-1) == next(batches)
+            if self.max_images is not None:
+                same = same[: max(self.max_images - self.images, 0)]
+            self.same, self.images = self.same + same.sum(), self.images + same.numel()
+            return output
+
+        return compared
+
+    def finish(self, distributed: bool) -> None:
+        """Set `percent` from what was counted, over all ranks."""
+        counts = torch.stack([self.same, torch.full_like(self.same, self.images)])
+        if distributed:
+            dist.all_reduce(counts)
+        same, images = counts.tolist()
+        self.percent = 100 * same / images
+
+
+def flat_metrics(
+    epoch: int, train_metrics: Mapping[str, float], eval_metrics: Mapping[str, float], lr: float
+) -> dict[str, float]:
+    """One epoch's numbers under the names of summary.csv."""
+    train = {f'train_{k}': v for k, v in train_metrics.items()}
+    return {'epoch': epoch, **train, **{f'eval_{k}': v for k, v in eval_metrics.items()}, 'lr': lr}

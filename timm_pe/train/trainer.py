@@ -1,0 +1,458 @@
+"""The training of a run: epochs, steps, validation, and what is saved when."""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torchvision
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import dispatch_clip_grad, distribute_bn
+from torch.utils.data import IterableDataset
+
+from ..config.derive import ranked_by
+from ..data.draws import IndexedTarget, seeded_mixup
+from ..data.epochs import epoch_batches
+from ..method.teacher import Teacher
+from ..process.runtime import on_primary
+from ..process.signals import Interrupted, Interrupts
+from ..run_folder import RunFolder
+from .build import Parts
+from .cache import TeacherCache
+from .checkpoints import Saver
+from .console import Progress
+from .evaluate import batch_to_device, create_evaluator, format_metrics, say_unreadable, validate
+from .meters import Accumulation, EpochCount, LossMeter
+from .nonfinite import UpdateGuard, check_finite
+from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
+from .trackers import StepCurves, TeacherAgreement, Trackers, flat_metrics, log_epoch
+
+_logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains the task of a run.
+
+    Args:
+        parts: Task, data, settings, device.
+        optimizer: Optimizer over `task.get_trainable_module()`.
+        scheduler: Learning rate schedule or None.
+        span: Which epochs to train.
+        images: Number and hash of the training images, kept in checkpoints.
+        meaning: What the run is about (see `run_meaning`), kept in checkpoints.
+        cache: What the teacher says of the training images with --teacher-cache, else None.
+        guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
+        folder: The run's folder.
+        saver: Checkpoint saver on the primary rank, else None.
+        trackers: Trackers on the primary rank, none on the others.
+        agreement: Measures agreement with the teacher for the trackers, where that costs nothing, else None.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler | None,
+        span: Span,
+        images: Mapping[str, Any],
+        meaning: Mapping[str, Any],
+        cache: TeacherCache | None,
+        guard: UpdateGuard | None,
+        folder: RunFolder,
+        saver: Saver | None,
+        trackers: Trackers,
+        agreement: TeacherAgreement | None,
+    ):
+        assert parts.task is not None
+        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
+        self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
+        self.images, self.meaning = dict(images), dict(meaning)
+        self.cache, self.guard, self.folder, self.saver = cache, guard, folder, saver
+        self.trackers, self.agreement = trackers, agreement
+        self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
+        self.interrupts = Interrupts(self.runtime)
+        self.began = time.perf_counter()
+        # A CPU's allocator gives the memory of freed gradients back to the system, and pages it in again: up to 5 % of a
+        # step. There they are freed just before the backward that makes new ones. A GPU's allocator keeps the memory, and the
+        # activations of the next forward can have it: there they are freed right after the step.
+        self.frees_late = self.runtime.device.type == 'cpu'
+
+    # The run ------------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train, validate and save, epoch by epoch; a resumed run goes on at the batch where it was.
+
+        Raises:
+            Interrupted: A signal asked the run to stop; a checkpoint of where it stopped is written.
+            RunError: It cannot go on; earlier checkpoints are intact.
+        """
+        config, span = self.config, self.span
+        metric_name = ranked_by(config)
+        self.began = time.perf_counter()
+        losses = restore_rank_state(span.resumed, self.task, self.runtime) if span.resumed else {}
+        state = span.resumed if span.resumed and not span.resumed.validated else None
+        best: tuple[float | None, int | None] = (None, None)
+        with self.interrupts, self.trackers:
+            for number in range(span.first, span.end):
+                if state is None or not state.train_metrics:
+                    state = self._train(number, state.batch if state else 0, losses)
+                metrics = self.validate(state) if self._validates_after(number) else None
+                best = self._save_epoch(state, metrics, metrics[metric_name] if metrics else None)
+                if self.scheduler is not None:
+                    self.scheduler.step(number + 1, metrics[metric_name] if metrics else None)
+                state, losses = None, {}
+        if self.runtime.is_primary and best[0] is not None:
+            _logger.info(
+                f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {self._describe_seconds()}. '
+                f"The student: '{self.folder.student_file}'."
+            )
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run has trained in all its parts, None where earlier ones are not known."""
+        before = self.span.seconds_before
+        return None if before is None else before + time.perf_counter() - self.began
+
+    def _describe_seconds(self) -> str:
+        if self.seconds is None:
+            return f'{time.perf_counter() - self.began:.0f} s since it was resumed'
+        return f'{self.seconds:.0f} s{" in all" if self.span.is_resumed else ""}'
+
+    def _validates_after(self, number: int) -> bool:
+        config = self.config
+        milestone = number + 1 in (config.save_epochs or [])
+        return (number + 1) % config.val_interval == 0 or number == self.span.end - 1 or milestone
+
+    def _train(self, number: int, start: int, losses: Mapping[str, Any]) -> RunState:
+        """An epoch's training, or the rest of it; gives where the run is after it."""
+        num_batches = len(self.data.train)
+        metrics = self.train_epoch(number, start, losses)
+        images = (num_batches - start) * self.config.batch_size * self.runtime.world_size
+        say_unreadable(self.data.train, images, self.runtime)
+        self._share_running_statistics()
+        state = self.state(number, num_batches, train_metrics=dict(metrics))
+        if self.config.recovery_interval:
+            self.save_recovery(state)
+        self._stop_if_asked(state)
+        return state
+
+    def _share_running_statistics(self) -> None:
+        """Make the running statistics of all ranks equal, as --dist-bn says; with --sync-bn they are."""
+        config, runtime = self.config, self.runtime
+        if not runtime.distributed or config.sync_bn or config.dist_bn not in ('broadcast', 'reduce'):
+            return
+        for ema in (False, True):
+            module = self.task.get_trainable_module(ema=ema)
+            if module is not None and not (ema and config.model_ema_force_cpu):
+                distribute_bn(module, runtime.world_size, config.dist_bn == 'reduce')
+
+    # An epoch -----------------------------------------------------------------------------------------------------------
+
+    def train_epoch(
+        self, number: int, start: int = 0, losses: Mapping[str, Any] | None = None
+    ) -> OrderedDict[str, float]:
+        """Train one epoch, or the rest of one.
+
+        Args:
+            number: Number of the epoch, from 0.
+            start: The first batch, from 0.
+            losses: Sums of the losses of the batches before.
+
+        Returns:
+            Mean of the loss and of each of its raw terms, and images_per_s.
+
+        Raises:
+            NonFiniteLoss: See `LossMeter.read`.
+            Interrupted: The run was asked to stop before the last batch, and has written a recovery checkpoint.
+        """
+        self.task.train()
+        epoch = self._begin_epoch(number, start, losses or {})
+        recovery_due = False
+        self.optimizer.zero_grad()
+        try:
+            for i, (input, target) in epoch_batches(self.data.train, number, start):
+                input, target = self._to_device(number, i, input, target)
+                epoch.curves.keep_samples(input)
+                self.train_step(epoch, i, input, target)
+                self._report(epoch, i, input)
+                recovery_due |= bool(self.config.recovery_interval) and (i + 1) % self.config.recovery_interval == 0
+                # after the last batch saving and stopping are the caller's
+                if self.accumulation.ends_at(i) and i + 1 != epoch.num_batches:
+                    recovery_due = self._save_or_stop(epoch, i, recovery_due)
+        finally:
+            epoch.progress.close()
+        if self.cache is not None:
+            self.cache.flush()
+        metrics = epoch.meter.read()
+        metrics['images_per_s'] = epoch.images_per_s
+        return metrics
+
+    def train_step(self, epoch: EpochCount, i: int, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> None:
+        """One batch: forward, backward, and the optimizer's step where the batch ends one.
+
+        Args:
+            epoch: The epoch, which counts the batch.
+            i: Number of the batch in it.
+            input: Images `[b, ch, h, w]` on the device, or a NaFlex batch.
+            target: Labels `[b]` or soft labels `[b, c]`, with the images' indices where the teacher is cached.
+        """
+        starts, ends, last = self.accumulation.starts_at(i), self.accumulation.ends_at(i), i + 1 == epoch.num_batches
+        size = batch_size(input)
+        if self.guard is not None and starts:
+            self.guard.before_forward()  # before the batch changes the running statistics that it may have to put back
+        with self._gradients_of_one_rank(not ends):
+            with self.runtime.autocast():
+                result = self._forward(input, target)
+            if self.frees_late and starts:
+                self.optimizer.zero_grad()
+            measure = epoch.curves.measure_norm if ends and epoch.curves.wants_norm(i) else None
+            loss = result['loss'] * (self._batch_scale(size) / self.accumulation.size(i))
+            self._backward(loss, ends, measure)
+        epoch.add({k: v for k, v in result.items() if k != 'output'}, size, self.runtime.world_size)
+        if not ends:
+            return
+        epoch.update += 1
+        if last and hasattr(self.optimizer, 'sync_lookahead'):
+            self.optimizer.sync_lookahead()  # it passes over parameters without a gradient: before zero_grad
+        if not self.frees_late or last:
+            self.optimizer.zero_grad()
+        self.task.update_ema(step=epoch.update)
+        if self.config.synchronize_step and self.runtime.device.type == 'cuda':
+            torch.cuda.synchronize()
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=epoch.update, metric=None)
+
+    def _gradients_of_one_rank(self, wanted: bool) -> AbstractContextManager[Any]:
+        """While gradients are added up over batches, DDP need not share them between ranks."""
+        return self.task.no_sync() if self.runtime.distributed and wanted else nullcontext()
+
+    def _forward(self, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> dict[str, torch.Tensor]:
+        """The task's terms; with a cache the teacher runs only where that has no answer yet."""
+        if not isinstance(target, IndexedTarget):
+            return self.task(input, target)
+        assert self.cache is not None
+        # a complete cache sends the teacher to the host; an image that breaks later still has to be asked about
+        teacher = self.cache(target, lambda: cast(Teacher, self.task.teacher).to(input.device)(input))
+        return self.task(input, target.target, teacher=teacher)
+
+    def _backward(self, loss: torch.Tensor, steps: bool, measure: Callable[[], None] | None) -> None:
+        """Backward, and where the optimizer `steps`, its step; `measure` looks at its gradients before they are clipped."""
+        config, optimizer, scaler = self.config, self.optimizer, self.runtime.scaler
+        second_order = getattr(optimizer, 'is_second_order', False)
+        guard = self.guard if steps else None
+        parameters: Iterable[torch.Tensor] | None = None
+        if config.clip_grad is not None:
+            parameters = self.task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+            if measure is not None:
+                # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
+                parameters = _after(measure, parameters)
+        if scaler is not None:
+            if guard is not None and parameters is not None:
+                # the scaler clips by itself, and clipping by value would make an infinite gradient finite: look before it
+                parameters, guard = _after(guard.after_backward, parameters), None
+            scaler(
+                loss,
+                optimizer,
+                clip_grad=config.clip_grad,
+                clip_mode=config.clip_mode,
+                parameters=parameters,
+                create_graph=second_order,
+                need_update=steps,
+            )
+            if guard is not None:  # the scaler has left out the step of infinite gradients: what is left is to count it
+                guard.after_backward()
+        else:
+            loss.backward(create_graph=second_order)
+            if steps:
+                if guard is not None:
+                    guard.after_backward()  # before clipping, for the same reason
+                if parameters is not None and config.clip_grad is not None:
+                    dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+                optimizer.step()
+        if measure is not None and config.clip_grad is None:
+            measure()
+
+    def _begin_epoch(self, number: int, start: int, losses: Mapping[str, Any]) -> EpochCount:
+        num_batches, runtime, config = len(self.data.train), self.runtime, self.config
+        meter = LossMeter(runtime.device, runtime.distributed, skip=self.guard is not None)
+        meter.load_state(losses)
+        curves = StepCurves(
+            self.trackers,
+            self.task,
+            self.optimizer,
+            number,
+            num_batches,
+            log_interval=config.log_interval,
+            accum_steps=config.grad_accum_steps,
+            mean=self.data.config['mean'],
+            std=self.data.config['std'],
+        )
+        if losses:
+            curves.go_on(meter.read(), meter.count)
+        progress = Progress(f'Train {number}/{self.span.schedule - 1}', num_batches, runtime.is_primary)
+        update = number * self.updates_per_epoch + self.accumulation.updates_after(start)
+        return EpochCount(number, num_batches, self.accumulation, meter, curves, progress, update)
+
+    def _to_device(self, number: int, i: int, input: Any, target: Any) -> tuple[Any, Any]:
+        mixup, off = self.data.mixup, self.config.mixup_off_epoch
+        input, target = batch_to_device(self.config, self.runtime, input, target)
+        if mixup is not None:
+            mixup.mixup_enabled = not off or number < off
+            input, target = seeded_mixup(mixup, input, target, self.config.seed, number, i, self.runtime.rank)
+        return input, target
+
+    def _batch_scale(self, size: int) -> float:
+        """Weight of a batch of another size than --batch-size; ranks whose batches differ share by their images."""
+        config, runtime = self.config, self.runtime
+        how = config.naflex_loss_scale if config.naflex_loader else config.variable_batch_loss_scale
+        scale = {'none': 1.0, 'sqrt': (size / config.batch_size) ** 0.5, 'linear': size / config.batch_size}[how]
+        if config.naflex_loader and runtime.distributed:
+            sizes = torch.tensor(float(size), device=runtime.device)
+            dist.all_reduce(sizes)
+            scale *= runtime.world_size * size / sizes.item()
+        return scale
+
+    def _report(self, epoch: EpochCount, i: int, input: Any) -> None:
+        """Show and track the terms, at the end of the epoch and at each log interval: there alone the device is waited for."""
+        if i + 1 != epoch.num_batches and (i + 1) % self.config.log_interval:
+            epoch.progress.update(i + 1)
+            return
+        shown = epoch.meter.read(), epoch.images_per_s, mean_lr(self.optimizer)
+        epoch.progress.update(i + 1, *shown)
+        epoch.curves.log(i, epoch.update, epoch.meter.count, *shown)
+        if self.guard is not None:
+            self.guard.say(epoch.meter.bad)
+        if self.config.save_images and self.saver is not None:
+            path = self.folder.path / f'train-batch-{i}.jpg'
+            torchvision.utils.save_image(input.float(), path, padding=0, normalize=True)
+
+    def _save_or_stop(self, epoch: EpochCount, i: int, recovery_due: bool) -> bool:
+        """Save where that is due or the run is asked to stop; gives whether it is still due."""
+        signum = self.interrupts.requested()
+        if signum or recovery_due:
+            epoch.meter.read()  # never save what a non-finite loss has touched
+            self.save_recovery(self.state(epoch.number, i + 1, epoch.meter.state()))
+            recovery_due = False
+        if signum:
+            raise Interrupted(signum, f'after batch {i + 1} of {epoch.num_batches} of epoch {epoch.number}')
+        return recovery_due
+
+    # Validation ---------------------------------------------------------------------------------------------------------
+
+    def validate(self, state: RunState) -> OrderedDict[str, float]:
+        """Validate the weights, and where there is a moving average that too; its metrics are the ones that count.
+
+        Args:
+            state: Where the run is, saved if it is asked to stop.
+        """
+        # ranks of a stream may differ in their numbers of batches: they are not asked together
+        is_stream = isinstance(self.data.eval.dataset, IterableDataset)
+        ask = (lambda: None) if is_stream else (lambda: self._stop_if_asked(state))
+        with_average = self.task.has_ema() and not self.config.model_ema_force_cpu
+        for ema in (False, True) if with_average else (False,):
+            what = 'Test (EMA)' if ema else 'Test'
+            model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
+            forward = model if self.agreement is None else self.agreement.compare(model)
+            metrics = validate(forward, self.data, self.runtime, self.config, what, ask)
+            if self.agreement is not None:
+                self.agreement.finish(self.runtime.distributed)
+            _logger.info(f'{what} {state.epoch}/{self.span.schedule - 1}: {format_metrics(metrics)}')
+        return metrics
+
+    # Saving -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; the batches left over at its end make a smaller one."""
+        return self.accumulation.updates_after(len(self.data.train))
+
+    def state(self, epoch: int, batch: int, losses: Mapping[str, Any] | None = None, **more: Any) -> RunState:
+        """Where the run is; to be called on all ranks.
+
+        Args:
+            epoch: The epoch.
+            batch: How many of its batches are trained.
+            losses: Sums of its losses so far, where it is not through.
+            **more: What else is known, see `RunState`.
+        """
+        return RunState(
+            epoch,
+            batch,
+            settings=run_settings(self.config, len(self.data.train), self.runtime.world_size),
+            data=self.images,
+            seconds=self.seconds,
+            meaning=self.meaning,
+            schedule=take_schedule(self.scheduler),
+            ranks=take_rank_state(self.task, self.runtime, losses),
+            **more,
+        )
+
+    def save_recovery(self, state: RunState) -> None:
+        """Write a recovery checkpoint of weights that are finite; to be called on all ranks.
+
+        Raises:
+            NonFiniteLoss: They are not; nothing is written.
+            RunError: It cannot be written; earlier ones are intact.
+        """
+        check_finite(self.task, self.runtime)
+
+        def save() -> None:
+            assert self.saver is not None
+            self.saver.run = state
+            self.saver.save_recovery(state.epoch, batch_idx=state.batch - 1)
+
+        on_primary(self.runtime, save, 'a recovery checkpoint')
+
+    def _stop_if_asked(self, state: RunState) -> None:
+        signum = self.interrupts.requested()
+        if signum:
+            self.save_recovery(state)
+            raise Interrupted(signum, f'after epoch {state.epoch}, before its validation was through')
+
+    def _save_epoch(
+        self, state: RunState, eval_metrics: Mapping[str, float] | None, metric: float | None
+    ) -> tuple[float | None, int | None]:
+        """An epoch's row in summary.csv and its checkpoints; gives the best metric and its epoch on the primary rank."""
+        check_finite(self.task, self.runtime)
+        number, num_batches, lr = state.epoch, len(self.data.train), mean_lr(self.optimizer)
+        state = self.state(number, num_batches, train_metrics=state.train_metrics, validated=True, metric=metric)
+        best: tuple[float | None, int | None] = (None, None)
+
+        def save() -> None:
+            nonlocal best
+            assert self.saver is not None
+            metric_names = create_evaluator(self.config, self.runtime, self.data.eval).metric_names
+            self.folder.append_row(number, state.train_metrics, eval_metrics or dict.fromkeys(metric_names, ''), lr)
+            if self.trackers:
+                agreement = self.agreement.percent if self.agreement and eval_metrics else None
+                row = flat_metrics(number, state.train_metrics, eval_metrics or {}, lr)
+                log_epoch(self.trackers, self.task, (number + 1) * self.updates_per_epoch, row, agreement)
+            self.saver.run = state
+            best = self.saver.save_checkpoint(number, metric=metric)
+            if number + 1 in (self.config.save_epochs or []):
+                self.saver.save_milestone(number + 1)
+
+        on_primary(self.runtime, save, 'the checkpoint of an epoch')
+        return best
+
+
+def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
+    """Images in a batch `[b, ch, h, w]`, or in a NaFlex batch of patches `[b, n, ...]`."""
+    return len(input['patches'] if isinstance(input, dict) else input)
+
+
+def _after(first: Callable[[], None], values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """`values`, and `first` is called when they are asked for."""
+    first()
+    yield from values
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate of the parameter groups."""
+    lrs: list[float] = [group['lr'] for group in optimizer.param_groups]
+    return sum(lrs) / len(lrs)
