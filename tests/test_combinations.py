@@ -150,9 +150,6 @@ OPTIONS: dict[str, dict[str, str]] = {
 COMMON = '--img-size 32 --device cpu --epochs 2 --log-interval 2'
 IMAGES = 24  # to train with, 12 to validate
 CLASSES = {'digits': 10}  # 3 in the others
-# given again to evaluate a run: where its images are, and what it is computed with. What is after 'memory' is how the
-# student was built and fed, which --evaluate RUN does not read in RUN/args.yaml yet
-EVALUATED_WITH = ('data', 'amp', 'model-dtype', 'memory', 'student', 'channels', 'mean')
 Row = dict[str, str]
 
 
@@ -454,18 +451,12 @@ def the_student_loads_in_plain_timm(runs: Runs, data: Path) -> Iterator[str]:
 def evaluate_gives_the_top1_of_the_run(runs: Runs, data: Path) -> Iterator[str]:
     best = load(runs.folder / 'whole' / 'model_best.pth.tar')['epoch']
     expected = next(float(r['eval_top1']) for r in summary(runs.folder / 'whole') if int(r['epoch']) == best)
-    (done,) = perform([Job(evaluation(runs, data))])
+    (done,) = perform([Job(['--evaluate', str(runs.folder / 'whole'), '-j', '0', '--device', 'cpu'])])
     found = re.search(r'top-1 ([\d.]+) %', done.said)
     if done.code or not found:
         yield f'--evaluate RUN ended with {done.code}: {done.said[-500:]}'
     elif abs(float(found[1]) - expected) > 1e-3:
         yield f'--evaluate RUN gives top-1 {found[1]}, the run had {expected}'
-
-
-def evaluation(runs: Runs, data: Path) -> list[str]:
-    """How a run is evaluated: where its images are, and what it is computed with."""
-    place = _flags(runs.row, data, runs.folder, EVALUATED_WITH)
-    return [*place, '-j', '0', '--evaluate', str(runs.folder / 'whole')]
 
 
 PROMISES = (

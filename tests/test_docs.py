@@ -135,8 +135,7 @@ def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0].startswith('--'):  # flags to add to the command of a recipe
         parse_config(['data', '-c', 'hparams/cifar100_wrn_40_2_wrn_16_2_paper.yaml', *words])
     elif argv is not None:
-        # the run whose data an evaluation takes is not here
-        parse_config(argv, more=lambda given: {'data': 'data'} if given.get('evaluate') else {})
+        parse_config(argv)
     elif words[0] == 'make':
         targets = set(re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
         assert {w for w in words[1:] if '=' not in w} <= targets

@@ -450,7 +450,7 @@ def test_where_one_tracker_does_not_start_those_before_it_are_closed_as_failed(m
         raise RuntimeError('no network')
 
     kinds = {'log_tb': lambda *_: first, 'log_wandb': broken}
-    monkeypatch.setattr('timm_pe.train.trackers.TRACKERS', {flag: (kind, '', '') for flag, kind in kinds.items()})
+    monkeypatch.setattr('timm_pe.train.trackers.TRACKERS', kinds)
     with pytest.raises(UsageError, match='^--log-wandb does not start: no network'):
         start_trackers(RunConfig(log_tb=True, log_wandb=True), str(tmp_path), resumed=False)
     assert first.closed == [True]

@@ -298,6 +298,14 @@ def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
     assert 'interrupted: --resume auto' in refused([*small_run, *PAIR], capsys, code=130)
 
 
+def test_an_evaluation_of_nothing_names_its_path_and_one_without_a_run_asks_for_data(tmp_path, capsys):
+    assert "--evaluate: no file 'nowhere'" in refused(['--evaluate', 'nowhere'], capsys)
+    timm_weights = timm.create_model('test_resnet', num_classes=3).state_dict()
+    safetensors.torch.save_file(timm_weights, tmp_path / 'plain.safetensors')
+    error = refused(['--evaluate', str(tmp_path / 'plain.safetensors'), '--model', 'test_resnet'], capsys)
+    assert 'no data: give a folder, or --dataset NAME' in error
+
+
 def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
     assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said

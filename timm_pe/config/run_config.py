@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -65,12 +65,8 @@ class RunConfig(
     """Run settings.
 
     What was given, flat in timm's names. What follows from it is derived in `derive.py` and never stored here.
-
-    Attributes:
-        given: Names of the flags that the command line or YAML named, at whatever value.
     """
 
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     config: str = flag('', 'YAML file of flags, or the name of a recipe of hparams/; the command line wins', metavar='FILE', also=('-c',))  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,6 +124,6 @@ def parse_config(
         settings = {**more(values), **values} if more else values
     except UsageError as e:
         parser.error(str(e))
-    config = RunConfig(**settings, given=frozenset(values))
+    config = RunConfig(**settings)
     rules.check(config, parser.error)
     return config

@@ -167,6 +167,8 @@ def check_data(flags: DataFlags) -> None:
     if name in _BUILT_IN_READERS:
         return
     if '/' not in name:
+        if not root and not name:
+            raise UsageError('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
         if not root or not os.path.exists(root):
             near = (
                 difflib.get_close_matches(name, [*_BUILT_IN_READERS, *(f'{k}/' for k in _KINDS)], n=1) if name else []

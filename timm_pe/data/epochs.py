@@ -1,7 +1,6 @@
 """Loaders over seeded draws: which batches an epoch has, from which one on."""
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,8 +14,6 @@ from ..errors import RunError, UsageError, one_line
 from ..process.runtime import Runtime
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .unreadable import forget_unreadable
-
-_logger = logging.getLogger(__name__)
 
 
 def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:

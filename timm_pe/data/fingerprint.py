@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,6 @@ from torch.utils.data import Dataset
 from ..process.files import hash_content
 from .draws import Draw, SeededDataset
 from .unreadable import forget_unreadable
-
-_logger = logging.getLogger(__name__)
-
 
 _PIXEL_SAMPLES = 8
 

@@ -1,7 +1,6 @@
 """Arrays in files: memory-mapped, made whole with all their blocks, one process at a time."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import UsageError, one_line
-
-_logger = logging.getLogger(__name__)
 
 # to read, or to read and write
 Mode = Literal['r', 'r+']

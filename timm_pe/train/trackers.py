@@ -1,6 +1,5 @@
 """Trackers of a run: TensorBoard, Weights & Biases, trackio. Each keeps its files in the run's folder."""
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -180,25 +179,13 @@ class TrackioTracker:
         self.trackio.finish()
 
 
-# flag -> (its tracker, the package it needs, the extra that brings it); what may fail over a network comes last
-TRACKERS: dict[str, tuple[type, str, str]] = {
-    'log_tb': (TensorBoardTracker, 'tensorboard', 'tensorboard'),
-    'log_trackio': (TrackioTracker, 'trackio', 'trackio'),
-    'log_wandb': (WandbTracker, 'wandb', 'wandb'),
-}
+# flag -> its tracker; what may fail over a network comes last
+TRACKERS: dict[str, type] = {'log_tb': TensorBoardTracker, 'log_trackio': TrackioTracker, 'log_wandb': WandbTracker}
 
 
 def is_tracked(flags: TrackerFlags) -> bool:
     """Whether any tracker is asked for."""
     return any(getattr(flags, flag) for flag in TRACKERS)
-
-
-def missing_package(flags: TrackerFlags) -> str | None:
-    """What to say where a flag asks for a tracker that is not installed; None where all are."""
-    for flag, (_, package, extra) in TRACKERS.items():
-        if getattr(flags, flag) and importlib.util.find_spec(package) is None:
-            return f"--{flag.replace('_', '-')} needs the package {package}: pip install 'timm_pe[{extra}]'"
-    return None
 
 
 class Trackers:
@@ -258,7 +245,7 @@ def start_trackers(config: RunConfig, folder: str, resumed: bool) -> Trackers:
         UsageError: A tracker that does not start.
     """
     started = Trackers(show_samples=not resumed)
-    for flag, (kind, _, _) in TRACKERS.items():
+    for flag, kind in TRACKERS.items():
         if not getattr(config, flag):
             continue
         try:
