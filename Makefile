@@ -19,7 +19,7 @@ test: $(VENV)/.test
 
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_task.py tests/test_teacher.py tests/test_tap.py tests/test_checkpoints.py tests/test_timm_parity.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/method/test_task.py tests/method/test_teacher.py tests/method/test_tap.py tests/train/test_checkpoints.py tests/test_timm_parity.py
 
 # the same with the oldest torch and timm that setup.cfg allows
 test-lowest:

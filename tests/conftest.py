@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import CLASSES
 from PIL import Image
 
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-
-CLASSES = ('ant', 'bee', 'cat')
 
 
 @pytest.fixture(autouse=True)

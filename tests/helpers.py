@@ -9,6 +9,9 @@ import torch
 
 import train_distill
 
+# those of the fixture image_folder
+CLASSES = ('ant', 'bee', 'cat')
+
 
 def run(argv: list[str], capsys=None) -> str:
     """A run of the script; what it said, where `capsys` is given."""

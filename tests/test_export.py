@@ -13,8 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES
-from helpers import load, run, summary
+from helpers import CLASSES, load, run, summary
 from safetensors.torch import load_file, save_file
 from timm.models import _hub
 

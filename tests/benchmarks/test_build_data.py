@@ -24,7 +24,7 @@ from timm.data import create_dataset, resolve_data_config
 from timm_pe import create_teacher
 from timm_pe.errors import UsageError
 
-spec = importlib.util.spec_from_file_location('build_data', Path(__file__).parents[1] / 'benchmarks' / 'build_data.py')
+spec = importlib.util.spec_from_file_location('build_data', Path(__file__).parents[2] / 'benchmarks' / 'build_data.py')
 build_data = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build_data)
 

@@ -25,7 +25,7 @@ from timm_pe.process.signals import Interrupts, ignore_in_worker
 from timm_pe.train import checkpoints, position
 from timm_pe.train.trainer import Trainer
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,6 @@
 """The CIFAR networks are those of the published checkpoints, and speak timm's model API.
 
-tests/data/crd_zoo.json says how its numbers were made ('about').
+tests/fixtures/crd_zoo.json says how its numbers were made ('about').
 """
 
 import json
@@ -17,7 +17,7 @@ from timm.models import group_parameters, list_models
 
 import timm_pe.zoo  # noqa: F401  (registers the networks)
 
-REFERENCE = json.loads((Path(__file__).parent / 'data' / 'crd_zoo.json').read_text())['models']
+REFERENCE = json.loads((Path(__file__).parents[1] / 'fixtures' / 'crd_zoo.json').read_text())['models']
 RENAMED = {
     'MobileNetV2': 'cifar_mobilenetv2_half',
     'ShuffleV1': 'cifar_shufflenetv1',

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm_pe import ProjectorEnsembleTask, create_teacher
 
 PALACE, DAISY = 698, 985
-BUILDER = runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks' / 'build_data.py'))
+BUILDER = runpy.run_path(str(Path(__file__).parents[2] / 'benchmarks' / 'build_data.py'))
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from timm_pe.config.declare import declared_in
 from timm_pe.config.derive import learning_rate, loader_workers
 from timm_pe.config.run_config import RunConfig, create_parser, parse_config
 
-FACTS = json.loads((Path(__file__).parent / 'data' / 'timm_train_flags.json').read_text())
+FACTS = json.loads((Path(__file__).parents[1] / 'fixtures' / 'timm_train_flags.json').read_text())
 ACTIONS = {s: a for a in create_parser()._actions for s in (a.option_strings or [a.dest])}
 DATA = ['--dataset', 'sklearn/digits']
 OURS = {'--workers': None}  # that of loader_workers
