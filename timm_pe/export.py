@@ -15,209 +15,26 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
-import torch.nn as nn
-from timm.data.model_config import resolve_input_data_config
-from timm.models import model_entrypoint, push_to_hf_hub
+from timm.models import push_to_hf_hub
 from timm.models._hub import generate_readme, save_for_hf
 
 from .config.cli import Parser
-from .config.derive import ranked_by
-from .config.run_config import RunConfig
-from .data.datasets import create_datasets
 from .errors import UsageError, one_line
-from .method.weights import load_weights, read_state_dict
-from .run_folder import RunFolder
-from .runs.compare import Run, command, describe_method, format_command
-from .runs.reopen import read_class_names, without_weights
-from .train.checkpoints import best_epoch
-from .train.console import count_params, setup_logging
-from .train.evaluate import format_metrics
-from .train.student import create_student
-from .version import __version__
-
-_logger = logging.getLogger(__name__)
+from .runs.model_card import model_card
+from .runs.student import Student, read_student
+from .train.console import setup_logging
 
 _ONNX = 'model.onnx'
 # a folder of these alone is an earlier export, which --overwrite may take away
 _FILES = {'model.safetensors', 'config.json', 'README.md', _ONNX}
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 _ONNX_TOLERANCE = 1e-4
-# data sets that would be asked over the network for the names of their classes
-_REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
-_CITATION = """\
-@inproceedings{chen2022improved,
-  title={Improved Feature Distillation via Projector Ensemble},
-  author={Chen, Yudong and Wang, Sen and Liu, Jiajun and Xu, Xuwei and de Hoog, Frank and Huang, Zi},
-  booktitle={Advances in Neural Information Processing Systems},
-  year={2022}
-}"""
-
-
-@dataclass
-class Student:
-    """What is exported of a run.
-
-    Attributes:
-        run: The run, as the report knows it.
-        model: The student with its best weights, in eval mode on the CPU.
-        data_config: input_size, mean, std, interpolation, crop_pct of its validation.
-        label_names: One a class, or None where the data tell none.
-        package: The package whose import registers the architecture, 'timm' for timm's own.
-    """
-
-    run: Run
-    model: nn.Module
-    data_config: dict[str, Any]
-    label_names: list[str] | None
-    package: str
-
-    @property
-    def architecture(self) -> str:
-        """Its name in timm's registry."""
-        return _architecture(self.model)
-
-
-def _architecture(model: nn.Module) -> str:
-    return cast(dict[str, str], model.pretrained_cfg)['architecture']
-
-
-def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) -> Student:
-    """Build the student of a finished run again.
-
-    Args:
-        folder: Run folder of train_distill.
-        data_dir: Where its data is now; None is where it was. It is only asked for the names of the classes.
-
-    Raises:
-        UsageError: Not a run folder, a run without a trained student, or weights that do not fit.
-    """
-    run_folder = RunFolder(folder)
-    missing = run_folder.missing(run_folder.args_file, run_folder.summary_file, run_folder.student_file)
-    if missing:
-        raise UsageError(
-            f"RUN '{run_folder.path}' is no run folder of train_distill with a trained student: it has no {missing[0]}"
-        )
-    config = run_folder.config()
-    run = Run(run_folder, run_folder.name, config.as_dict(), list(run_folder.rows_by_epoch().values()))
-    # the weights are those of the run; nothing else may be fetched or change them
-    config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
-    model = create_student(config).eval()
-    load_weights(model, read_state_dict(run_folder.student_file, 'RUN'), 'RUN', str(run_folder.student_file))
-    try:
-        data_config = resolve_input_data_config(model, args=config.as_dict())
-    except ValueError as e:
-        raise UsageError(f"RUN '{run_folder.path}': {one_line(e)}") from e
-    module = model_entrypoint(_architecture(model)).__module__
-    return Student(run, model, data_config, _read_label_names(config, model), module.split('.')[0])
-
-
-def _read_label_names(config: RunConfig, model: nn.Module) -> list[str] | None:
-    if config.dataset.split('/')[0].lower() in _REMOTE:
-        return None
-    validation_only = replace(config, evaluate='RUN', dataset_download=False)
-    try:
-        dataset = create_datasets(validation_only, cast(int, model.in_chans))[1]
-    except UsageError as e:
-        _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
-        return None
-    num_classes = cast(int, model.num_classes)
-    names = read_class_names(dataset, num_classes)
-    return None if names == [str(c) for c in range(num_classes)] else names
-
-
-# The model card --------------------------------------------------------------------------------------------------------
-
-
-def model_card(student: Student, license: str) -> dict[str, Any]:
-    """What timm's `generate_readme` makes the README.md of.
-
-    What a user typed stands in code spans and code blocks, where neither Markdown nor HTML is read.
-
-    Args:
-        student: The student.
-        license: Identifier of the licence of its weights.
-    """
-    run, args = student.run, student.run.args
-    details = {
-        'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
-        'Classes': str(student.model.num_classes),
-        'Input': f'{"x".join(map(str, student.data_config["input_size"]))}, mean {_numbers(student.data_config["mean"])}, '
-        f'std {_numbers(student.data_config["std"])}',
-        'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
-        'Method': _code(describe_method(run)),
-        'Data': _code(args['dataset'] or _shown(args['data'] or args['data_dir'] or '')),
-        'Validation': _best_metrics(run),
-        'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
-    }
-    need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
-    usage = f"import timm\n{need}\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True).eval()"
-    notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
-    if need:
-        notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
-    chunks = [[word if word.startswith('-') else _shown(word) for word in chunk] for chunk in command(run)]
-    taught = ', taught by another network' if run.teacher else ''
-    card = {
-        'license': license,
-        'tags': ['image-classification', 'timm', *(['knowledge-distillation'] if run.teacher else [])],
-        'description': f'A student trained with timm_pe{taught}.',
-        'details': details,
-        'usage': f'{_block(usage, "python")}\n\n{notes}\n\n'
-        f'## Training\n{_block(format_command(chunks), "sh")}\n\nAbsolute paths are shown by their last part.',
-    }
-    return {**card, 'citation': _CITATION} if args.get('teacher') else card
-
-
-def _best_metrics(run: Run) -> str:
-    """Validation metrics of the epoch whose weights student.safetensors holds.
-
-    That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
-    """
-    name = ranked_by(RunConfig(**run.args))
-    rows = [row for row in run.rows if row.get(f'eval_{name}') is not None]
-    if not rows:
-        return 'not validated'
-    sign = -1 if name == 'loss' else 1
-    best = max(rows, key=lambda row: sign * cast(float, row[f'eval_{name}']))
-    of = next((row for row in rows if row['epoch'] == best_epoch(run.folder)), best)
-    which = 'the best' if of[f'eval_{name}'] == best[f'eval_{name}'] else 'one'
-    metrics = {k.removeprefix('eval_'): v for k, v in of.items() if k and k.startswith('eval_') and v is not None}
-    last = rows[-1][f'eval_{name}']
-    shown = format_metrics({'loss': float('nan'), **metrics}).replace('  ', ', ')
-    return f'{shown} (epoch {of["epoch"]:.0f}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
-
-
-def _shown(path: str) -> str:
-    """A path without the folders it lies in: they are nobody's business on a hub."""
-    return os.path.basename(os.path.normpath(path)) if '/' in path and os.path.isabs(path.split(':')[-1]) else path
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return ' '.join(f'{v:.4g}' for v in values)
-
-
-def _fence(text: str, least: int) -> str:
-    return '`' * max(least, 1 + max(map(len, re.findall('`+', text)), default=0))
-
-
-def _code(text: str) -> str:
-    text = ' '.join(text.split())
-    fence = _fence(text, 1)
-    return f'{fence} {text} {fence}' if '`' in text else f'{fence}{text}{fence}'
-
-
-def _block(text: str, language: str) -> str:
-    fence = _fence(text, 3)
-    return f'{fence}{language}\n{text}\n{fence}'
-
-
-# Writing ---------------------------------------------------------------------------------------------------------------
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -1,0 +1,96 @@
+"""The student of a finished run, as it goes to others: its best weights in a plain model."""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
+from timm.models import model_entrypoint
+
+from ..config.run_config import RunConfig
+from ..data.datasets import create_datasets
+from ..errors import UsageError, one_line
+from ..method.weights import load_weights, read_state_dict
+from ..run_folder import RunFolder
+from ..train.student import create_student
+from .compare import Run
+from .reopen import read_class_names, without_weights
+
+_logger = logging.getLogger(__name__)
+
+# data sets that would be asked over the network for the names of their classes
+_REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
+
+
+@dataclass
+class Student:
+    """What is exported of a run.
+
+    Attributes:
+        run: The run, as the report knows it.
+        model: The student with its best weights, in eval mode on the CPU.
+        data_config: input_size, mean, std, interpolation, crop_pct of its validation.
+        label_names: One a class, or None where the data tell none.
+        package: The package whose import registers the architecture, 'timm' for timm's own.
+    """
+
+    run: Run
+    model: nn.Module
+    data_config: dict[str, Any]
+    label_names: list[str] | None
+    package: str
+
+    @property
+    def architecture(self) -> str:
+        """Its name in timm's registry."""
+        return _architecture(self.model)
+
+
+def _architecture(model: nn.Module) -> str:
+    return cast(dict[str, str], model.pretrained_cfg)['architecture']
+
+
+def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) -> Student:
+    """Build the student of a finished run again.
+
+    Args:
+        folder: Run folder of train_distill.
+        data_dir: Where its data is now; None is where it was. It is only asked for the names of the classes.
+
+    Raises:
+        UsageError: Not a run folder, a run without a trained student, or weights that do not fit.
+    """
+    run_folder = RunFolder(folder)
+    missing = run_folder.missing(run_folder.args_file, run_folder.summary_file, run_folder.student_file)
+    if missing:
+        raise UsageError(
+            f"RUN '{run_folder.path}' is no run folder of train_distill with a trained student: it has no {missing[0]}"
+        )
+    config = run_folder.config()
+    run = Run(run_folder, run_folder.name, config.as_dict(), list(run_folder.rows_by_epoch().values()))
+    # the weights are those of the run; nothing else may be fetched or change them
+    config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
+    model = create_student(config).eval()
+    load_weights(model, read_state_dict(run_folder.student_file, 'RUN'), 'RUN', str(run_folder.student_file))
+    try:
+        data_config = resolve_input_data_config(model, args=config.as_dict())
+    except ValueError as e:
+        raise UsageError(f"RUN '{run_folder.path}': {one_line(e)}") from e
+    module = model_entrypoint(_architecture(model)).__module__
+    return Student(run, model, data_config, _read_label_names(config, model), module.split('.')[0])
+
+
+def _read_label_names(config: RunConfig, model: nn.Module) -> list[str] | None:
+    if config.dataset.split('/')[0].lower() in _REMOTE:
+        return None
+    validation_only = replace(config, evaluate='RUN', dataset_download=False)
+    try:
+        dataset = create_datasets(validation_only, cast(int, model.in_chans))[1]
+    except UsageError as e:
+        _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
+        return None
+    num_classes = cast(int, model.num_classes)
+    names = read_class_names(dataset, num_classes)
+    return None if names == [str(c) for c in range(num_classes)] else names
