@@ -526,3 +526,57 @@ def test_feature_passes_through_ddp(tmp_path):
         assert trainable.student.fc.weight.grad is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+ONE_LAYER_CLASSIFIES = ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'cifar_resnet8', 'densenet121']
+
+
+@pytest.mark.parametrize('name', ONE_LAYER_CLASSIFIES)
+def test_before_dropout_the_feature_is_whole_and_the_logits_stay_bit_for_bit(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, drop_rate=0.5).train()
+    images = torch.randn(4, 3, *model.pretrained_cfg['input_size'][1:])
+    untouched = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = untouched(images)
+    tap = FeatureTap(model, before_dropout=True)
+    entered = []
+    model.get_classifier().register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(1)))
+    torch.manual_seed(1)
+    assert torch.equal(model(images), expected)
+    feature = tap.pop()
+    kept = entered[0] != 0
+    assert 0.2 < kept.float().mean() < 0.8
+    torch.testing.assert_close(entered[0][kept], 2 * feature[kept])
+    assert (feature[~kept] != 0).float().mean() > 0.5
+
+
+def test_before_dropout_nothing_drops_in_eval_and_a_deepcopy_drops_on_its_own():
+    model = timm.create_model('test_vit', num_classes=5, drop_rate=0.5)
+    holder = nn.ModuleDict({'model': model})
+    holder.tap = FeatureTap(model, before_dropout=True)
+    other = copy.deepcopy(holder)
+    images = torch.randn(2, 3, 160, 160)
+    for each in (holder, other):
+        each.eval()
+        logits = each['model'](images)
+        torch.testing.assert_close(each['model'].get_classifier()(each.tap.pop()), logits)
+        each.train()
+        assert not torch.equal(each['model'](images), each['model'](images))
+        each.tap.pop()
+    assert not torch.equal(holder['model'](images), holder['model'].eval()(images))
+
+
+def test_removing_a_tap_gives_the_dropout_back():
+    for name, rate in (('test_resnet', lambda m: m.drop_rate), ('test_vit', lambda m: m.head_drop.p)):
+        model = timm.create_model(name, num_classes=5, drop_rate=0.5)
+        tap = FeatureTap(model, before_dropout=True)
+        assert rate(model) == 0
+        tap.remove()
+        assert rate(model) == 0.5
+
+
+def test_two_heads_keep_their_dropout():
+    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5, drop_rate=0.5)
+    FeatureTap(model, before_dropout=True)
+    assert model.head_drop.p == 0.5

@@ -5,6 +5,7 @@ import inspect
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UsageError
@@ -33,6 +34,9 @@ class FeatureTap:
     Args:
         model: A timm model, or with `path` any module.
         path: Name of the submodule whose input is the feature (`'fc'`), instead of what `get_classifier()` gives.
+        before_dropout: Of a model in training, give the feature as it is before the dropout in front of the classifier.
+            The tap then drops in the model's place, with the same random numbers: what the model computes stays bit for
+            bit what it was. Only where one layer classifies and `path` is not given.
 
     Attributes:
         width: Number of channels `d` of the feature.
@@ -41,11 +45,13 @@ class FeatureTap:
         UsageError: If the classifier or the feature's width can't be told, or there is no submodule `path`.
     """
 
-    def __init__(self, model: nn.Module, path: str | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str | None = None, before_dropout: bool = False) -> None:
         self._name = type(model).__name__
         # averaged over the outer list, side by side over the inner one
         self._heads = _tap_classifier(model) if path is None else [[_tap_path(model, path)]]
         self.width = sum(site.width for site in self._heads[0])
+        if before_dropout and path is None and len(self._heads) == len(self._heads[0]) == 1:
+            self._heads[0][0].take_over_dropout(model)
 
     def pop(self) -> torch.Tensor:
         """The feature of the last forward; it can be taken once.
@@ -72,7 +78,7 @@ class FeatureTap:
         return feature
 
     def remove(self) -> None:
-        """Unhook the model."""
+        """Unhook the model, and give its dropout back."""
         for branches in self._heads:
             for site in branches:
                 site.remove()
@@ -83,7 +89,11 @@ class _Site:
 
     def __init__(self, module: nn.Module, width: int, pools_token: bool = False, output: bool = False) -> None:
         self.width = width
+        self._module = module
+        self._output = output
         self._pools_token = pools_token
+        # whose attribute held the rate of the dropout that the tap does in its place, and the rate
+        self._dropout: tuple[nn.Module, str, float] | None = None
         self._value: torch.Tensor | None = None
         # bound methods: a deepcopied model calls the deepcopied site
         if output:
@@ -102,9 +112,28 @@ class _Site:
     def remove(self) -> None:
         self._handle.remove()
         self._value = None
+        if self._dropout is not None:
+            owner, name, rate = self._dropout
+            setattr(owner, name, rate)
+            self._dropout = None
 
-    def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._value = self._pool(args[0] if args else next(iter(kwargs.values())))
+    def take_over_dropout(self, model: nn.Module) -> None:
+        """Drop behind the tap what the model drops in front of it, if it does."""
+        found = None if self._output else _find_dropout(model, self._module)
+        if found is not None:
+            owner, name = found
+            self._dropout = owner, name, getattr(owner, name)
+            setattr(owner, name, 0.0)
+
+    def _keep_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        entered = args[0] if args else next(iter(kwargs.values()))
+        self._value = self._pool(entered)
+        if self._dropout is None or not module.training:
+            return None
+        dropped = F.dropout(entered, self._dropout[2])
+        return ((dropped, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): dropped})
 
     def _keep_output(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
@@ -233,6 +262,25 @@ def _tap_layer(model: nn.Module, layer: nn.Module) -> _Site:
     # attention pooling may classify every token and pool after that
     pools_token = getattr(parent, 'pool_type', None) == 'token'
     return _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
+
+
+def _find_dropout(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, str] | None:
+    """Whose attribute, of which name, holds the rate of the dropout of what enters a layer; None where nothing drops.
+
+    timm has two ways: a `Dropout` registered just before the layer, and `F.dropout` by the `drop_rate` of the module that
+    holds the layer.
+    """
+    parent = next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
+    children = list(parent.children())
+    before = children[: next((i for i, x in enumerate(children) if x is layer), 0)]
+    while before and isinstance(before[-1], (nn.Identity, nn.Flatten)):
+        before.pop()
+    if before and isinstance(before[-1], nn.Dropout):
+        return (before[-1], 'p') if before[-1].p else None
+    # a module with dropouts of its own uses its drop_rate to make them
+    own = any(isinstance(x, nn.Dropout) for x in children)
+    rate = getattr(parent, 'drop_rate', None)
+    return (parent, 'drop_rate') if isinstance(rate, float) and rate and not own else None
 
 
 def _tap_path(model: nn.Module, path: str) -> _Site:

@@ -145,7 +145,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
-        tap = FeatureTap(unwrap_model(student_model), student_tap)
+        tap = FeatureTap(unwrap_model(student_model), student_tap, before_dropout=True)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         self.teacher = _resolve_teacher(
             teacher_model,
