@@ -201,6 +201,21 @@ def test_under_another_eval_metric_the_best_is_found_anew(stop, alone, tmp_path,
     assert students[0] == students[1]
 
 
+def test_an_average_that_a_resume_switches_on_goes_with_another_metric(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '2'])
+    run([*argv, '--stop-epoch', '3', '--model-ema', '--eval-metric', 'loss'])
+    assert summary(tmp_path / 'run')[-1]['epoch'] == '2'
+
+
+def test_settings_of_the_optimizer_that_a_resume_keeps_are_named(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--opt', 'sgd']
+    run([*argv, '--stop-epoch', '1', '--momentum', '0.9'])
+    said = run([*argv, '--stop-epoch', '2', '--momentum', '0.1'], capsys)
+    assert '--resume continues with momentum 0.9 of the checkpoint, not with 0.1' in said
+    assert '--resume continues with' not in run([*argv, '--stop-epoch', '3', '--momentum', '0.9'], capsys)
+
+
 def test_a_best_epoch_whose_weights_are_gone_is_named_and_the_best_that_is_kept_counts(alone, tmp_path, capsys):
     argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--checkpoint-hist', '1']
     argv += ['--resume', 'auto']

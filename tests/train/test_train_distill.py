@@ -14,8 +14,9 @@ import yaml
 from helpers import load, refused, run, summary
 
 import train_distill
-from timm_pe.config.run_config import GROUPS
+from timm_pe.config.run_config import GROUPS, parse_config
 from timm_pe.train import build
+from timm_pe.train.from_run import teacher_settings
 from timm_pe.train.trainer import Trainer
 
 ROOT = Path(train_distill.__file__).parent
@@ -409,6 +410,61 @@ def test_pretrained_path_fills_a_model_of_a_folder_from_the_file(small_run, tmp_
     run([*small_run, *argv, '--epochs', '1', '--lr', '0'])
     saved = load(tmp_path / 'run' / 'last.pth.tar')['state_dict']
     assert torch.equal(saved['conv1.0.weight'], other.state_dict()['conv1.0.weight'])
+
+
+def test_pretrained_path_takes_a_classifier_of_the_students_size(small_run, tmp_path, capsys):
+    torch.manual_seed(7)
+    for number in (3, 10):
+        torch.save(timm.create_model('test_resnet', num_classes=number).state_dict(), tmp_path / f'{number}.pth')
+        argv = [
+            '--model',
+            'test_resnet',
+            '--pretrained-path',
+            str(tmp_path / f'{number}.pth'),
+            '--experiment',
+            str(number),
+        ]
+        said = run([*small_run, *argv, '--epochs', '1', '--lr', '0', '--weight-decay', '0'], capsys)
+        assert 'converted or random' not in said
+        saved = load(tmp_path / str(number) / 'last.pth.tar')['state_dict']
+        given = torch.load(tmp_path / f'{number}.pth')
+        assert torch.equal(saved['conv1.0.weight'], given['conv1.0.weight'])
+        assert torch.equal(saved['fc.weight'], given['fc.weight']) == (number == 3)
+
+
+def test_pretrained_path_of_another_architecture_is_refused_or_says_what_stays_random(small_run, tmp_path, capsys):
+    for number in (3, 10):
+        torch.save(timm.create_model('cifar_resnet8', num_classes=number).state_dict(), tmp_path / f'{number}.pth')
+    argv = [*small_run, '--model', 'cifar_resnet20', '--epochs', '1', '--pretrained-path']
+    assert '3.pth' in refused([*argv, str(tmp_path / '3.pth')], capsys)
+    said = run([*argv, str(tmp_path / '10.pth')], capsys)  # timm leaves out the classifier, and is not strict then
+    assert re.search(r"--pretrained-path: \d+ of the student's \d+ weights are not those of .*10.pth', but", said)
+
+
+def test_a_teacher_is_built_as_its_run_was(image_folder, small_run, tmp_path):
+    shape = ['--bn-eps', '0.5', '--input-size', '1', '32', '32']
+    run([*small_run, '--model', 'test_efficientnet', *shape, '--epochs', '1', '--experiment', 'teacher'])
+    teacher = ['--teacher', 'test_efficientnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
+    kwargs = teacher_settings(parse_config([str(image_folder), *teacher])).kwargs
+    assert (kwargs['bn_eps'], kwargs['in_chans']) == (0.5, 1)
+    run([*small_run, '--model', 'test_resnet', *teacher, '--epochs', '1', '--experiment', 'student'])
+
+
+@pytest.mark.parametrize('flags', [['--pe-projector', 'linear_bn'], ['--pe-teacher-norm', 'batch']])
+def test_a_batch_of_one_is_refused_where_something_normalizes_over_it(flags, small_run, tmp_path, capsys):
+    argv = [
+        *small_run,
+        '--model',
+        'test_resnet',
+        '--teacher',
+        'test_resnet',
+        '--no-teacher-pretrained',
+        '-b',
+        '1',
+        *flags,
+    ]
+    assert 'a batch of 1 has no spread' in refused(argv, capsys)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_an_initial_checkpoint_of_other_classes_is_refused_with_the_flag_that_takes_it(small_run, tmp_path, capsys):

@@ -176,6 +176,11 @@ def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
         refuse(
             f'--pe-projector identity has nothing to train, {config.pe_projectors} of them are one: add --pe-projectors 1'
         )
+    over_batch = '--pe-projector linear_bn' if config.pe_projector == 'linear_bn' else None
+    if config.pe_teacher_norm in ('batch', 'whiten'):
+        over_batch = f'--pe-teacher-norm {config.pe_teacher_norm}'
+    if over_batch and 1 in (config.train_batch_sizes or [config.batch_size]):
+        refuse(f'{over_batch} normalizes over the images of a batch, a batch of 1 has no spread: use 2 or more')
     if config.aug_splits:
         refuse('--aug-splits does not go with --teacher')
     if config.torchscript:

@@ -191,7 +191,9 @@ class Saver(CheckpointSaver):
         self._duplicate(path, str(self.folder.best_file))
         model = self.evaluated_model()
         averaged = model is self.task.get_eval_model(ema=True)
-        state_dict = load_checkpoint_metadata(path)['state_dict_ema' if averaged else 'state_dict']
+        checkpoint = load_checkpoint_metadata(path)
+        # an average that was switched on at this resume is not in it
+        state_dict = (checkpoint.get('state_dict_ema') if averaged else None) or checkpoint['state_dict']
         _save_weights(model, state_dict, self.folder.student_file)
         at = os.stat(path).st_mtime_ns
         os.utime(

@@ -15,7 +15,7 @@ from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
 
 # how a run says that its student was built and fed: what a teacher takes from there, ...
-_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
+_OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
 # ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
 # one of them is given: they say one thing together
 _OF_AN_EVALUATION = (
@@ -67,6 +67,8 @@ def read_settings(folder: RunFolder, what: str, names: Iterable[str]) -> dict[st
         odd = odd_value(settings[name]) or out_of_bounds(RunConfig, name, settings[name])
         if odd:
             refuse(f"{what}: {name} in '{path}' {odd}")
+    if settings.get('input_size') and settings.get('in_chans', 0) is None:
+        settings['in_chans'] = settings['input_size'][0]
     return settings
 
 
@@ -90,8 +92,6 @@ def fill_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_an_evaluation(folder: RunFolder, given: Collection[str]) -> dict[str, Any]:
     run = read_settings(folder, '--evaluate', [name for names in _OF_AN_EVALUATION for name in names])
-    if run['input_size'] and run['in_chans'] is None:
-        run['in_chans'] = run['input_size'][0]
     taken = [name for names in _OF_AN_EVALUATION if not set(names) & set(given) for name in names]
     return {name: run[name] for name in taken if run[name] is not None}
 
@@ -158,6 +158,7 @@ def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
         **(run['model_kwargs'] or {}),
         'in_chans': run['in_chans'],
         'global_pool': run['gp'],
+        'bn_eps': run['bn_eps'],
         # an architecture of one size was built for that of its images
         'img_size': built.get('img_size'),
         # what that run's model name and overlay said of its input; the name of the teacher may have another tag

@@ -45,6 +45,9 @@ from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
+# settings of an optimizer, the learning rate and the weight decay apart, that a resume takes from the checkpoint
+_SETTINGS_OF_A_STEP = {'momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered'}
+
 
 @dataclass(frozen=True)
 class Found:
@@ -229,6 +232,14 @@ def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.opt
             _logger.warning(
                 f'--resume continues with {name} {resumed:.4g} of the checkpoint, not with {given:.4g}: --no-resume-opt '
                 f'starts a fresh optimizer.'
+            )
+    # what the optimizer was made with; its groups hold what the checkpoint brought
+    for name in _SETTINGS_OF_A_STEP & optimizer.defaults.keys() & first.keys():
+        made_with, has = (list(v) if isinstance(v, tuple) else v for v in (optimizer.defaults[name], first[name]))
+        if has != made_with:
+            _logger.warning(
+                f'--resume continues with {name} {has} of the checkpoint, not with {made_with}: --no-resume-opt starts a '
+                f'fresh optimizer.'
             )
     return resumed_lr, resumed_decay
 

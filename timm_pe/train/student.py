@@ -65,9 +65,12 @@ def create_student(config: RunConfig) -> nn.Module:
         set_fast_norm()
     overlay = dict(config.pretrained_cfg_overlay)
     if config.pretrained_path:
-        # num_classes -1: the file's head is taken only where it fits
         file = str(find_checkpoint(config.pretrained_path, '--pretrained-path'))
-        overlay = {'file': file, 'num_classes': -1, **overlay}
+        # read before timm does, for its errors, but for the .npz of JAX that some models convert
+        weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
+        # timm takes the file's classifier where it is of the model's size; -1 is of no size
+        classes = classes_in_checkpoint(config.model, weights) if weights else None
+        overlay = {'file': file, 'num_classes': classes or -1, **overlay}
     if overlay.get('file'):
         overlay.setdefault(
             'source', ''
@@ -97,9 +100,14 @@ def create_student(config: RunConfig) -> nn.Module:
         **model_args,
     }
     if config.pretrained_path:
-        # read before timm does, for its errors, but for the .npz of JAX that some models convert
-        weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
-        model = create_timm_model(config.model, '--pretrained-path', pretrained=True, **kwargs)
+        try:
+            model = create_timm_model(config.model, '--pretrained-path', pretrained=True, **kwargs)
+        except UsageError as e:
+            if not isinstance(e.__cause__, RuntimeError):
+                raise
+            raise UsageError(
+                f"--pretrained-path: '{config.pretrained_path}' does not fit {config.model} ({one_line(e.__cause__)})"
+            ) from e
         if weights:
             _check_taken(model, weights, config.pretrained_path)
     else:
@@ -138,10 +146,23 @@ def _check_classifier(model: nn.Module, config: RunConfig) -> None:
 def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
     """timm adapts pretrained weights to the model and leaves out the rest: refuse a file of which nothing was taken."""
     check_values(model, weights, '--pretrained-path', path)
-    own = [v for v in model.state_dict().values() if v.ndim > 1]
-    if not any(a.shape == b.shape and torch.equal(a, b.to(a.dtype)) for b in weights.values() for a in own):
+    own = {name: v for name, v in model.state_dict().items() if v.ndim > 1}
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for v in weights.values():
+        by_shape.setdefault(v.shape, []).append(v)
+    others = [n for n, a in own.items() if not any(torch.equal(a, b.to(a.dtype)) for b in by_shape.get(a.shape, []))]
+    if len(others) == len(own):
         raise UsageError(
             f"--pretrained-path: '{path}' does not fit {type(model).__name__}: none of its weights was taken"
+        )
+    classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    others = [name for name in others if not name.startswith(tuple(f'{head}.' for head in heads))]
+    if others:
+        shown = ', '.join(others[:3]) + (', ...' if len(others) > 3 else '')
+        _logger.warning(
+            f"--pretrained-path: {len(others)} of the student's {len(own)} weights are not those of '{path}', but converted "
+            f'or random: {shown}.'
         )
 
 
