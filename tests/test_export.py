@@ -247,8 +247,21 @@ def test_what_users_typed_cannot_write_markdown_or_html(runs, tmp_path):
     assert yaml.safe_load(card.split('---')[1])['license'] == 'unknown'
 
 
-def test_data_that_is_gone_costs_the_names_of_the_classes_alone(runs, folders, image_folder, tmp_path, capsys):
+def test_the_names_of_the_classes_are_those_the_run_learnt_whatever_its_data_are_now(runs, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    for split in ('train', 'val'):
+        shutil.copytree(tmp_path / 'images' / split / 'ant', tmp_path / 'images' / split / 'aardvark')
+    folder = copy_of(runs['test_resnet'], tmp_path / 'run', data=str(tmp_path / 'images'))
+    export.main([str(folder), '--output', str(tmp_path / 'out')])
+    assert tuple(json.loads((tmp_path / 'out' / 'config.json').read_text())['label_names']) == CLASSES
+
+
+def test_data_that_is_gone_costs_a_run_without_checkpoints_the_names_of_the_classes(
+    runs, image_folder, tmp_path, capsys
+):
     folder = copy_of(runs['test_resnet'], tmp_path / 'run', data=str(tmp_path / 'gone'))
+    for file in folder.glob('*.pth.tar'):
+        file.unlink()
     export.main([str(folder), '--output', str(tmp_path / 'out')])
     assert 'names of the classes are left out' in capsys.readouterr().err
     assert 'label_names' not in json.loads((tmp_path / 'out' / 'config.json').read_text())

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_evaluate_gives_the_accuracy_of_the_best_epoch_again(finished, capsys):
 
 def top1(said):
     return float(re.search(r'top-1 ([\d.]+) %', said)[1])
+
+
+def test_data_whose_classes_are_not_those_of_the_run_is_not_evaluated(finished, image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    for split in ('train', 'val'):
+        (tmp_path / 'images' / split / 'cat').rename(tmp_path / 'images' / split / 'aardvark')
+    argv = ['--device', 'cpu', '-j', '0', '--evaluate', str(finished[0])]
+    error = refused([str(tmp_path / 'images'), *argv], capsys)
+    assert "class 'ant' is 0 in the run and 1 in the data (3 and 3 classes)" in error
+    run([str(image_folder), *argv])
 
 
 def test_evaluate_takes_from_its_run_how_the_student_was_built_and_fed(image_folder, tmp_path, capsys):

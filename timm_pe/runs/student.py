@@ -14,6 +14,7 @@ from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
 from ..method.weights import load_weights, read_state_dict
 from ..run_folder import RunFolder
+from ..train.checkpoints import saved_classes
 from ..train.student import create_student
 from .compare import Run
 from .reopen import read_class_names, without_weights
@@ -79,10 +80,15 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
     except ValueError as e:
         raise UsageError(f"RUN '{run_folder.path}': {one_line(e)}") from e
     module = model_entrypoint(_architecture(model)).__module__
-    return Student(run, model, data_config, _read_label_names(config, model), module.split('.')[0])
+    return Student(run, model, data_config, _read_label_names(run_folder, config, model), module.split('.')[0])
 
 
-def _read_label_names(config: RunConfig, model: nn.Module) -> list[str] | None:
+def _read_label_names(folder: RunFolder, config: RunConfig, model: nn.Module) -> list[str] | None:
+    """Names of the classes in their order: those the run has learnt, which its data may not have any more."""
+    num_classes = cast(int, model.num_classes)
+    learnt = {label: name for name, label in (saved_classes(folder) or {}).items()}
+    if learnt:
+        return _named([learnt.get(c, str(c)) for c in range(num_classes)])
     if config.dataset.split('/')[0].lower() in _REMOTE:
         return None
     validation_only = replace(config, evaluate='RUN', dataset_download=False)
@@ -91,6 +97,8 @@ def _read_label_names(config: RunConfig, model: nn.Module) -> list[str] | None:
     except UsageError as e:
         _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
         return None
-    num_classes = cast(int, model.num_classes)
-    names = read_class_names(dataset, num_classes)
-    return None if names == [str(c) for c in range(num_classes)] else names
+    return _named(read_class_names(dataset, num_classes))
+
+
+def _named(names: list[str]) -> list[str] | None:
+    return None if names == [str(c) for c in range(len(names))] else names

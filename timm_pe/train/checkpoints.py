@@ -224,6 +224,18 @@ def best_epoch(folder: RunFolder) -> int | None:
         return None
 
 
+def saved_classes(folder: RunFolder) -> dict[str, int] | None:
+    """The class names of a run's training data and their labels, as its newest checkpoint has them; None where unknown."""
+    for file in (folder.last_file, folder.best_file):
+        try:
+            state = _run_state(load_checkpoint_metadata(str(file)), str(file))
+        except Exception:  # gone, or whatever it may be by now
+            continue
+        if state and state.meaning.get('classes'):
+            return cast(dict[str, int], state.meaning['classes'])
+    return None
+
+
 def saved_args(path: str) -> dict[str, Any]:
     """The settings that a training checkpoint was saved with, empty where it holds none."""
     args = load_checkpoint_metadata(path).get('args')
