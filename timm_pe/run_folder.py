@@ -101,9 +101,11 @@ class RunFolder:
         Raises:
             UsageError: See `rows`.
         """
-        aside = sorted(self._files(f'{self.summary_file.name}.until-*'))
-        rows = [row for file in [*aside, self.summary_file] for row in _read_rows(file)]
+        rows = [row for file in [*self._moved_aside(), self.summary_file] for row in _read_rows(file)]
         return dict(sorted(((int(row['epoch'] or 0), row) for row in rows), key=lambda pair: pair[0]))
+
+    def _moved_aside(self) -> list[Path]:
+        return sorted(self._files(f'{self.summary_file.name}.until-*'))
 
     def append_row(
         self,
@@ -119,7 +121,13 @@ class RunFolder:
             update_summary(epoch, dict(train_metrics), dict(eval_metrics), filename=changed, lr=lr)
 
     def cut_rows(self, start_epoch: int) -> None:
-        """Drop the rows of summary.csv from an epoch on: a resumed run writes them again."""
+        """Drop the rows from an epoch on, in files that were moved aside too: a resumed run writes them again."""
+        for file in self._moved_aside():
+            with replaced(file) as copy:
+                shutil.copyfile(file, copy)
+                trim_summary(copy, start_epoch)
+            if not _read_rows(file):
+                file.unlink()
         if self.summary_file.exists():
             with self._changed_summary() as changed:
                 trim_summary(changed, start_epoch)

@@ -22,6 +22,7 @@ from timm.utils import CheckpointSaver
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.data import draws
 from timm_pe.process.signals import Interrupts, ignore_in_worker
+from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position
 from timm_pe.train.trainer import Trainer
 
@@ -206,6 +207,18 @@ def test_an_average_that_a_resume_switches_on_goes_with_another_metric(alone, tm
     run([*argv, '--stop-epoch', '2'])
     run([*argv, '--stop-epoch', '3', '--model-ema', '--eval-metric', 'loss'])
     assert summary(tmp_path / 'run')[-1]['epoch'] == '2'
+
+
+def test_rows_that_were_moved_aside_are_cut_where_a_run_starts_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    header = 'epoch,train_loss,eval_top1,lr\n'
+    (tmp_path / 'summary.csv.until-20260101-000000').write_text(f'{header}0,1,50,0.1\n1,1,60,0.1\n')
+    (tmp_path / 'summary.csv').write_text('epoch,train_loss,train_pe_loss,eval_top1,lr\n2,1,1,70,0.1\n')
+    folder.cut_rows(1)
+    assert list(folder.rows_by_epoch()) == [0]
+    folder.cut_rows(0)
+    assert folder.rows_by_epoch() == {}
+    assert not list(tmp_path.glob('*.until-*'))
 
 
 def test_settings_of_the_optimizer_that_a_resume_keeps_are_named(alone, tmp_path, capsys):
