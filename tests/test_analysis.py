@@ -310,6 +310,14 @@ def test_what_cannot_be_analysed_is_said_in_one_line_before_anything_is_written(
     assert not (whole / 'analysis.json').exists()
 
 
+def test_data_of_other_classes_than_the_run_has_learnt_is_refused(runs, image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder, tmp_path / 'images')
+    for split in ('train', 'val'):
+        (tmp_path / 'images' / split / 'cat').rename(tmp_path / 'images' / split / 'aardvark')
+    said = refused([str(runs[0] / 'alone'), '--data-dir', str(tmp_path / 'images')], capsys)
+    assert "(class 'ant' 0 then, 1 now)" in said
+
+
 @pytest.mark.parametrize(
     ('damage', 'message'),
     [

@@ -1,7 +1,5 @@
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,8 @@ SUITES = sorted(p.stem for p in (BENCHMARKS / 'suites').glob('*.yaml'))
 
 
 @pytest.fixture(scope='module')
-def accuracy():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location('accuracy', BENCHMARKS / 'accuracy.py')
-        module = sys.modules['accuracy'] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        del sys.modules['accuracy']
+def accuracy(load_script):
+    return load_script('accuracy')
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
-import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -17,16 +15,8 @@ READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__', '
 
 
 @pytest.fixture(scope='module')
-def bench():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location('step_time', BENCHMARKS / 'step_time.py')
-        module = sys.modules['step_time'] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        del sys.modules['step_time']
+def bench(load_script):
+    return load_script('step_time')
 
 
 @pytest.fixture

@@ -568,15 +568,33 @@ def test_before_dropout_nothing_drops_in_eval_and_a_deepcopy_drops_on_its_own():
 
 
 def test_removing_a_tap_gives_the_dropout_back():
-    for name, rate in (('test_resnet', lambda m: m.drop_rate), ('test_vit', lambda m: m.head_drop.p)):
-        model = timm.create_model(name, num_classes=5, drop_rate=0.5)
-        tap = FeatureTap(model, before_dropout=True)
-        assert rate(model) == 0
-        tap.remove()
-        assert rate(model) == 0.5
+    model = timm.create_model('test_resnet', num_classes=5, drop_rate=0.5)
+    tap = FeatureTap(model, before_dropout=True)
+    assert model.drop_rate == 0
+    tap.remove()
+    assert model.drop_rate == 0.5
+
+
+def test_a_classifier_that_drops_itself_drops_once():
+    torch.manual_seed(0)
+    model = timm.create_model('levit_256d', num_classes=5, drop_rate=0.5, img_size=96).train()
+    images = torch.randn(2, 3, 96, 96)
+    untouched = copy.deepcopy(model)
+    FeatureTap(model, before_dropout=True)
+    outputs = []
+    for each in (untouched, model):
+        torch.manual_seed(1)
+        outputs.append(each(images))
+    assert torch.equal(*outputs)
 
 
 def test_two_heads_keep_their_dropout():
-    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5, drop_rate=0.5)
+    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5, drop_rate=0.5).train()
+    images = torch.randn(2, 3, 224, 224)
+    untouched = copy.deepcopy(model)
     FeatureTap(model, before_dropout=True)
-    assert model.head_drop.p == 0.5
+    outputs = []
+    for each in (untouched, model):
+        torch.manual_seed(1)
+        outputs.append(each(images))
+    assert torch.equal(*outputs)

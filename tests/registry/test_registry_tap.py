@@ -4,11 +4,13 @@ Shapes and widths are compared on the meta device for every architecture; number
 of each kind, a kind being a model class with one structure of classifier. Takes minutes.
 """
 
+import copy
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +21,7 @@ from timm_pe.method.tap import FeatureTap
 
 SHAPES = 'shape and width, with and without a classifier'
 NUMBERS = 'numbers, the smallest of each kind'
+DROPOUT = 'logits in training with the dropout taken over, the smallest of each kind'
 SIZES = (96, 128, 160, 192, 224)  # the first that an architecture takes, else its own
 
 
@@ -27,17 +30,19 @@ def test_feature_is_pre_logits_for_every_architecture():
     modules = sorted(list_modules(), key=lambda module: -len(timm.list_models(module=module)))
     with ProcessPoolExecutor(os.cpu_count(), get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         reports = list(pool.map(_check_module, modules))
-    results = {what: {k: v for report in reports for k, v in report[what].items()} for what in (SHAPES, NUMBERS)}
+    results = {
+        what: {k: v for report in reports for k, v in report[what].items()} for what in (SHAPES, NUMBERS, DROPOUT)
+    }
     wrong = {what: {name: why for name, why in found.items() if why} for what, found in results.items()}
     for what, found in results.items():
         print(f'\nFeatureTap, {what}: {len(found) - len(wrong[what])} of {len(found)}', file=sys.stderr)
     assert set(results[SHAPES]) == set(timm.list_models())
-    assert wrong == {SHAPES: {}, NUMBERS: {}}
+    assert wrong == {SHAPES: {}, NUMBERS: {}, DROPOUT: {}}
 
 
 def _check_module(module: str) -> dict[str, dict[str, str]]:
     """What is wrong with each architecture of one of timm's modules, '' where nothing is."""
-    report, smallest = {SHAPES: {}, NUMBERS: {}}, {}
+    report, smallest = {SHAPES: {}, NUMBERS: {}, DROPOUT: {}}, {}
     for name in timm.list_models(module=module):
         with torch.device('meta'):
             model = timm.create_model(name).eval()
@@ -48,6 +53,7 @@ def _check_module(module: str) -> dict[str, dict[str, str]]:
             report[SHAPES][name] = _attempt(_check_shapes, model)
     for _, name in smallest.values():
         report[NUMBERS][name] = _attempt(_check_numbers, name)
+        report[DROPOUT][name] = _attempt(_check_dropout, name)
     return report
 
 
@@ -104,6 +110,26 @@ def _check_numbers(name: str) -> None:
         tap = FeatureTap(model)
         model(x)
         assert tap.pop().shape == feature.shape
+
+
+@torch.no_grad()
+def _check_dropout(name: str) -> None:
+    """A tap before the dropout leaves the logits as they are, to the last bit and random number."""
+    try:
+        model, x = _create_small(name, drop_rate=0.5)
+    except TypeError as e:
+        if 'drop_rate' in str(e):  # an encoder that never drops
+            return
+        raise
+    model.train()
+    untouched = copy.deepcopy(model)
+    FeatureTap(model, before_dropout=True)
+    outputs = []
+    for each in (untouched, model):
+        torch.manual_seed(1)
+        np.random.seed(1)  # volo mixes its tokens by it
+        outputs.append((each(x), torch.get_rng_state()))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0, equal_nan=True)
 
 
 def _create_small(name: str, **kwargs) -> tuple[nn.Module, torch.Tensor]:

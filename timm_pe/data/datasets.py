@@ -4,6 +4,7 @@ import difflib
 import io
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,14 @@ def class_map_of(dataset: Dataset[Any] | None) -> dict[str, int] | None:
                 return {str(name): int(classes[name]) for name in sorted(classes, key=lambda name: classes[name])}
         dataset = getattr(dataset, 'dataset', None)
     return None
+
+
+def describe_other_class(then: Mapping[str, int] | None, now: Mapping[str, int] | None) -> str:
+    """The first class that two class maps differ in, in a few words; '' where they are equal or one is not known."""
+    if not then or not now or then == now:
+        return ''
+    name = next(n for n in {**then, **now} if then.get(n) != now.get(n))
+    return f'class {name!r} {then.get(name, "of no class")} then, {now.get(name, "of no class")} now'
 
 
 def count_classes(dataset: Dataset[Any] | None) -> int | None:

@@ -35,8 +35,9 @@ class FeatureTap:
         model: A timm model, or with `path` any module.
         path: Name of the submodule whose input is the feature (`'fc'`), instead of what `get_classifier()` gives.
         before_dropout: Of a model in training, give the feature as it is before the dropout in front of the classifier.
-            The tap then drops in the model's place, with the same random numbers: what the model computes stays bit for
-            bit what it was. Only where one layer classifies and `path` is not given.
+            Where a model drops by its `drop_rate` and no module, the tap does it in its place (and sets that rate to 0),
+            with the same random numbers: what the model computes stays bit for bit what it was. Only where one layer
+            classifies and `path` is not given.
 
     Attributes:
         width: Number of channels `d` of the feature.
@@ -48,10 +49,8 @@ class FeatureTap:
     def __init__(self, model: nn.Module, path: str | None = None, before_dropout: bool = False) -> None:
         self._name = type(model).__name__
         # averaged over the outer list, side by side over the inner one
-        self._heads = _tap_classifier(model) if path is None else [[_tap_path(model, path)]]
+        self._heads = _tap_classifier(model, before_dropout) if path is None else [[_tap_path(model, path)]]
         self.width = sum(site.width for site in self._heads[0])
-        if before_dropout and path is None and len(self._heads) == len(self._heads[0]) == 1:
-            self._heads[0][0].take_over_dropout(model)
 
     def pop(self) -> torch.Tensor:
         """The feature of the last forward; it can be taken once.
@@ -89,50 +88,55 @@ class _Site:
 
     def __init__(self, module: nn.Module, width: int, pools_token: bool = False, output: bool = False) -> None:
         self.width = width
-        self._module = module
-        self._output = output
         self._pools_token = pools_token
-        # whose attribute held the rate of the dropout that the tap does in its place, and the rate
-        self._dropout: tuple[nn.Module, str, float] | None = None
         self._value: torch.Tensor | None = None
+        # what entered the dropout module in front of the hooked one, in this forward
+        self._undropped: torch.Tensor | None = None
+        # whose drop_rate the tap drops by in its place, and the rate
+        self._drops_for: tuple[Any, float] | None = None
         # bound methods: a deepcopied model calls the deepcopied site
         if output:
-            self._handle = module.register_forward_hook(self._keep_output)
+            self._handles = [module.register_forward_hook(self._keep_output)]
         else:
-            self._handle = module.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            self._handles = [module.register_forward_pre_hook(self._keep_input, with_kwargs=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         # a tensor inside an autograd graph can't be deepcopied
-        return {**self.__dict__, '_value': None}
+        return {**self.__dict__, '_value': None, '_undropped': None}
 
     def pop(self) -> torch.Tensor | None:
         value, self._value = self._value, None
         return value
 
     def remove(self) -> None:
-        self._handle.remove()
-        self._value = None
-        if self._dropout is not None:
-            owner, name, rate = self._dropout
-            setattr(owner, name, rate)
-            self._dropout = None
+        for handle in self._handles:
+            handle.remove()
+        self._value = self._undropped = None
+        if self._drops_for is not None:
+            owner, owner.drop_rate = self._drops_for[0], self._drops_for[1]
+            self._drops_for = None
 
-    def take_over_dropout(self, model: nn.Module) -> None:
-        """Drop behind the tap what the model drops in front of it, if it does."""
-        found = None if self._output else _find_dropout(model, self._module)
-        if found is not None:
-            owner, name = found
-            self._dropout = owner, name, getattr(owner, name)
-            setattr(owner, name, 0.0)
+    def look_before(self, dropout: nn.Dropout) -> None:
+        """Give what enters a dropout, where it runs in a forward in training."""
+        self._handles.append(dropout.register_forward_pre_hook(self._keep_undropped))
+
+    def drop_for(self, owner: Any) -> None:
+        """Drop behind the tap, in the place of a module that drops by its `drop_rate` in front of it."""
+        self._drops_for = owner, owner.drop_rate
+        owner.drop_rate = 0.0
+
+    def _keep_undropped(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._undropped = args[0] if module.training else None
 
     def _keep_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         entered = args[0] if args else next(iter(kwargs.values()))
-        self._value = self._pool(entered)
-        if self._dropout is None or not module.training:
+        undropped, self._undropped = self._undropped, None
+        self._value = self._pool(entered if undropped is None else undropped)
+        if self._drops_for is None or not module.training:
             return None
-        dropped = F.dropout(entered, self._dropout[2])
+        dropped = F.dropout(entered, self._drops_for[1])
         return ((dropped, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): dropped})
 
     def _keep_output(
@@ -158,11 +162,13 @@ def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
     return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs).mean(0)
 
 
-def _tap_classifier(model: nn.Module) -> list[list[_Site]]:
+def _tap_classifier(model: nn.Module, before_dropout: bool) -> list[list[_Site]]:
     """Hook what classifies in a timm model: alternative heads in the outer list, branches of a head in the inner."""
     heads = _classifiers(model)
+    # several layers may share one dropout
+    before_dropout = before_dropout and sum(map(len, heads)) == 1
     if any(_in_width(layer) or any(True for _ in layer.parameters()) for branches in heads for layer in branches):
-        return [[_tap_layer(model, layer) for layer in branches] for branches in heads]
+        return [[_tap_layer(model, layer, before_dropout) for layer in branches] for branches in heads]
     return [[_Site(model, _declared_width(model), output=True)]]
 
 
@@ -254,33 +260,44 @@ def _final_layer(head: nn.Module) -> nn.Module:
     return getattr(head, 'fc', head) if 'pre_logits' in inspect.signature(head.forward).parameters else head
 
 
-def _tap_layer(model: nn.Module, layer: nn.Module) -> _Site:
-    parent = next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
+def _tap_layer(model: nn.Module, layer: nn.Module, before_dropout: bool) -> _Site:
+    parent = _parent_of(model, layer)
     others = [x for x in parent.children() if x is not layer and not isinstance(x, nn.Dropout)]
     # a norm of pooled vectors and a linear layer that share a module classify together
     hooked = parent if others and all(isinstance(x, nn.BatchNorm1d) for x in others) else layer
     # attention pooling may classify every token and pool after that
     pools_token = getattr(parent, 'pool_type', None) == 'token'
-    return _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
+    site = _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
+    # a parent's input is in front of its dropout already
+    if before_dropout and hooked is layer:
+        _pass_dropout(site, model, layer)
+    return site
 
 
-def _find_dropout(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, str] | None:
-    """Whose attribute, of which name, holds the rate of the dropout of what enters a layer; None where nothing drops.
+def _parent_of(model: nn.Module, layer: nn.Module) -> nn.Module:
+    return next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
+
+
+def _pass_dropout(site: _Site, model: nn.Module, layer: nn.Module) -> None:
+    """Put a site in front of the dropout of what enters its layer, if there is one.
 
     timm has two ways: a `Dropout` registered just before the layer, and `F.dropout` by the `drop_rate` of the module that
     holds the layer.
     """
-    parent = next((parent for parent in model.modules() if any(x is layer for x in parent.children())), model)
+    drops_itself = any(isinstance(x, nn.Dropout) for x in layer.modules())
+    parent = _parent_of(model, layer)
+    while isinstance(parent, nn.Sequential) and next(parent.children()) is layer:
+        layer, parent = parent, _parent_of(model, parent)
     children = list(parent.children())
     before = children[: next((i for i, x in enumerate(children) if x is layer), 0)]
     while before and isinstance(before[-1], (nn.Identity, nn.Flatten)):
         before.pop()
     if before and isinstance(before[-1], nn.Dropout):
-        return (before[-1], 'p') if before[-1].p else None
-    # a module with dropouts of its own uses its drop_rate to make them
-    own = any(isinstance(x, nn.Dropout) for x in children)
-    rate = getattr(parent, 'drop_rate', None)
-    return (parent, 'drop_rate') if isinstance(rate, float) and rate and not own else None
+        if not before[-1].inplace:
+            site.look_before(before[-1])
+    # a module with dropouts of its own, or of its classifier's, uses its drop_rate to make them
+    elif getattr(parent, 'drop_rate', 0) and not drops_itself and not any(isinstance(x, nn.Dropout) for x in children):
+        site.drop_for(parent)
 
 
 def _tap_path(model: nn.Module, path: str) -> _Site:

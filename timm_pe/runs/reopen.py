@@ -27,6 +27,7 @@ from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
+from ..train.checkpoints import check_learnt_classes
 from ..train.run_task import create_run_teacher
 from ..train.student import place_student
 
@@ -192,6 +193,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         raise UsageError(
             f"'{config.dataset}' is a stream, which cannot give the same images twice: it cannot be analysed"
         )
+    check_learnt_classes(folder, parts.datasets[1], 'the analysis')
     subset = _fixed_subset(cast(Dataset[Any], parts.datasets[0]), options.max_train_images)
     train = create_data(config, (None, subset), student, parts.runtime)
     teacher_config = _teacher_config(config, parts.num_classes, (read_run_config(f, options) for f in others))

@@ -17,10 +17,12 @@ from timm.layers import SplitBatchNorm2d
 from timm.models import clean_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
+from torch.utils.data import Dataset
 
 from ..config.declare import name_of
 from ..config.flags import OptimizerFlags, RunFlags
 from ..config.run_config import RunConfig
+from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError, one_line
 from ..method.weights import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
 from ..process.files import replaced, sync_file
@@ -234,6 +236,20 @@ def saved_classes(folder: RunFolder) -> dict[str, int] | None:
         if state and state.meaning.get('classes'):
             return cast(dict[str, int], state.meaning['classes'])
     return None
+
+
+def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) -> None:
+    """Refuse images whose classes are others than those that a run has learnt, or have another order.
+
+    Raises:
+        UsageError: With the first class that differs, after `what` asks for it.
+    """
+    other_class = describe_other_class(saved_classes(folder), class_map_of(dataset))
+    if other_class:
+        raise UsageError(
+            f"{what}: the data has other classes than the run '{folder.path}' has learnt ({other_class}): give data of the "
+            f'same classes'
+        )
 
 
 def saved_args(path: str) -> dict[str, Any]:

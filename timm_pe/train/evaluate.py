@@ -10,7 +10,6 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from ..config.flags import LossFlags
 from ..config.run_config import RunConfig
-from ..data.datasets import class_map_of
 from ..data.loaders import Data
 from ..data.unreadable import describe_unreadable
 from ..errors import UsageError
@@ -18,7 +17,7 @@ from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .build import Parts
-from .checkpoints import saved_classes
+from .checkpoints import check_learnt_classes
 from .console import Progress
 from .student import place_student
 
@@ -125,24 +124,12 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 def evaluate_checkpoint(parts: Parts) -> None:
     """Validate the weights of --evaluate, and say what came out."""
     config, path = parts.config, parts.config.evaluate
-    _check_classes(parts)
+    folder = RunFolder.around(path)
+    if folder is not None:
+        check_learnt_classes(folder, parts.data.eval.dataset, '--evaluate')
     # a moving average that the run kept on the CPU was not what it evaluated
     state_dict = read_state_dict(path, '--evaluate', use_ema=not config.model_ema_force_cpu)
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()
     metrics = validate(student, parts.data, parts.runtime, config, 'Evaluate')
     _logger.info(f"'{path}': {format_metrics(metrics)} on {len(parts.data.eval.dataset)} images.")
-
-
-def _check_classes(parts: Parts) -> None:
-    """Refuse images whose classes are others than those that the run of --evaluate learnt, or have another order."""
-    folder = RunFolder.around(parts.config.evaluate)
-    learnt = saved_classes(folder) if folder else None
-    shown = class_map_of(parts.data.eval.dataset)
-    if learnt and shown and learnt != shown:
-        name = next(n for n in {**learnt, **shown} if learnt.get(n) != shown.get(n))
-        labels = [str(classes.get(name, 'no class')) for classes in (learnt, shown)]
-        raise UsageError(
-            f"--evaluate: class '{name}' is {labels[0]} in the run and {labels[1]} in the data ({len(learnt)} and {len(shown)} "
-            f'classes): give data of the same classes, or --class-map FILE with the labels of the run'
-        )

@@ -18,7 +18,7 @@ from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 
 from ..config.run_config import RunConfig
-from ..data.datasets import class_map_of
+from ..data.datasets import class_map_of, describe_other_class
 from ..data.draws import kept_rng
 from ..data.epochs import plain_loader
 from ..data.loaders import Data
@@ -137,11 +137,9 @@ def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
         for name in ('model', 'task', 'target')
         if name in then and then[name] != now[name]
     }
-    classes = then.get('classes') or {}, now['classes'] or {}
-    if all(classes) and classes[0] != classes[1]:
-        name = next(n for n in {**classes[0], **classes[1]} if classes[0].get(n) != classes[1].get(n))
-        of = [str(c.get(name, 'of no class')) for c in classes]
-        changes['classes'] = f'class {name!r} {of[0]} then, {of[1]} now'
+    other_class = describe_other_class(then.get('classes'), now['classes'])
+    if other_class:
+        changes['classes'] = other_class
     if 'teacher' in then and not _is_same_teacher(then, now):
         of = [f'{run["teacher"] or "none"}{_in_brackets(run["teacher_weights"].values())}' for run in (then, now)]
         changes['teacher'] = f'teacher {of[0]} then, {of[1]} now'

@@ -46,7 +46,7 @@ from .trainer import Trainer
 _logger = logging.getLogger(__name__)
 
 # settings of an optimizer, the learning rate and the weight decay apart, that a resume takes from the checkpoint
-_SETTINGS_OF_A_STEP = {'momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered'}
+_OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
 
 
 @dataclass(frozen=True)
@@ -227,21 +227,20 @@ def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.opt
     first = optimizer.param_groups[0]
     resumed_lr = first.get('initial_lr', first['lr'])
     resumed_decay = max(group.get('weight_decay', config.weight_decay) for group in optimizer.param_groups)
-    for name, resumed, given in (('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)):
+    others: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)]
+    # `defaults` is what the optimizer was made with, its groups have what the checkpoint brought
+    others += [(name, first[name], optimizer.defaults[name]) for name in _OF_A_STEP if name in optimizer.defaults]
+    for name, resumed, given in others:
         if resumed != given:
             _logger.warning(
-                f'--resume continues with {name} {resumed:.4g} of the checkpoint, not with {given:.4g}: --no-resume-opt '
-                f'starts a fresh optimizer.'
-            )
-    # what the optimizer was made with; its groups hold what the checkpoint brought
-    for name in _SETTINGS_OF_A_STEP & optimizer.defaults.keys() & first.keys():
-        made_with, has = (list(v) if isinstance(v, tuple) else v for v in (optimizer.defaults[name], first[name]))
-        if has != made_with:
-            _logger.warning(
-                f'--resume continues with {name} {has} of the checkpoint, not with {made_with}: --no-resume-opt starts a '
-                f'fresh optimizer.'
+                f'--resume continues with {name} {_number(resumed)} of the checkpoint, not with {_number(given)}: '
+                f'--no-resume-opt starts a fresh optimizer.'
             )
     return resumed_lr, resumed_decay
+
+
+def _number(value: Any) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def _set_up_average(flags: AverageFlags, task: TrainingTask, path: str, meaning: Mapping[str, Any]) -> None:

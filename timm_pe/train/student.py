@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import resolve_model_input_args
+from timm.models import get_pretrained_cfg, resolve_model_input_args
 
 from ..config.flags import ModelFlags
 from ..config.run_config import RunConfig
@@ -68,9 +68,10 @@ def create_student(config: RunConfig) -> nn.Module:
         file = str(find_checkpoint(config.pretrained_path, '--pretrained-path'))
         # read before timm does, for its errors, but for the .npz of JAX that some models convert
         weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
-        # timm takes the file's classifier where it is of the model's size; -1 is of no size
+        # timm takes a classifier for so many classes, which is also its default where --num-classes is not given; none for -1
         classes = classes_in_checkpoint(config.model, weights) if weights else None
-        overlay = {'file': file, 'num_classes': classes or -1, **overlay}
+        fits = classes and classes == (config.num_classes or _default_classes(config.model))
+        overlay = {'file': file, 'num_classes': classes if fits else -1, **overlay}
     if overlay.get('file'):
         overlay.setdefault(
             'source', ''
@@ -120,6 +121,11 @@ def create_student(config: RunConfig) -> nn.Module:
     if config.grad_checkpointing:
         _set_grad_checkpointing(model, config.model)
     return model
+
+
+def _default_classes(name: str) -> int | None:
+    cfg = get_pretrained_cfg(name)
+    return cfg.num_classes if cfg else None
 
 
 def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], flags: ModelFlags) -> None:
