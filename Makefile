@@ -6,16 +6,22 @@ OUTPUT ?= demo_output
 WORKERS ?= 2
 ARRAYS ?= 4
 
+# targets of their own
+NOT_HERE := --ignore tests/registry --ignore tests/survival --ignore tests/browser
 RELEASE := .venv-release
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
+.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/registry --ignore tests/survival --ignore tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not long" $(NOT_HERE)
+
+# the rest: options next to each other, a stop or a kill at every place, whole benchmarks and demos
+test-long: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(NOT_HERE)
 
 # what holds us to timm's interfaces, for a timm that is not the pinned one
 test-contract: $(VENV)/.test
@@ -34,7 +40,7 @@ test-registry: $(VENV)/.test
 test-survival: $(VENV)/.test
 	$(BIN)/python -m pytest -s tests/survival
 
-# what `make test` has of options next to each other, and ARRAYS more of such arrays: in each, other threes meet
+# what `make test-long` has of options next to each other, and ARRAYS more of such arrays: in each, other threes meet
 test-combinations: $(VENV)/.test
 	COMBINATIONS=$(ARRAYS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_combinations.py
 

@@ -99,7 +99,7 @@ def leave_alone(argv: list[str], said: Path) -> float:
     began = time.monotonic()
     code = wait(start(argv, said))
     if code:
-        raise SystemExit(f'the run that was left alone ended with {code}:\n{said.read_text()}')
+        raise SystemExit(f'{said.read_text()}\nThe run that was left alone ended with {code}.')
     return time.monotonic() - began
 
 
@@ -121,11 +121,11 @@ def disturb(argv: list[str], said: Path, seconds: float, rng: random.Random) -> 
             if code != 0:
                 expected = (-signal.SIGKILL,) if signum == signal.SIGKILL else (128 + signum, -signum)
                 if code not in expected:
-                    raise SystemExit(f'{signum.name} ended the run with {code}:\n{said.read_text()}')
+                    raise SystemExit(f'{said.read_text()}\n{signum.name} ended the run with {code}.')
                 stops[signum.name] = stops.get(signum.name, 0) + 1
                 continue
         if code:
-            raise SystemExit(f'a restarted run ended with {code}:\n{said.read_text()}')
+            raise SystemExit(f'{said.read_text()}\nA restarted run ended with {code}.')
         return stops
 
 
@@ -183,7 +183,7 @@ def watch(argv: list[str], said: Path) -> tuple[list[int], list[int]]:
         pages.append(int(Path(f'/proc/{pid}/statm').read_text().split()[1]))
         files.append(len(os.listdir(f'/proc/{pid}/fd')))
     if code:
-        raise SystemExit(f'the run that was watched ended with {code}:\n{said.read_text()}')
+        raise SystemExit(f'{said.read_text()}\nThe run that was watched ended with {code}.')
     return pages, files
 
 
@@ -214,7 +214,7 @@ def survive(folder: Path, kills: int, minutes: float, seed: int, variants: list[
             stops[signum] = stops.get(signum, 0) + number
         found = compare(folder / variant, folder / name)
         if found:
-            raise SystemExit(f'{name} is not what {variant} is: {found[:20]}\n{said.read_text()}')
+            raise SystemExit(f'{said.read_text()}\n{name} is not what {variant} is: {found[:20]}')
         runs += 1
     long = [str(images), *COMMON, '-j', '1', '--output', str(folder), '--experiment', 'long']
     pages, files = watch([*long, '--epochs', str(epochs)], folder / 'long.log')

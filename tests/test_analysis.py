@@ -209,6 +209,31 @@ def test_the_moving_average_is_analysed_where_it_is_what_the_run_evaluated(runs,
     assert result['projectors']['weight_cosine'] == pytest.approx(naive, abs=1e-4)
 
 
+def test_an_average_that_a_resume_ended_is_analysed_where_the_checkpoint_has_it_and_not_after(runs, tmp_path):
+    _, argv, teacher = runs
+    argv = [
+        *argv,
+        '--model',
+        'test_vit',
+        *teacher,
+        '--output',
+        str(tmp_path),
+        '--experiment',
+        'ema',
+        '--save-epochs',
+        '1',
+    ]
+    run([*argv, '--epochs', '3', '--stop-epoch', '2', '--model-ema', '--model-ema-decay', '0.7'])
+    with_average = load(tmp_path / 'ema' / 'last.pth.tar')
+    run([*argv, '--epochs', '3', '--resume', 'auto'])
+    losses = [float(row['eval_loss']) for row in summary(tmp_path / 'ema')]
+    result = analysis.analyze(tmp_path / 'ema')
+    assert (result['epoch'], result['validation']['loss']) == (2, pytest.approx(losses[2], rel=1e-5))
+    torch.save(with_average, tmp_path / 'ema' / 'model_best.pth.tar')  # args.yaml says nothing of an average any more
+    result = analysis.analyze(tmp_path / 'ema', Options(checkpoint='best'))
+    assert (result['epoch'], result['validation']['loss']) == (1, pytest.approx(losses[1], rel=1e-5))
+
+
 def test_projectors_of_logits_have_no_cosine_to_a_feature(runs, tmp_path):
     _, argv, teacher = runs
     logits = ['--pe-target', 'logits', '--epochs', '1', '--output', str(tmp_path), '--experiment', 'logits']

@@ -24,6 +24,8 @@ from PIL import Image
 from recorded_runs import Done, Job, perform, perform_on_two_ranks
 from survive import compare
 
+pytestmark = pytest.mark.long
+
 # Options -------------------------------------------------------------------------------------------------------------
 
 # option -> value -> its flags. The first value of each is that of a plain run. What is in braces is of the row: DATA

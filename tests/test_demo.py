@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import safetensors.torch
 import timm
 
@@ -7,6 +8,7 @@ from timm_pe import demo
 from timm_pe.errors import UsageError
 
 
+@pytest.mark.long
 def test_the_demo_leaves_its_table_numbers_curves_and_student(tmp_path, monkeypatch, capsys):
     for name in ('TEACHER', 'STUDENT'):  # the real thing, but two epochs long
         argv = list(getattr(demo, name))

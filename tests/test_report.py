@@ -126,6 +126,7 @@ def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
     assert [report.difference(run, runs) for run in runs] == [None, None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ('differs', 'why'),
     [

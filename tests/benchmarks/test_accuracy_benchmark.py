@@ -36,6 +36,7 @@ def tiny(accuracy, tmp_path, monkeypatch):
     return ['tiny', '--output', str(tmp_path / 'out'), '--results', str(tmp_path / 'r' / 'accuracy.json'), '--device', 'cpu', '--no-analysis']  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_grid_is_run_summarized_and_not_run_again(accuracy, tiny, tmp_path, capsys):
     accuracy.main([*tiny, '--jobs', '2'])
     said = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_a_grid_is_run_summarized_and_not_run_again(accuracy, tiny, tmp_path, ca
     assert 'holds a run with other flags' in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_every_method_takes_the_rate_that_is_best_for_the_student_alone(accuracy, tiny, tmp_path, capsys):
     file = tmp_path / 'suites' / 'tiny.yaml'
     file.write_text(

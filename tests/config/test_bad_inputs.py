@@ -171,6 +171,7 @@ def outcomes(image_folder, tmp_path_factory) -> dict[str, Outcome]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', COMMANDS)
 def test_the_command_ends_with_code_2_and_one_line(name, outcomes):
     code, out, err, _, untouched = outcomes[name]

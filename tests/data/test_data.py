@@ -299,6 +299,7 @@ def _folder_of_classes(root, image_folder, *names):
     return [str(root), '--num-classes', str(len(names))]
 
 
+@pytest.mark.long
 def test_class_folders_that_timm_cannot_sort_are_refused_whatever_the_hash_seed(image_folder, tmp_path):
     (said,) = _orders(_folder_of_classes(tmp_path, image_folder, 'Ant', 'bee', 'ant'))
     assert "class folders 'Ant' and 'ant'" in said

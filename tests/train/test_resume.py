@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 from helpers import load, refused, run, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
-from timm.utils import CheckpointSaver
+from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.data import draws
+from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupts, ignore_in_worker
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position
@@ -68,7 +68,7 @@ def stop_at(monkeypatch):
 
 
 # 9 batches an epoch: the run looks after each update but the last, after the epoch, and after each batch of validation
-@pytest.mark.parametrize('number', [1, 8, 9, 10, 12, 30])
+@pytest.mark.parametrize('number', [1, 10, *(pytest.param(n, marks=pytest.mark.long) for n in (8, 9, 12, 30))])
 @pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'workers'])
 def test_a_run_stopped_anywhere_ends_bit_equal_to_one_left_alone(
     variant, number, alone, tmp_path, stop_at, capsys, monkeypatch
@@ -324,11 +324,14 @@ def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
     state = checkpoint['saver']['run']
     odds = 'x', {'epoch': 1}, {**state, 'batch': -1}, {**state, 'seconds': 'x'}, {**state, 'seconds': -1.0}
     odds += tuple({**state, 'meaning': odd} for odd in ('x', {'teacher_weights': 3}, {'classes': ['ant']}))
-    for odd in (*odds, {**state, 'lap': 3}, {**state, 'seconds': float('nan')}):
+    odds += {**state, 'lap': 3}, {**state, 'seconds': float('nan')}
+    for odd in odds:
         checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
-        argv_of = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
-        assert 'is no training checkpoint' in refused(argv_of, capsys)
+        with pytest.raises(UsageError, match='is no training checkpoint'):
+            checkpoints._run_state(load_checkpoint_metadata(str(tmp_path / 'last.pth.tar')), 'last.pth.tar')
+    argv = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
+    assert 'is no training checkpoint' in refused(argv, capsys)
 
 
 @pytest.mark.parametrize(
@@ -509,6 +512,7 @@ class Killed(BaseException):
 WRITES = [(os, 'replace'), (os, 'link'), (os, 'unlink'), (os, 'remove'), (torch, 'save')]
 
 
+@pytest.mark.long
 def test_a_kill_before_any_change_of_a_file_loses_nothing(alone, tmp_path, monkeypatch, capsys):
     folder, argv = alone('plateau')
     argv = [*argv, '--resume', 'auto', '--output', str(tmp_path)]
@@ -556,12 +560,6 @@ class _nothing_after_a_kill:
 
     def __exit__(self, *error):
         return False
-
-
-def test_runs_killed_at_random_moments_end_bit_equal():
-    argv = [sys.executable, str(TESTS / 'survive.py'), '--kills', '8', '--variants', 'averaged', 'workers']
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_folders_that_differ_are_told_apart(alone, tmp_path):
@@ -657,11 +655,33 @@ class Numbers(torch.utils.data.Dataset):
         return os.getpid()
 
 
+def _signalled_while_it_starts(worker):
+    for signum in ('TERM', 'INT', 'USR1'):
+        subprocess.run(['kill', f'-{signum}', str(os.getpid())], check=True)
+    ignore_in_worker()
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a system without sigwaitinfo')
+def test_a_worker_lives_through_signals_that_come_while_it_starts():
+    with Interrupts() as interrupts:
+        before = multiprocessing.active_children()
+        loader = torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=_signalled_while_it_starts)
+        batches = iter(loader)
+        (worker,) = set(multiprocessing.active_children()) - set(before)
+        assert int(next(batches)) == worker.pid
+        os.kill(os.getpid(), signal.SIGTERM)  # the run itself hears
+        assert interrupts.requested() == signal.SIGTERM
+        del batches
+        assert worker.exitcode == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+
+
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='a system without sigwaitinfo')
 def test_a_worker_lives_through_signals_of_others_and_ends_with_its_run():
     loader = torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=lambda worker: ignore_in_worker())
+    before = multiprocessing.active_children()  # another test's loader may still be there
     batches = iter(loader)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - set(before)
     assert int(next(batches)) == worker.pid
     for signum in ('TERM', 'INT', 'USR1'):
         subprocess.run(['kill', f'-{signum}', str(worker.pid)], check=True)

@@ -268,6 +268,20 @@ def test_other_loss_terms_after_a_resume_start_a_new_summary(small_run, tmp_path
     assert len(list((tmp_path / 'run').glob('summary.csv.until-*'))) == 1
 
 
+def test_a_teacher_whose_run_has_learnt_the_classes_in_another_order_gives_no_logits(small_run, tmp_path, capsys):
+    (tmp_path / 'order.txt').write_text('cat\nant\nbee\n')
+    other = ['--class-map', str(tmp_path / 'order.txt')]
+    run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '1', *other])
+    teacher = ['--teacher', 'test_resnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
+    argv = [*small_run, '--model', 'test_vit', *teacher, '--epochs', '1']
+    said = refused([*argv, '--kd-loss-weight', '1'], capsys)
+    assert "the teacher's run has learnt other classes (class 'cat' 0 then, 2 now)" in said
+    said = run(argv, capsys)  # features have no order of classes
+    assert "has learnt other classes than those of the data (class 'cat' 0 then, 2 now), so its accuracy" in said
+    assert 'Teacher: top-1' not in said
+    assert 'Teacher: top-1' in run([*argv, '--kd-loss-weight', '1', *other], capsys)
+
+
 def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_path, capsys):
     how = ['--mean', '0.3', '--std', '0.7', '--model-kwargs', 'drop_rate=0.1']
     run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '1', *how])

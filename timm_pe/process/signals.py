@@ -19,6 +19,25 @@ SELDOM = 50
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 
 
+_masks: list[set[int]] = []  # of this thread, before each fork that is under way
+_entered = 0  # Interrupts that are
+
+
+def _before_fork() -> None:
+    """A worker of a run is born deaf: a signal to all processes must not end it before it knows what to do about one."""
+    if _entered:
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def _after_fork() -> None:
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_masks.clear)
+
+
 class Interrupted(Exception):
     """A run that was asked to stop, and did so with a checkpoint.
 
@@ -51,6 +70,8 @@ class Interrupts:
         # Python lets only the main thread choose what a signal does
         here = SIGNALS if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self._handle) for number in here}
+        global _entered
+        _entered += 1
         return self
 
     def _join_hosts(self) -> None:
@@ -70,6 +91,8 @@ class Interrupts:
             )
 
     def __exit__(self, *error: object) -> None:
+        global _entered
+        _entered -= 1
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -98,6 +121,7 @@ def ignore_in_worker() -> None:
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

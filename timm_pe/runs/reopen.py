@@ -16,7 +16,6 @@ from timm.utils import load_checkpoint_metadata
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from ..config.flags import AverageFlags
 from ..config.run_config import RunConfig
 from ..data.loaders import create_data
 from ..errors import UsageError
@@ -27,7 +26,7 @@ from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
-from ..train.checkpoints import check_learnt_classes
+from ..train.checkpoints import check_learnt_classes, saved_args
 from ..train.run_task import create_run_teacher
 from ..train.student import place_student
 
@@ -203,7 +202,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     if teacher is not None:
         teacher.needs_logits = True  # the run may have done without them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
-    epoch = _load_checkpoint(checkpoint_file(folder, options), config, student, task)
+    epoch = _load_checkpoint(checkpoint_file(folder, options), student, task)
     return OpenRun(
         config=config,
         epoch=epoch,
@@ -237,11 +236,12 @@ def _data_key(config: RunConfig) -> tuple[Any, ...]:
     return config.dataset.lower(), root, config.train_split, config.val_split, config.class_map, config.num_classes
 
 
-def _load_checkpoint(path: Path, flags: AverageFlags, student: nn.Module, task: ProjectorEnsembleTask | None) -> int:
+def _load_checkpoint(path: Path, student: nn.Module, task: ProjectorEnsembleTask | None) -> int:
     """Load student and projectors, the moving average's where that is what the run evaluated; return the epoch."""
-    ema = flags.model_ema and not flags.model_ema_force_cpu
-    load_weights(student, read_state_dict(path, 'the checkpoint', use_ema=ema), 'the checkpoint', str(path))
+    # the checkpoint tells, not args.yaml: a resume may have begun or ended the average after it
     checkpoint = load_checkpoint_metadata(str(path))
+    ema = 'state_dict_ema' in checkpoint and not saved_args(str(path)).get('model_ema_force_cpu')
+    load_weights(student, read_state_dict(path, 'the checkpoint', use_ema=ema), 'the checkpoint', str(path))
     if task is not None:
         state = (checkpoint.get('task_state_ema') if ema else None) or checkpoint.get('task_state')
         if not state:

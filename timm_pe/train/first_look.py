@@ -14,6 +14,7 @@ from ..process.runtime import Runtime
 from .build import Parts
 from .cache import TeacherCache
 from .evaluate import format_metrics, validate
+from .run_task import other_class_of_teacher
 from .trackers import TeacherAgreement, is_tracked
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +58,13 @@ def check_teacher(parts: Parts) -> TeacherAgreement | None:
     if teacher.num_classes != num_classes:
         _logger.info(
             f'Teacher: its {teacher.num_classes} classes are not the {num_classes} of the data, so its accuracy cannot be '
+            f'checked.'
+        )
+        return None
+    other_class = other_class_of_teacher(config, data)
+    if other_class:
+        _logger.info(
+            f'Teacher: its run has learnt other classes than those of the data ({other_class}), so its accuracy cannot be '
             f'checked.'
         )
         return None

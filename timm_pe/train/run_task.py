@@ -19,15 +19,18 @@ from timm.task import (
 )
 
 from ..config.derive import label_smoothing, mixing_active, torch_dtype
-from ..config.flags import LossFlags
+from ..config.flags import LossFlags, TeacherFlags
 from ..config.rules import loss_type
 from ..config.run_config import RunConfig
+from ..data.datasets import class_map_of, describe_other_class
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
 from ..method.task import TARGETS, ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
 from ..method.weights import announce_download
 from ..process.runtime import Runtime
+from ..run_folder import RunFolder
+from .checkpoints import saved_classes
 from .from_run import teacher_settings
 from .student import place_student
 
@@ -39,6 +42,12 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
     if not config.teacher:
         return None
     settings = teacher_settings(config)
+    other_class = other_class_of_teacher(config, data)
+    if other_class and config.kd_loss_weight:
+        raise UsageError(
+            f"--kd-loss-weight compares class by class, and the teacher's run has learnt other classes ({other_class}): give "
+            f'data of the same classes, or leave the weight at 0'
+        )
     teacher = create_teacher(
         config.teacher,
         checkpoint=config.teacher_checkpoint,
@@ -67,6 +76,12 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
+
+
+def other_class_of_teacher(flags: TeacherFlags, data: Data) -> str:
+    """The first class that the run of the teacher has learnt otherwise than the data has it; '' where none or not known."""
+    folder = RunFolder.around(flags.teacher_checkpoint)
+    return describe_other_class(saved_classes(folder), class_map_of(data.eval.dataset)) if folder is not None else ''
 
 
 def create_run_task(
