@@ -32,6 +32,19 @@ def refused(argv: list[str], capsys, code: int = 2) -> str:
     return errors[0]
 
 
+def stopped(argv: list[str], capsys, code: int = 143) -> tuple[str, str]:
+    """What a run says that a signal stops, and the command that it says goes on."""
+    with pytest.raises(SystemExit) as e:
+        train_distill.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == code
+    assert 'Traceback' not in err
+    assert 'error:' not in err
+    said, command = err.splitlines()[-2:]
+    assert said.startswith('train_distill: ')
+    return said, command
+
+
 def summary(folder: Path) -> list[dict[str, str]]:
     """The rows of summary.csv."""
     with open(folder / 'summary.csv', newline='') as f:

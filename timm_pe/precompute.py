@@ -24,7 +24,7 @@ from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
 from .train.evaluate import batch_to_device
 from .train.first_look import check_teacher
-from .train.main import one_line_errors
+from .train.main import leave_ranks, one_line_errors
 from .train.run_cache import allocate_cache, open_teacher_cache
 
 _logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
                 dist.barrier()
             cache.look()
         _logger.info(f'Teacher cache: {cache.describe()}.')
+    leave_ranks()
 
 
 if __name__ == '__main__':

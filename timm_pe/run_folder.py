@@ -10,6 +10,7 @@ analysis.json, figures/    what the analysis found
 
 import csv
 import glob
+import itertools
 import json
 import logging
 import os
@@ -31,6 +32,10 @@ from .process.files import replaced
 _logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
+# what an earlier run left that a fresh one in the same folder would replace; args.yaml alone is of a run that never began
+_RESULTS = ('summary.csv*', '*.pth.tar', STUDENT, 'analysis.json')
+# what else it wrote
+_BESIDE = ('args.yaml', 'figures', 'tensorboard', 'train-batch-*.jpg', '*.tmp')
 # parent of run folders where --output names none
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 
@@ -65,6 +70,36 @@ class RunFolder:
     def missing(self, *files: Path) -> list[str]:
         """Names of those of `files` that are not there."""
         return [file.name for file in files if not file.is_file()]
+
+    def make_room(self, overwrite: bool) -> None:
+        """Leave the folder to a fresh run: an earlier run in it is moved aside (`NAME.1`, `NAME.2`, ...) or deleted.
+
+        Args:
+            overwrite: Delete what the earlier run wrote, and nothing else that is in the folder.
+
+        Raises:
+            UsageError: Files that a run would replace, in a folder that is none of a run.
+        """
+        results = [path for pattern in _RESULTS for path in self._files(pattern)]
+        if not results:
+            return
+        if not self.args_file.is_file():
+            raise UsageError(
+                f"--output: '{self.path}' holds {results[0].name}, which a run would replace, and no {self.args_file.name}: it "
+                f'is no run folder and stays as it is; give another --experiment'
+            )
+        if overwrite:
+            for path in [*results, *(path for pattern in _BESIDE for path in self._files(pattern))]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _logger.info(f"--overwrite: the earlier run in '{self.path}' is deleted.")
+            return
+        number = next(n for n in itertools.count(1) if not os.path.lexists(f'{self.path}.{n}'))
+        aside = f'{self.path}.{number}'
+        os.rename(self.path, aside)
+        self.path.mkdir()
+        _logger.info(
+            f"The earlier run in '{self.path}' is now '{aside}' (--resume auto goes on with a run, --overwrite deletes it)."
+        )
 
     # Settings -----------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,16 +15,18 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers import load, refused, run, summary, tensorboard_curves
+from helpers import load, refused, run, stopped, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
+import train_distill
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupts, ignore_in_worker
 from timm_pe.run_folder import RunFolder
-from timm_pe.train import checkpoints, position
+from timm_pe.train import checkpoints, position, start
+from timm_pe.train.main import command_to_go_on
 from timm_pe.train.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -76,7 +79,7 @@ def test_a_run_stopped_anywhere_ends_bit_equal_to_one_left_alone(
     folder, argv = alone(variant)
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
     stop_at(number)
-    assert 'stopped by SIGTERM' in refused(argv, capsys, code=143)
+    assert 'stopped by SIGTERM' in stopped(argv, capsys)[0]
     monkeypatch.undo()
     run(argv)
     assert compare(folder, tmp_path / 'run') == []
@@ -87,7 +90,7 @@ def test_workers_go_on_at_the_same_batch(number, alone, tmp_path, stop_at, capsy
     folder, argv = alone('workers')
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
     stop_at(number)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     run(argv)
     assert compare(folder, tmp_path / 'run') == []
@@ -99,7 +102,7 @@ def test_a_loader_that_cannot_begin_in_the_middle_passes_over_what_was_trained(
     argv = [str(images), *COMMON, '-j', '1', '--use-multi-epochs-loader', '--reprob', '0.5', '--output', str(tmp_path)]
     run([*argv, '--experiment', 'alone'])
     stop_at(5)
-    refused([*argv, '--experiment', 'run', '--resume', 'auto'], capsys, code=143)
+    stopped([*argv, '--experiment', 'run', '--resume', 'auto'], capsys)
     monkeypatch.undo()
     run([*argv, '--experiment', 'run', '--resume', 'auto'])
     assert compare(tmp_path / 'alone', tmp_path / 'run') == []
@@ -109,7 +112,7 @@ def test_only_the_batches_that_are_left_are_read(images, tmp_path, stop_at, caps
     argv = [str(images), *COMMON, '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
     argv += ['--experiment', 'run', '--resume', 'auto']
     stop_at(6)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     read, loads = [], draws.SeededDataset.__getitems__
     monkeypatch.setattr(
@@ -130,7 +133,7 @@ def test_only_the_batches_that_are_left_are_read(images, tmp_path, stop_at, caps
 def test_where_a_batch_is_another_the_epoch_starts_again(more, why, alone, tmp_path, stop_at, capsys, monkeypatch):
     argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
     stop_at(14)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     said = run([*argv, *more], capsys)
     assert re.search(rf'Epoch 1 starts again from its first batch: .*{why}', said)
@@ -140,7 +143,7 @@ def test_where_a_batch_is_another_the_epoch_starts_again(more, why, alone, tmp_p
 def test_a_term_added_in_mid_epoch_counts_from_there_and_that_is_said(alone, tmp_path, stop_at, capsys, monkeypatch):
     argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--log-tb']
     stop_at(14)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     said = run([*argv, '--teacher-num-classes', '3', '--kd-loss-weight', '1'], capsys)
     assert 'loss, task_loss, pe_loss then and loss, task_loss, pe_loss, logit_loss now' in said
@@ -162,7 +165,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path
     assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s\. ', run([*argv, '--stop-epoch', '1'], capsys))
     change_run(tmp_path / 'run', seconds=5000.0)
     stop_at(4)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     assert re.search(r'Best top1 [\d.]+ at epoch \d, 50\d\d s in all\. ', run(argv, capsys))
 
@@ -285,7 +288,7 @@ def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, 
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
     monkeypatch.setattr(checkpoints.Saver, 'state_dict', lambda *args: CheckpointSaver.state_dict(*args))
     stop_at(14)
-    refused(argv, capsys, code=143)
+    stopped(argv, capsys)
     monkeypatch.undo()
     assert re.search(r'epochs +4 of 9 batches, warmup 1, starting at 1', run(argv, capsys))
 
@@ -298,7 +301,7 @@ def test_where_a_run_goes_on_is_what_its_checkpoint_holds_not_how_the_file_is_ca
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--save-epochs', '1', '2']
     run([*argv, '--stop-epoch', '1'])
     stop_at(4)
-    refused([*argv, '--resume', 'auto'], capsys, code=143)
+    stopped([*argv, '--resume', 'auto'], capsys)
     monkeypatch.undo()
     os.replace(tmp_path / 'run' / 'recovery-1-3.pth.tar', tmp_path / 'run' / name)
     run([*argv, '--resume', str(tmp_path / 'run' / name)])
@@ -497,9 +500,106 @@ def test_a_second_interrupt_from_the_keyboard_stops_at_once():
 @pytest.mark.parametrize(('signum', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_the_exit_code_is_128_and_the_number_of_the_signal(signum, code, images, tmp_path, stop_at, capsys):
     stop_at(1, signum)
-    said = refused([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'], capsys, code=code)
-    assert f'stopped by {signum.name} after batch 1 of 9 of epoch 0' in said
-    assert '--resume auto' in said
+    argv = [str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run']
+    said, _ = stopped(argv, capsys, code=code)
+    assert said == f'train_distill: stopped by {signum.name} after batch 1 of 9 of epoch 0; to go on:'
+
+
+def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, stop_at, capsys, monkeypatch):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path / 'a b'), '--overwrite']  # its folder is called by the time
+    stop_at(10)
+    _, command = stopped(argv, capsys)
+    monkeypatch.undo()
+    words = shlex.split(command)
+    run(words[words.index(argv[0]) :])
+    (only,) = (tmp_path / 'a b').iterdir()
+    assert compare(folder, only) == []
+    assert words[-3:-1] == ['auto', '--experiment']
+    again = command_to_go_on([*argv, '--experiment', 'x', '--resume=auto'], 'x')
+    assert again.count('--experiment x') == again.count('--resume auto') == 1
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_has_its_code_and_its_line_and_leaves_nothing(
+    signum, images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(start, 'look_at_first_batch', lambda *args: signal.raise_signal(signum))
+    with pytest.raises(SystemExit) as e:
+        train_distill.main([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'])
+    assert e.value.code == 128 + signum
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f'train_distill: stopped by {signum.name} before training began; the same command starts again'
+    assert list(tmp_path.iterdir()) == []
+
+
+# The same folder again --------------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_same_command_again_moves_the_earlier_run_aside_with_all_that_is_in_its_folder(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
+    run(argv)
+    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    first = files_of(tmp_path / 'run')
+    said = run([*argv, '--seed', '1'], capsys)
+    assert f"The earlier run in '{tmp_path / 'run'}' is now '{tmp_path / 'run'}.1' (--resume auto goes on" in said
+    assert files_of(tmp_path / 'run.1') == first
+    second = files_of(tmp_path / 'run')
+    assert 'notes.txt' not in second
+    run([*argv, '--seed', '2', '--resume', 'auto'])  # goes on: it is finished
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['run', 'run.1']
+    run([*argv, '--seed', '3'])
+    assert files_of(tmp_path / 'run.2') == second
+
+
+def test_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run']
+    run(argv)
+    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    said = run([*argv, '--epochs', '1', '--overwrite'], capsys)
+    assert f"--overwrite: the earlier run in '{tmp_path / 'run'}' is deleted." in said
+    assert [p.name for p in tmp_path.iterdir()] == ['run']
+    names = {p.name for p in (tmp_path / 'run').iterdir()}
+    assert 'notes.txt' in names
+    assert 'checkpoint-3.pth.tar' not in names  # the earlier run had four epochs
+
+
+def test_a_folder_that_is_none_of_a_run_is_not_touched(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'mine']
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'model_best.pth.tar').write_bytes(b'weights of something else')
+    for more in ([], ['--overwrite']):
+        assert 'holds model_best.pth.tar, which a run would replace, and no args.yaml' in refused(
+            [*argv, *more], capsys
+        )
+    assert [p.name for p in (tmp_path / 'mine').iterdir()] == ['model_best.pth.tar']
+    (tmp_path / 'mine' / 'model_best.pth.tar').rename(tmp_path / 'mine' / 'notes.txt')
+    run(argv)  # nothing in the way
+    assert (tmp_path / 'mine' / 'notes.txt').read_bytes() == b'weights of something else'
+
+
+@pytest.mark.parametrize('flags', [['--teacher-checkpoint', ''], ['--initial-checkpoint', 'student.safetensors']])
+def test_a_run_whose_own_folder_has_what_it_reads_is_refused(flags, alone, tmp_path, capsys):
+    folder, argv = alone('plain')
+    shutil.copytree(folder, tmp_path / 'run')
+    before = files_of(tmp_path / 'run')
+    flags = [flags[0], str(tmp_path / 'run' / flags[1])]
+    argv = [*argv, *flags, '--output', str(tmp_path), '--experiment', 'run']
+    assert f'{flags[0]}: ' in refused(argv, capsys)
+    assert files_of(tmp_path / 'run') == before
+    run([*argv[:-1], 'other', '--epochs', '1'])
+
+
+def test_the_student_may_be_read_by_whoever_may_read_the_other_files(alone):
+    folder, _ = alone('plain')
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / 'args.yaml').stat().st_mode}
 
 
 # Kills ---------------------------------------------------------------------------------------------------------------

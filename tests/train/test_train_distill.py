@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import load, refused, run, summary
+from helpers import load, refused, run, stopped, summary
 
 import train_distill
 from timm_pe.config.run_config import GROUPS, parse_config
@@ -322,7 +322,9 @@ def test_an_interrupted_run_says_how_it_goes_on(small_run, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, 'fit', interrupt)
-    assert 'interrupted: --resume auto' in refused([*small_run, *PAIR], capsys, code=130)
+    said, command = stopped([*small_run, *PAIR], capsys, code=130)
+    assert said == 'train_distill: interrupted; to go on:'
+    assert command.endswith('--resume auto --experiment run')
 
 
 def test_an_evaluation_of_nothing_names_its_path_and_one_without_a_run_asks_for_data(tmp_path, capsys):

@@ -35,12 +35,8 @@ def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of
     leave it the time to. A rank that is still there after it has something of its own to say, unless all are known to end so
     (`of_all`).
     """
-    rank = world_info_from_env()[1]
-    if rank != 0:
-        time.sleep(RANK_0_FIRST)
-        if of_all:
-            raise SystemExit(code)
-        message = f'[rank {rank}] {message}'
+    rank = _wait_for_rank_0(code, of_all)
+    message = f'[rank {rank}] {message}' if rank else message
     message = ' '.join(message.split())
     # what came from outside must neither fill the screen nor command the terminal
     message = message if len(message) <= 1200 else f'{message[:900]} ... {message[-250:]}'
@@ -48,3 +44,21 @@ def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of
     sys.stderr.write(f'{prog}: error: {message}\n')
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def exit_after_signal(message: str, resume: str, code: int, prog: str) -> NoReturn:
+    """Say that a signal has stopped the command, which is no error, and how to go on; exit with `code`."""
+    _wait_for_rank_0(code, of_all=True)
+    sys.stderr.write(f'{prog}: {message}; {resume}\n')
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+def _wait_for_rank_0(code: int, of_all: bool) -> int:
+    """This rank; others than 0 leave that the time to say what is wrong, and exit where all of them end for one reason."""
+    rank: int = world_info_from_env()[1]
+    if rank != 0:
+        time.sleep(RANK_0_FIRST)
+        if of_all:
+            raise SystemExit(code)
+    return rank

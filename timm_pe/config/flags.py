@@ -353,6 +353,7 @@ class RunFlags:
     save_images: bool = switch('save a training batch as a picture at each log interval')
     output: str = flag('', "parent of the run's folder", metavar='DIR', unset='./output/train')
     experiment: str = flag('', "name of the run's folder", metavar='NAME', unset='date, model, size')
+    overwrite: bool = switch("delete an earlier run in the run's folder; without it that is moved aside, to NAME.1 and so on", added=True)
     eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label')
     tta: int = flag(0, 'validation: average the outputs of this many images in a row')
     resume: str = flag('', 'continue from this checkpoint: weights, optimizer, scaler, EMA, epoch', metavar='PATH')

@@ -1,9 +1,11 @@
 """SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
 
+import contextlib
 import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import cast
 
@@ -38,8 +40,8 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_masks.clear)
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop, and did so with a checkpoint.
+class Interrupted(BaseException):
+    """A run that was asked to stop, and did so; like KeyboardInterrupt it is none of the errors that code on the way handles.
 
     Attributes:
         signum: The signal; the command line exits with 128 + signum, as shells do.
@@ -48,6 +50,26 @@ class Interrupted(Exception):
     def __init__(self, signum: int, where: str):
         super().__init__(f'stopped by {signal.Signals(signum).name} {where}')
         self.signum = signum
+
+
+@contextlib.contextmanager
+def stopping_at_once(where: str) -> Iterator[None]:
+    """While nothing is trained yet, let SIGTERM and SIGUSR1 end the process as SIGINT does, with what it has to tidy up.
+
+    Raises:
+        Interrupted: One came; `where` says when.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum, where)
+
+    here = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, stop) for number in here if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupts:

@@ -41,7 +41,17 @@ _ENTRIES = {
 _ADDED = {'seconds', 'meaning'}
 # flags that say where and how a part of a run is run, or whose change is told elsewhere
 _NOT_COMPARED = {
-    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
+    *(
+        'config',
+        'resume',
+        'resume_auto',
+        'no_resume_opt',
+        'start_epoch',
+        'stop_epoch',
+        'output',
+        'experiment',
+        'overwrite',
+    ),
     *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
@@ -215,7 +225,11 @@ def _save_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], path
     kept = {k: v for k, v in state_dict.items() if not k.startswith(auxiliary)}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in kept.items()}
     with replaced(path) as beside:
+        with open(beside, 'wb'):
+            pass
+        mode = os.stat(beside).st_mode
         save_file(tensors, beside, metadata={'format': 'pt'})
+        os.chmod(beside, mode)  # that of every other file: safetensors makes its own for the user alone
 
 
 def best_epoch(folder: RunFolder) -> int | None:

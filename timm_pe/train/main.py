@@ -2,15 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from timm.utils import world_info_from_env
 
-from ..config.cli import exit_with_error
+from ..config.cli import exit_after_signal, exit_with_error
 from ..config.run_config import parse_config
 from ..errors import RunError, UsageError, one_line
-from ..process.signals import Interrupted
+from ..process.signals import Interrupted, stopping_at_once
 from .build import build
 from .console import setup_logging
 from .evaluate import evaluate_checkpoint
@@ -22,7 +26,21 @@ OUT_OF_MEMORY = (
     'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
     '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
 )
-RESUME = '--resume auto --experiment NAME continues from the last checkpoint, if any'
+NOT_BEGUN = 'the same command starts again'
+
+
+def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
+    """The command that goes on with a run: its own, with --resume auto and the name of its folder."""
+    words = [*argv]
+    for flag in ('--resume', '--experiment'):
+        while flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+        words = [word for word in words if not word.startswith(f'{flag}=')]
+    ranks = world_info_from_env()[2]
+    here = 'train-distill' if not sys.argv[0].endswith('.py') else 'python train_distill.py'
+    start = here if ranks == 1 else f'./distributed_train.sh {os.environ.get("LOCAL_WORLD_SIZE", ranks)}'
+    words = [word for word in words if word != '--overwrite']
+    return f'{start} {shlex.join([*words, "--resume", "auto", "--experiment", experiment])}'
 
 
 def leave_ranks() -> None:
@@ -35,12 +53,12 @@ def leave_ranks() -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterator[None]:
+def one_line_errors(prog: str = 'train_distill', resume: str = NOT_BEGUN) -> Iterator[None]:
     """One line in place of a traceback.
 
     Args:
         prog: Command to name before it.
-        resume: How to go on after an interrupt from the keyboard.
+        resume: How to go on after a signal.
 
     Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
     """
@@ -50,7 +68,13 @@ def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterat
         exit_with_error(one_line(e, limit=2000), prog=prog)
     except NonFiniteLoss as e:
         leave_ranks()
-        exit_with_error(f'{e}: the run stops, checkpoints written before are good', 1, prog, of_all=True)
+        exit_with_error(
+            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or float32 may help, '
+            f'--nonfinite skip leaves such updates out',
+            1,
+            prog,
+            of_all=True,
+        )
     except RunError as e:
         exit_with_error(one_line(e, limit=2000), code=1, prog=prog)
     except (torch.OutOfMemoryError, MemoryError) as e:
@@ -61,15 +85,9 @@ def one_line_errors(prog: str = 'train_distill', resume: str = RESUME) -> Iterat
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except Interrupted as e:
         leave_ranks()
-        exit_with_error(
-            f'{e}: the same command with --resume auto --experiment NAME goes on there',
-            128 + e.signum,
-            prog,
-            of_all=True,
-        )
+        exit_after_signal(str(e), resume, 128 + e.signum, prog)
     except KeyboardInterrupt:
-        exit_with_error(f'interrupted: {resume}', 130, prog, of_all=True)
-    leave_ranks()
+        exit_after_signal('interrupted', resume, 130, prog)
 
 
 def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
@@ -81,11 +99,15 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
     """
     config = parse_config(argv, more=fill_evaluation)
     setup_logging(log_level)
-    with one_line_errors():
+    with one_line_errors(), stopping_at_once('before training began'):
         parts = build(config)  # device, student, data, teacher, task
         if config.evaluate:
             evaluate_checkpoint(parts)
+            leave_ranks()
             return
         trainer = start(parts)  # optimizer, resumed state, schedule, folder
-        if trainer is not None:
+    if trainer is not None:
+        words = sys.argv[1:] if argv is None else argv
+        with one_line_errors(resume=f'to go on:\n{command_to_go_on(words, trainer.folder.name)}'):
             trainer.fit()
+    leave_ranks()

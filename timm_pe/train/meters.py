@@ -175,3 +175,14 @@ class EpochCount:
             self.curves.go_on({}, 0)
         self.meter.update(terms, batch_size)
         self.images += batch_size * world_size
+
+
+def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
+    """Images in a batch `[b, ch, h, w]`, or in a NaFlex batch of patches `[b, n, ...]`."""
+    return len(input['patches'] if isinstance(input, dict) else input)
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate of the parameter groups."""
+    lrs: list[float] = [group['lr'] for group in optimizer.param_groups]
+    return sum(lrs) / len(lrs)

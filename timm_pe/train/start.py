@@ -20,6 +20,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.utils.data import IterableDataset
 
+from ..config.declare import name_of
 from ..config.derive import learning_rate, ranked_by
 from ..config.flags import AverageFlags
 from ..config.run_config import RunConfig
@@ -47,6 +48,9 @@ _logger = logging.getLogger(__name__)
 
 # settings of an optimizer, the learning rate and the weight decay apart, that a resume takes from the checkpoint
 _OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
+
+# what a run reads and does not keep a copy of
+_INPUTS = ('data', 'data_dir', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -343,6 +347,9 @@ def _fill_folder(
         and (span.first > 0 or span.resumed)
         and os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder.path)
     )
+    if not goes_on:
+        _check_own_inputs(config, folder)
+        folder.make_room(config.overwrite)
     trackers = start_trackers(config, str(folder.path), resumed=goes_on)
     folder.remove_half_written()
     folder.write_args(config.to_yaml())
@@ -351,6 +358,22 @@ def _fill_folder(
         _continue_folder(config, saver, found, span)
     folder.cut_rows(span.first if goes_on else 0)
     return saver, trackers
+
+
+def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse a fresh run that would move or delete what it reads.
+
+    Raises:
+        UsageError: With the flag whose file lies in the run's own folder.
+    """
+    own = os.path.realpath(folder.path)
+    for name in _INPUTS:
+        path = getattr(config, name)
+        if path and os.path.exists(path) and os.path.commonpath([own, os.path.realpath(path)]) == own:
+            raise UsageError(
+                f"{name_of(name)}: '{path}' lies in the run's own folder, whose earlier run makes room for this one: give "
+                f'another --experiment, or --resume auto to go on'
+            )
 
 
 def _create_saver(parts: Parts, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Saver:

@@ -27,7 +27,7 @@ from .cache import TeacherCache
 from .checkpoints import Saver
 from .console import Progress
 from .evaluate import batch_to_device, create_evaluator, format_metrics, say_unreadable, validate
-from .meters import Accumulation, EpochCount, LossMeter
+from .meters import Accumulation, EpochCount, LossMeter, batch_size, mean_lr
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
 from .trackers import StepCurves, TeacherAgreement, Trackers, flat_metrics, log_epoch
@@ -441,18 +441,7 @@ class Trainer:
         return best
 
 
-def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
-    """Images in a batch `[b, ch, h, w]`, or in a NaFlex batch of patches `[b, n, ...]`."""
-    return len(input['patches'] if isinstance(input, dict) else input)
-
-
 def _after(first: Callable[[], None], values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """`values`, and `first` is called when they are asked for."""
     first()
     yield from values
-
-
-def mean_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate of the parameter groups."""
-    lrs: list[float] = [group['lr'] for group in optimizer.param_groups]
-    return sum(lrs) / len(lrs)
