@@ -33,9 +33,10 @@ _logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
 # what an earlier run left that a fresh one in the same folder would replace; args.yaml alone is of a run that never began
-_RESULTS = ('summary.csv*', '*.pth.tar', STUDENT, 'analysis.json')
+_WEIGHTS = (LAST, BEST, STUDENT, *(f'{kind}-*.pth.tar' for kind in ('checkpoint', 'milestone', 'recovery')))
+_RESULTS = (*_WEIGHTS, 'summary.csv', 'summary.csv.until-*', 'analysis.json')
 # what else it wrote
-_BESIDE = ('args.yaml', 'figures', 'tensorboard', 'train-batch-*.jpg', '*.tmp')
+_BESIDE = ('args.yaml', 'figures', 'tensorboard', 'train-batch-*.jpg')
 # parent of run folders where --output names none
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 
@@ -71,6 +72,14 @@ class RunFolder:
         """Names of those of `files` that are not there."""
         return [file.name for file in files if not file.is_file()]
 
+    def results(self) -> list[Path]:
+        """What is there that a fresh run in the folder would replace."""
+        return [path for pattern in _RESULTS for path in self._files(pattern)]
+
+    def has_weights(self) -> bool:
+        """Whether a checkpoint or a student is there; a kill in the first epoch's saving leaves its row alone."""
+        return any(self._files(pattern) for pattern in _WEIGHTS)
+
     def make_room(self, overwrite: bool) -> None:
         """Leave the folder to a fresh run: an earlier run in it is moved aside (`NAME.1`, `NAME.2`, ...) or deleted.
 
@@ -80,7 +89,7 @@ class RunFolder:
         Raises:
             UsageError: Files that a run would replace, in a folder that is none of a run.
         """
-        results = [path for pattern in _RESULTS for path in self._files(pattern)]
+        results = self.results()
         if not results:
             return
         if not self.args_file.is_file():

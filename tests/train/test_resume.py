@@ -518,6 +518,15 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
     assert words[-3:-1] == ['auto', '--experiment']
     again = command_to_go_on([*argv, '--experiment', 'x', '--resume=auto'], 'x')
     assert again.count('--experiment x') == again.count('--resume auto') == 1
+    anew = [
+        '--resume',
+        'old',
+        '--no-resume-opt',
+        '--start-epoch',
+        '0',
+        '--start-epoch=0',
+    ]  # would begin again each time
+    assert command_to_go_on([*argv, *anew], 'x') == command_to_go_on(argv, 'x')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
@@ -561,12 +570,14 @@ def test_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(alone, tm
     _, argv = alone('plain')
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run']
     run(argv)
-    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    mine = {'notes.txt', 'mine.pth.tar', 'summary.csv.old'}
+    for name in mine:
+        (tmp_path / 'run' / name).write_text('mine')
     said = run([*argv, '--epochs', '1', '--overwrite'], capsys)
     assert f"--overwrite: the earlier run in '{tmp_path / 'run'}' is deleted." in said
     assert [p.name for p in tmp_path.iterdir()] == ['run']
     names = {p.name for p in (tmp_path / 'run').iterdir()}
-    assert 'notes.txt' in names
+    assert names >= mine
     assert 'checkpoint-3.pth.tar' not in names  # the earlier run had four epochs
 
 
@@ -595,6 +606,28 @@ def test_a_run_whose_own_folder_has_what_it_reads_is_refused(flags, alone, tmp_p
     assert f'{flags[0]}: ' in refused(argv, capsys)
     assert files_of(tmp_path / 'run') == before
     run([*argv[:-1], 'other', '--epochs', '1'])
+
+
+def test_a_cache_in_the_folder_of_the_run_is_taken_until_an_earlier_run_there_makes_room(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    cache = ['--teacher-cache', str(tmp_path / 'run' / 'cache')]
+    argv = [*argv, *cache, '--no-aug', '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
+    run(argv)
+    (tmp_path / 'run').rename(tmp_path / 'done')
+    shutil.copytree(tmp_path / 'done' / 'cache', tmp_path / 'run' / 'cache')
+    run(argv)  # the cache is there, no run
+    assert '--teacher-cache: ' in refused(argv, capsys)
+
+
+def test_a_row_that_a_kill_left_without_its_checkpoint_is_written_again_by_resume_auto(alone, tmp_path):
+    folder, argv = alone('plain')
+    argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    (tmp_path / 'run').mkdir()
+    for name in ('args.yaml', 'summary.csv'):
+        shutil.copy(folder / name, tmp_path / 'run')
+    run(argv)
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert compare(folder, tmp_path / 'run') == []
 
 
 def test_the_student_may_be_read_by_whoever_may_read_the_other_files(alone):

@@ -45,11 +45,12 @@ class Interrupted(BaseException):
 
     Attributes:
         signum: The signal; the command line exits with 128 + signum, as shells do.
+        of_all: Whether all ranks stop there, and none waits for another.
     """
 
-    def __init__(self, signum: int, where: str):
+    def __init__(self, signum: int, where: str, of_all: bool = True):
         super().__init__(f'stopped by {signal.Signals(signum).name} {where}')
-        self.signum = signum
+        self.signum, self.of_all = signum, of_all
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def stopping_at_once(where: str) -> Iterator[None]:
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum, where)
+        raise Interrupted(signum, where, of_all=False)
 
     here = SIGNALS if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.signal(number, stop) for number in here if number != signal.SIGINT}

@@ -41,22 +41,12 @@ _ENTRIES = {
 _ADDED = {'seconds', 'meaning'}
 # flags that say where and how a part of a run is run, or whose change is told elsewhere
 _NOT_COMPARED = {
-    *(
-        'config',
-        'resume',
-        'resume_auto',
-        'no_resume_opt',
-        'start_epoch',
-        'stop_epoch',
-        'output',
-        'experiment',
-        'overwrite',
-    ),
+    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
     *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
     *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
-    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs'),
+    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
     *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
 }
 # what projectors lead to: to another they start new

@@ -30,16 +30,18 @@ NOT_BEGUN = 'the same command starts again'
 
 
 def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
-    """The command that goes on with a run: its own, with --resume auto and the name of its folder."""
-    words = [*argv]
-    for flag in ('--resume', '--experiment'):
+    """The command that goes on with a run: its own, with --resume auto and the name of its folder.
+
+    What made it begin as it did is left out: the checkpoint knows where it is.
+    """
+    words = [word for word in argv if word not in ('--overwrite', '--no-resume-opt')]
+    for flag in ('--resume', '--experiment', '--start-epoch'):
         while flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
         words = [word for word in words if not word.startswith(f'{flag}=')]
     ranks = world_info_from_env()[2]
-    here = 'train-distill' if not sys.argv[0].endswith('.py') else 'python train_distill.py'
+    here = f'python {shlex.quote(sys.argv[0])}' if sys.argv[0].endswith('.py') else 'train-distill'
     start = here if ranks == 1 else f'./distributed_train.sh {os.environ.get("LOCAL_WORLD_SIZE", ranks)}'
-    words = [word for word in words if word != '--overwrite']
     return f'{start} {shlex.join([*words, "--resume", "auto", "--experiment", experiment])}'
 
 
@@ -69,8 +71,8 @@ def one_line_errors(prog: str = 'train_distill', resume: str = NOT_BEGUN) -> Ite
     except NonFiniteLoss as e:
         leave_ranks()
         exit_with_error(
-            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or float32 may help, '
-            f'--nonfinite skip leaves such updates out',
+            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or no --amp may '
+            f'help, --nonfinite skip leaves such updates out',
             1,
             prog,
             of_all=True,
@@ -84,7 +86,8 @@ def one_line_errors(prog: str = 'train_distill', resume: str = NOT_BEGUN) -> Ite
             raise
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except Interrupted as e:
-        leave_ranks()
+        if e.of_all:
+            leave_ranks()
         exit_after_signal(str(e), resume, 128 + e.signum, prog)
     except KeyboardInterrupt:
         exit_after_signal('interrupted', resume, 130, prog)

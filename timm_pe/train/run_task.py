@@ -46,7 +46,8 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
     if other_class and config.kd_loss_weight:
         raise UsageError(
             f"--kd-loss-weight compares class by class, and the teacher's run has learnt other classes ({other_class}): give "
-            f'data of the same classes, or leave the weight at 0'
+            f'data of the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its '
+            f'weights outside of the run'
         )
     teacher = create_teacher(
         config.teacher,

@@ -347,7 +347,8 @@ def _fill_folder(
         and (span.first > 0 or span.resumed)
         and os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder.path)
     )
-    if not goes_on:
+    # with --resume auto a row without weights is of an epoch that a kill cut short: it is trained and written again
+    if not goes_on and folder.results() and (config.resume != 'auto' or folder.has_weights()):
         _check_own_inputs(config, folder)
         folder.make_room(config.overwrite)
     trackers = start_trackers(config, str(folder.path), resumed=goes_on)
@@ -361,7 +362,7 @@ def _fill_folder(
 
 
 def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a fresh run that would move or delete what it reads.
+    """Refuse a fresh run that would move an earlier one, or delete it, with what it reads in it.
 
     Raises:
         UsageError: With the flag whose file lies in the run's own folder.
@@ -371,8 +372,8 @@ def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
         path = getattr(config, name)
         if path and os.path.exists(path) and os.path.commonpath([own, os.path.realpath(path)]) == own:
             raise UsageError(
-                f"{name_of(name)}: '{path}' lies in the run's own folder, whose earlier run makes room for this one: give "
-                f'another --experiment, or --resume auto to go on'
+                f"{name_of(name)}: '{path}' lies in the folder of the earlier run, which makes room for this one: give another "
+                f'--experiment, or --resume auto to go on'
             )
 
 
