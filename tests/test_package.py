@@ -78,6 +78,17 @@ def test_an_installed_command_takes_a_recipe_by_its_name(wheel, tmp_path):
     assert "unknown model 'nosuch'" in done.stderr
 
 
+def test_every_installed_command_starts_outside_the_repository(wheel, tmp_path):
+    (entries,) = wheel.glob('*.dist-info/entry_points.txt')
+    commands = re.findall(r'^([\w-]+) *= *([\w.]+):(\w+)$', entries.read_text(), re.MULTILINE)
+    assert 'train-distill' in [name for name, _, _ in commands]
+    for name, module, function in commands:
+        code = f'import sys; from {module} import {function}; sys.argv[0] = {name!r}; {function}()'
+        done = start(wheel, tmp_path, '-c', code, '--help')
+        assert (done.returncode, done.stderr) == (0, '')
+        assert done.stdout.startswith('usage: ')
+
+
 def test_c_takes_a_recipe_by_its_name_and_a_file_of_that_name_first(tmp_path, monkeypatch, capsys):
     assert list_recipes() == RECIPES
     monkeypatch.chdir(tmp_path)
