@@ -633,15 +633,15 @@ def _file_for_split(folder: Path) -> None:
 
 # name -> what makes the folder, and what the error says
 _DATA: dict[str, tuple[Callable[[Path], None], str]] = {
-    'empty': (lambda folder: None, 'Found 0 images'),
-    'without images': (_no_images, 'Found 0 images'),
+    'empty': (lambda folder: None, 'no images in'),
+    'without images': (_no_images, 'no images in'),
     'of one class': (lambda folder: _splits(folder, ('ant',)), 'the data set has 1 classes and the student 3'),
     'of two classes': (lambda folder: _splits(folder, ('ant', 'bee')), 'the data set has 2 classes'),
     'without a validation split': (_one_split, "no folder for split 'validation'"),
     'with other classes to validate': (_other_classes, 'different classes'),
     'with classes that clear the terminal': (_odd_classes, r'\x1b[2J<script>'),
     'with a file in place of a split': (_file_for_split, 'train'),
-    'whose folders go round': (_link_loops, 'Found 0 images'),
+    'whose folders go round': (_link_loops, 'no images in'),
     'of corrupt images': (_corrupt, 'image'),
     'of texts called images': (_text_for_images, 'image'),
 }
@@ -675,7 +675,7 @@ def _bad_data() -> Iterator[Bad]:
             (folder / file).write_bytes(content)
             return ['--class-map', str(folder / file)]
 
-        yield Bad(f'class map {file}', make_map, 'data set')
+        yield Bad(f'class map {file}', make_map, 'is of a class that' if file == 'x.txt' else 'data set')
     stats = {'no JSON': 'x', 'a list': '[1]', 'a negative count': '{"pos_counts": [-1, 2, 3], "num_samples": 3}'}
     for name, content in stats.items():
 

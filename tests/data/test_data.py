@@ -152,7 +152,10 @@ def test_digits_are_real_fixed_and_stratified():
 
 
 def test_a_missing_or_empty_folder_is_refused(tmp_path):
-    for path, message in ((tmp_path / 'none', 'no data folder'), (tmp_path, 'cannot open data set .*Found 0 images')):
+    for path, message in (
+        (tmp_path / 'none', 'no data folder'),
+        (tmp_path, 'no images in .*: put those of each class into a folder'),
+    ):
         args = parse_config([str(path), '--num-classes', '3'])
         with pytest.raises(UsageError, match=message):
             check_data(args)
@@ -190,14 +193,14 @@ def test_splits_with_other_classes_are_refused(image_folder, tmp_path):
 
 
 def test_classes_that_do_not_fit_the_data_are_refused(caplog):
-    dataset = argparse.Namespace(reader=SimpleNamespace(class_to_idx={'a': 0, 'b': 1, 'c': 2}))
-    check_num_classes(dataset, 3, given=True)
-    with pytest.raises(UsageError, match='3 classes and the student 10: use --num-classes 3'):
-        check_num_classes(dataset, 10, given=True)
-    with pytest.raises(UsageError, match='3 classes and the student 2'):
-        check_num_classes(dataset, 2, given=False)
-    check_num_classes(dataset, 1000, given=False)
-    assert '--num-classes 3' in caplog.text
+    datasets = (None, argparse.Namespace(reader=SimpleNamespace(class_to_idx={'a': 0, 'b': 1, 'c': 2})))
+    check_num_classes(datasets, 3, given=True)
+    with pytest.raises(UsageError, match='3 classes and the student 10: --num-classes 3 fits, or none'):
+        check_num_classes(datasets, 10, given=True)
+    with pytest.raises(UsageError, match='3 classes and the student 2$'):
+        check_num_classes(datasets, 2, given=False)
+    check_num_classes(datasets, 1000, given=False)
+    assert 'has the 1000 classes of its weights, the data set has 3' in caplog.text
 
 
 def test_fewer_images_than_a_batch_is_refused(image_folder):
@@ -379,12 +382,12 @@ def test_a_split_without_a_folder_is_refused_whatever_reads_it(image_folder, kin
 def test_splits_that_number_the_same_classes_otherwise_are_refused():
     splits = [argparse.Namespace(class_to_idx=classes) for classes in ({'a': 0, 'b': 1}, {'b': 0, 'a': 1})]
     with pytest.raises(UsageError, match='a is 0 in one and 1 in the other'):
-        _check_splits(*splits, parse_config(['--dataset', 'torch/cifar10']))
+        _check_splits(*splits)
 
 
 def test_splits_that_do_not_both_tell_their_classes_are_not_compared():
     splits = [argparse.Namespace(class_to_idx={'a': 0}), argparse.Namespace()]
-    _check_splits(*splits, parse_config(['--dataset', 'torch/cifar10']))
+    _check_splits(*splits)
 
 
 def _epoch_order(sampler, seed, epoch=0):

@@ -14,7 +14,7 @@ import timm
 import torch
 from helpers import load, run, summary
 from safetensors.torch import load_file
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from timm_pe import analysis, create_teacher
 
@@ -49,9 +49,12 @@ def test_it_is_resumed_in_mid_epoch_and_ends_as_the_run_that_was_left_alone(here
     ours, theirs = load(resumed / 'last.pth.tar'), load(WRITTEN / 'whole' / 'last.pth.tar')
     assert ours['epoch'] == theirs['epoch'] == 3
     for part in ('state_dict', 'task_state', 'optimizer'):
-        (our, our_tree), (their, their_tree) = tree_flatten(ours[part]), tree_flatten(theirs[part])
+        (our, our_tree), (their, their_tree) = tree_flatten_with_path(ours[part]), tree_flatten_with_path(theirs[part])
         assert our_tree == their_tree
-        for value, expected in zip(our, their, strict=True):
+        for (key, value), (_, expected) in zip(our, their, strict=True):
+            # the gradient of a key's bias is zero but for rounding, of which AdamW makes steps
+            if 'qkv.bias' in keystr(key):
+                value, expected = (torch.cat([b.chunk(3)[0], b.chunk(3)[2]]) for b in (value, expected))
             if isinstance(expected, torch.Tensor):  # other processors round otherwise
                 torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
             else:

@@ -4,20 +4,23 @@ import difflib
 import io
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sized
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.utils import natural_key
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.datasets import VisionDataset
 
 from ..config.flags import DataFlags
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
+from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +74,8 @@ _BUILT_IN_READERS = {'sklearn/digits': DigitsReader}
 
 # kinds of data sets that timm reads, '<kind>/<name>'
 _KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
+# classes of fewer training images are named
+FEW_IMAGES = 5
 
 
 def _create_dataset(config: RunConfig, split: str, is_training: bool, in_chans: int) -> Dataset[Any]:
@@ -117,33 +122,56 @@ def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: in
     if config.dataset.lower() in _BUILT_IN_READERS:
         return ImageDataset(config.root, reader=_BUILT_IN_READERS[config.dataset.lower()](split), input_img_mode=mode)
     root = config.root
-    is_folder = '/' not in config.dataset
+    has_split_folders = _has_split_folders(config)
+    if has_split_folders:
+        root = find_split(root, split) or root
     # timm takes more in these two than its annotations say
     extra: dict[str, Any] = {'class_map': config.class_map, 'repeats': config.epoch_repeats if is_training else 0}
-    if not is_folder:
+    if '/' in config.dataset:
         extra['trust_remote_code'] = config.dataset_trust_remote_code
     if config.target_format:
         extra['target_format'] = config.target_format
     try:
-        dataset = create_dataset(
-            config.dataset,
-            root=root,
-            split=split,
-            is_training=is_training,
-            download=config.dataset_download,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            input_img_mode=mode,
-            input_key=config.input_key,
-            target_key=config.target_key,
-            num_samples=config.train_num_samples if is_training else config.val_num_samples,
-            **extra,
-        )
+        if has_split_folders and not _is_torch_folder(config):
+            endings = frozenset(filter(None, (config.input_key or '').split(';')))
+            reader = FolderReader(root, config.class_map, config.class_depth, endings)
+            dataset: Dataset[Any] = ImageDataset(root, reader=reader, input_img_mode=mode)
+        else:
+            add_img_extensions(sorted(image_endings() - get_img_extensions(as_set=True)))  # for tar files
+            dataset = create_dataset(
+                config.dataset,
+                root=root,
+                split=split,
+                search_split=False,
+                is_training=is_training,
+                download=config.dataset_download,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                input_img_mode=mode,
+                input_key=config.input_key,
+                target_key=config.target_key,
+                num_samples=config.train_num_samples if is_training else config.val_num_samples,
+                **extra,
+            )
+    except UsageError:
+        raise
     except Exception as e:
-        raise UsageError(f"cannot open data set '{config.dataset or root}', split '{split}': {one_line(e)}") from e
-    if is_folder and not config.class_map:
+        raise UsageError(
+            f"cannot open data set '{config.dataset or config.root}', split '{split}': {one_line(e)}"
+        ) from e
+    if '/' not in config.dataset and not config.class_map:
         _check_class_order(dataset)
     return dataset
+
+
+def _is_torch_folder(flags: DataFlags) -> bool:
+    return flags.dataset.lower() in ('torch/image_folder', 'torch/folder')
+
+
+def _has_split_folders(flags: DataFlags) -> bool:
+    """Whether the splits of the data set are folders of class folders."""
+    is_folder = '/' not in flags.dataset or flags.dataset.lower().startswith('folder/') or _is_torch_folder(flags)
+    return is_folder and os.path.isdir(flags.root)
 
 
 def _check_class_order(dataset: Dataset[Any]) -> None:
@@ -196,43 +224,117 @@ def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] 
     Raises:
         UsageError: No such data, no images, or splits whose classes differ.
     """
+    _check_split_folders(config)
     train = None if config.evaluate else _create_dataset(config, config.train_split, True, in_chans)
     evaluation = _create_dataset(config, config.val_split, False, in_chans)
-    _check_splits(train, evaluation, config)
+    _check_splits(train, evaluation)
     return train, evaluation
 
 
-def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any], flags: DataFlags) -> None:
+def _check_split_folders(config: RunConfig) -> None:
+    """Refuse a data folder that has some of its splits: the whole of it would stand for the one that is missing."""
+    if not _has_split_folders(config):
+        return
+    root, splits = config.root, [config.val_split] if config.evaluate else [config.train_split, config.val_split]
+    found = {split: find_split(root, split) for split in splits}
+    missing = [split for split, folder in found.items() if folder is None]
+    known = [folder for name in ('train', 'validation', 'test') if (folder := find_split(root, name))]
+    if len(missing) == len(splits) and not known:
+        if not config.evaluate:
+            path = os.path.abspath(root)
+            _logger.warning(f"No split folders in '{path}': training and validation use the SAME images.")
+    elif missing:
+        others = [os.path.basename(folder) for folder in known if folder not in found.values()]
+        flag = '--val-split' if missing[0] == config.val_split else '--train-split'
+        hint = f'; {flag} {others[-1]} takes that one' if others else ''
+        held = sorted(name for name in os.listdir(root) if not name.startswith('.'))
+        raise UsageError(f"no folder for split '{missing[0]}' in '{root}': it has {name_some(held)}{hint}")
+
+
+def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any]) -> None:
     if train is None:
         return
-    if '/' not in flags.dataset or isinstance(getattr(train, 'dataset', None), ImageFolder):
-        _check_split_folders(train, evaluation, flags)
     classes, eval_classes = class_map_of(train), class_map_of(evaluation)
     if not classes or not eval_classes or classes == eval_classes:
         return
     only = sorted(set(classes).symmetric_difference(eval_classes))
     moved = [n for n in classes if classes[n] != eval_classes.get(n)]
     differ = (
-        f'{", ".join(only[:5])} in one of them only'
+        f'{name_some(only)} in one of them only'
         if only
         else f'{moved[0]} is {classes[moved[0]]} in one and {eval_classes[moved[0]]} in the other'
     )
     raise UsageError(
         f'training and validation split have different classes, so their labels would not mean the same: '
-        f'{differ} ({len(classes)} and {len(eval_classes)} classes)'
+        f'{differ} ({len(classes)} and {len(eval_classes)} classes){_describe_empty(train, evaluation)}'
     )
 
 
-def _check_split_folders(train: Dataset[Any], evaluation: Dataset[Any], flags: DataFlags) -> None:
-    roots = [os.path.abspath(getattr(getattr(d, 'reader', d), 'root', '')) for d in (train, evaluation)]
-    data_dir = os.path.abspath(flags.root)
-    if roots[0] == roots[1] == data_dir:
-        _logger.warning(f"No split folders in '{data_dir}': training and validation use the SAME images.")
-    elif data_dir in roots:
-        split = (flags.train_split, flags.val_split)[roots.index(data_dir)]
-        raise UsageError(
-            f"no folder for split '{split}' in '{data_dir}': it has {', '.join(sorted(os.listdir(data_dir)))}"
-        )
+def _describe_empty(*datasets: Dataset[Any] | None) -> str:
+    """Class folders without an image, and why, as the end of an error; '' where there is none."""
+    said = []
+    for reader in filter(None, map(_folder_reader, datasets)):
+        if reader.empty:
+            ignored = f' ({describe_ignored(reader.ignored)})' if reader.ignored else ''
+            said.append(f"no image in class folder {name_some(reader.empty)} of '{reader.root}'{ignored}")
+    return ''.join(f'; {words}' for words in said)
+
+
+def _folder_reader(dataset: Any) -> Any:
+    """The `FolderReader` in a data set; None where it has none."""
+    while dataset is not None:
+        reader = getattr(dataset, 'reader', None)
+        if hasattr(reader, 'ignored'):
+            return reader
+        dataset = getattr(dataset, 'dataset', None)
+    return None
+
+
+def class_sizes(dataset: Any) -> dict[str, int] | None:
+    """Images of each class by its name, the smallest class first; None where the data set does not tell without reading all."""
+    names = class_map_of(dataset)
+    while dataset is not None:
+        for part in (getattr(dataset, 'reader', None), dataset):
+            targets = getattr(part, 'targets', None)
+            samples = getattr(part, 'samples', None)
+            if targets is None and isinstance(samples, list):
+                targets = [target for _, target in samples]
+            if targets is not None and names:
+                counts = Counter(map(int, targets))
+                sizes = {name: counts[index] for name, index in names.items()}
+                return dict(sorted(sizes.items(), key=lambda item: item[1]))
+        dataset = getattr(dataset, 'dataset', None)
+    return None
+
+
+def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
+    """What a start table says of the data: how much there is of it, and what was left out.
+
+    Args:
+        train: Training split.
+        evaluation: Validation split.
+    """
+    sizes = class_sizes(train)
+    images = f'{len(cast(Sized, train))} training, {len(cast(Sized, evaluation))} validation images'
+    rows = [('data', f'{images} of {len(sizes)} classes' if sizes else images)]
+    if sizes:
+        (small, least), (large, most) = next(iter(sizes.items())), list(sizes.items())[-1]
+        spread = f'{least} each' if least == most else f'{least} ({small}) to {most} ({large})'
+        rows.append(('class sizes', f'{spread}, training images'))
+        few = [f'{name} ({size})' for name, size in sizes.items() if size < FEW_IMAGES]
+        if few:
+            rows.append((f'fewer than {FEW_IMAGES}', name_some(few)))
+    reader = _folder_reader(train)
+    if reader is not None and reader.is_deep:
+        deep = next(os.path.relpath(os.path.dirname(path), reader.root) for path, _ in reader.samples)
+        rows.append(('class folders', f"the innermost ('{deep}' is one); --class-depth takes another level"))
+    for split, dataset in (('training', train), ('validation', evaluation)):
+        reader = _folder_reader(dataset)
+        if reader is not None and reader.empty:
+            rows.append(('no image in', f'{name_some(reader.empty)} ({split})'))
+        if reader is not None and reader.ignored:
+            rows.append(('left out', f'{describe_ignored(reader.ignored)} ({split})'))
+    return rows
 
 
 def class_map_of(dataset: Dataset[Any] | None) -> dict[str, int] | None:
@@ -268,25 +370,21 @@ def count_classes(dataset: Dataset[Any] | None) -> int | None:
     return len(classes) if classes else None
 
 
-def check_num_classes(dataset: Dataset[Any], num_classes: int, given: bool) -> None:
+def check_num_classes(datasets: tuple[Dataset[Any] | None, Dataset[Any]], num_classes: int, given: bool) -> None:
     """Refuse a student whose classes are not the data's.
 
     Args:
-        dataset: The validation split.
+        datasets: Training split or None, and validation split.
         num_classes: The student's.
-        given: --num-classes was given (then the two must be equal; else the model may have more).
+        given: --num-classes was given (then the two must be equal; else the weights of the student may have more).
 
     Raises:
         UsageError: They don't fit.
     """
-    classes = count_classes(dataset)
+    classes = count_classes(datasets[1])
     if classes is None or classes == num_classes:
         return
     if given or classes > num_classes:
-        raise UsageError(
-            f'the data set has {classes} classes and the student {num_classes}: use --num-classes {classes}'
-        )
-    _logger.warning(
-        f'The student keeps the {num_classes} classes of its architecture, the data set has {classes}: '
-        f'--num-classes {classes} gives it a classifier of that size.'
-    )
+        advice = _describe_empty(*datasets) or (f': --num-classes {classes} fits, or none' if given else '')
+        raise UsageError(f'the data set has {classes} classes and the student {num_classes}{advice}')
+    _logger.warning(f'The student has the {num_classes} classes of its weights, the data set has {classes}.')

@@ -94,7 +94,7 @@ def create_data(
             cast(Any, dataset).target_transform = target
             _check_target(dataset)
     else:
-        check_num_classes(datasets[1], num_classes, given=config.num_classes is not None)
+        check_num_classes(datasets, num_classes, given=config.num_classes is not None)
     try:
         data_config = resolve_input_data_config(student, args=config.as_dict())
     except ValueError as e:

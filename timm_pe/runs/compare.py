@@ -31,7 +31,7 @@ _OF_A_STUDENT = ('model', 'model_kwargs')
 _OF_A_PAIR = (
     *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
     *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
-    *('epochs', 'stop_epoch', 'batch_size', 'grad_accum_steps', 'num_classes', 'class_map', 'seed'),
+    *('epochs', 'stop_epoch', 'batch_size', 'grad_accum_steps', 'class_map', 'class_depth', 'seed'),
 )
 # what the report takes from an analysis.json
 _KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
@@ -240,6 +240,7 @@ def differing(run: Run, other: Run) -> list[str]:
         values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
         pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '') else value for value in values)
     known = {
+        'num classes': [r.args.get('num_classes') for r in (run, other)],
         'last epoch': [r.final.get('epoch') for r in (run, other)],
         'validation images': [((r.analysis or {}).get('images') or {}).get('validation') for r in (run, other)],
     }

@@ -185,7 +185,8 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         UsageError: Anything of it that is not there any more, or does not fit.
     """
     config = read_run_config(folder, options)
-    parts = build(config, training=False, hints=HINTS)
+    checkpoint = checkpoint_file(folder, options)
+    parts = build(config, training=False, hints=HINTS, weights=str(checkpoint))
     student, teacher = parts.student, parts.teacher
     task = cast(ProjectorEnsembleTask | None, parts.task)  # what is not built to train has no other
     if any(isinstance(d, IterableDataset) for d in parts.datasets):
@@ -202,7 +203,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     if teacher is not None:
         teacher.needs_logits = True  # the run may have done without them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
-    epoch = _load_checkpoint(checkpoint_file(folder, options), student, task)
+    epoch = _load_checkpoint(checkpoint, student, task)
     return OpenRun(
         config=config,
         epoch=epoch,
@@ -233,7 +234,7 @@ def _teacher_config(config: RunConfig, num_classes: int, others: Iterable[RunCon
 
 def _data_key(config: RunConfig) -> tuple[Any, ...]:
     root = os.path.realpath(config.root)
-    return config.dataset.lower(), root, config.train_split, config.val_split, config.class_map, config.num_classes
+    return config.dataset.lower(), root, config.train_split, config.val_split, config.class_map, config.class_depth
 
 
 def _load_checkpoint(path: Path, student: nn.Module, task: ProjectorEnsembleTask | None) -> int:

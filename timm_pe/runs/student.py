@@ -12,7 +12,7 @@ from timm.models import model_entrypoint
 from ..config.run_config import RunConfig
 from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
-from ..method.weights import load_weights, read_state_dict
+from ..method.weights import classes_in_checkpoint, load_weights, read_state_dict
 from ..run_folder import RunFolder
 from ..train.checkpoints import saved_classes
 from ..train.student import create_student
@@ -73,8 +73,9 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
     run = Run(run_folder, run_folder.name, config.as_dict(), list(run_folder.rows_by_epoch().values()))
     # the weights are those of the run; nothing else may be fetched or change them
     config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
-    model = create_student(config).eval()
-    load_weights(model, read_state_dict(run_folder.student_file, 'RUN'), 'RUN', str(run_folder.student_file))
+    weights = read_state_dict(run_folder.student_file, 'RUN')
+    model = create_student(config, config.num_classes or classes_in_checkpoint(config.model, weights)).eval()
+    load_weights(model, weights, 'RUN', str(run_folder.student_file))
     try:
         data_config = resolve_input_data_config(model, args=config.as_dict())
     except ValueError as e:

@@ -17,7 +17,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
 from .checkpoints import find_resume
 from .run_task import check_loss_weights, create_run_task, create_run_teacher
-from .student import check_names, create_student
+from .student import check_names, choose_num_classes, create_student, input_channels
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Parts:
         return cast(int, self.student.num_classes)
 
 
-def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None) -> Parts:
+def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None, weights: str = '') -> Parts:
     """Build what the settings ask for; with --evaluate neither teacher nor task.
 
     The order matters: what can be refused cheaply comes first, and each stage draws from the seeded random state where the
@@ -60,6 +60,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         config: The settings.
         training: False for a look at a finished run: no training loader, and no task where there is no teacher.
         hints: What a user can do about an error of the 'data' or of the 'teacher'.
+        weights: File of the weights that the student is going to have, '' for those of the settings.
 
     Raises:
         UsageError: A setting, a file or a data set that does not fit.
@@ -73,9 +74,15 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     if training and not config.evaluate:
         check_loss_weights(config, config.num_classes)
     runtime = setup_runtime(config)
-    student = create_student(config)
+    channels = input_channels(config)
     with hint(hints.get('data')):
-        datasets = create_datasets(config, cast(int, student.in_chans))
+        datasets = create_datasets(config, channels)
+    weights, flag = weights or checkpoint or config.evaluate, '--evaluate' if config.evaluate else '--resume'
+    student = create_student(config, choose_num_classes(config, datasets[1], weights, flag))
+    if student.in_chans != channels:
+        raise UsageError(
+            f'--model {config.model} has {student.in_chans} input channels: add --in-chans {student.in_chans}'
+        )
     data = create_data(config, (datasets[0] if training else None, datasets[1]), student, runtime)
     if config.evaluate:
         return Parts(config, runtime, student, datasets, data, None, None)

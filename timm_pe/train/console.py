@@ -14,8 +14,10 @@ from timm.task import TrainingTask
 from timm.utils import setup_default_logging, world_info_from_env
 from tqdm import tqdm
 
+from ..config.declare import default_of
 from ..config.derive import label_smoothing, loader_workers
 from ..config.run_config import RunConfig
+from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
@@ -86,7 +88,11 @@ def start_table(
         cache: The `TeacherCache`, or None.
     """
     size = 'x'.join(map(str, data.config['input_size']))
-    columns = [('model', config.model), ('parameters', _count(count_params(student))), ('classes', str(num_classes))]
+    columns = [
+        ('model', config.model),
+        ('parameters', _count(count_params(student))),
+        ('classes', _classes(config, num_classes, data)),
+    ]
     columns += [('input', size), ('mean', _numbers(data.config['mean'])), ('std', _numbers(data.config['std']))]
     columns += [('precision', describe_precision(config))]
     head, rows = ('student', 'teacher'), [(name, value, '') for name, value in columns]
@@ -110,6 +116,12 @@ def start_table(
     if cache is not None:
         lines.append(f'{"teacher cache":<16}{cache.describe()}')
     return '\n'.join(lines)
+
+
+def _classes(config: RunConfig, num_classes: int, data: Data) -> str:
+    if config.num_classes is not None:
+        return str(num_classes)
+    return f'{num_classes} ({"of the data" if count_classes(data.eval.dataset) == num_classes else "its own"})'
 
 
 def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
@@ -161,13 +173,15 @@ def _run_rows(
     if warmup and start_epoch == 0 and not config.sched_on_updates and config.sched != 'none':
         warmup += f' (all of epoch 0 at lr {config.warmup_lr:g}: --sched-on-updates warms up batch by batch)'
     first = f', starting at {start_epoch}' if start_epoch else ''
+    if config.epochs == default_of(type(config), 'epochs'):
+        first += f"; {config.epochs} is timm's default, --epochs sets it"
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
     mixing = [f'{n} {getattr(config, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(config, n)]
     rows.append(('regularization', ', '.join([*mixing, f'smoothing {label_smoothing(config):g}'])))
     average = f'decay {config.model_ema_decay:g}' if config.model_ema else 'none'
     rows.append(('weight average', average))
     rows.append(('seed', str(config.seed)))
-    rows.append(('data', f'{len(data.train.dataset)} training, {len(data.eval.dataset)} validation images'))
+    rows += describe_data(data.train.dataset, data.eval.dataset)
     rows.append(('loader workers', '{} ({})'.format(*loader_workers(config, data.train.dataset))))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
     python = platform.python_version()

@@ -21,7 +21,7 @@ _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 
 _OF_AN_EVALUATION = (
     *((name,) for name in ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps')),
     ('img_size', 'input_size'),
-    *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map')),
+    *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map', 'class_depth')),
     ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
     ('amp', 'amp_dtype', 'model_dtype'),
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),

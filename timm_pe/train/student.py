@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn as nn
 from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import get_pretrained_cfg, resolve_model_input_args
+from torch.utils.data import Dataset
 
 from ..config.flags import ModelFlags
 from ..config.run_config import RunConfig
+from ..data.datasets import count_classes
 from ..errors import UsageError, one_line
 from ..method.weights import (
     check_model_name,
@@ -52,15 +55,53 @@ def check_names(config: RunConfig) -> None:
         _logger.info(said)
 
 
-def create_student(config: RunConfig) -> nn.Module:
+def input_channels(config: RunConfig) -> int:
+    """Channels that the student is going to see, before it is built.
+
+    Raises:
+        UsageError: A model that cannot be looked up.
+    """
+    return _model_args(config, config.pretrained_cfg_overlay).get('in_chans') or 3
+
+
+def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, flag: str) -> int | None:
+    """Number of classes of the student: --num-classes, else that of weights which must fit, else the data's.
+
+    Args:
+        config: Run settings.
+        dataset: The validation split.
+        weights: File of the weights, '' for none.
+        flag: What it was given for, for messages.
+
+    Returns:
+        The number; None where neither tells, which leaves the model its own.
+    """
+    if config.num_classes is not None:
+        return config.num_classes
+    classes = classes_in_checkpoint(config.model, read_state_dict(weights, flag)) if weights else None
+    return classes or count_classes(dataset)
+
+
+def _model_args(config: RunConfig, overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm makes of the flags that say how the student is built: arguments of its factory, model_name and pretrained_cfg too."""
+    more = {'pretrained_cfg_overlay': dict(overlay)} if overlay else {}
+    try:
+        return resolve_model_input_args(config.model, config.as_dict(), **{**config.model_kwargs, **more})
+    except Exception as e:  # the config.json of a hub or local-dir model may be anything
+        raise UsageError(f'--model {config.model}: {one_line(e)}') from e
+
+
+def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Module:
     """Create the model to train, on the CPU.
 
     Args:
         config: Run settings.
+        num_classes: Its classes; None takes those of the settings, or the model's own.
 
     Raises:
         UsageError: Unknown model, arguments it does not take, weights that can't be had.
     """
+    num_classes = num_classes or config.num_classes
     if config.fast_norm:
         set_fast_norm()
     overlay = dict(config.pretrained_cfg_overlay)
@@ -70,24 +111,17 @@ def create_student(config: RunConfig) -> nn.Module:
         weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
         # timm takes a classifier for so many classes, which is also its default where --num-classes is not given; none for -1
         classes = classes_in_checkpoint(config.model, weights) if weights else None
-        fits = classes and classes == (config.num_classes or _default_classes(config.model))
+        fits = classes and classes == (num_classes or _default_classes(config.model))
         overlay = {'file': file, 'num_classes': classes if fits else -1, **overlay}
     if overlay.get('file'):
         overlay.setdefault(
             'source', ''
         )  # a model of the hub or of a folder has one, which timm would ask in place of the file
-    try:
-        model_args = resolve_model_input_args(
-            config.model,
-            config.as_dict(),
-            **{**config.model_kwargs, **({'pretrained_cfg_overlay': overlay} if overlay else {})},
-        )
-    except Exception as e:  # the config.json of a hub or local-dir model may be anything
-        raise UsageError(f'--model {config.model}: {one_line(e)}') from e
+    model_args = _model_args(config, overlay)
     # given again below, by the name as the user wrote it
     model_args.pop('model_name')
     pretrained_cfg = model_args.pop('pretrained_cfg')
-    for name, given in (('num_classes', config.num_classes), ('global_pool', config.gp)):
+    for name, given in (('num_classes', num_classes), ('global_pool', config.gp)):
         if given is not None:  # a hub or local-dir model brings those it was saved with
             model_args[name] = given
     kwargs = {
