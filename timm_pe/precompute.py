@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             for view in range(cache.num_views):
                 fill_view(config, cache, teacher, data, runtime, view)
                 # of all images: those whose rows are there could be read
-                said = describe_unreadable(data.train.dataset, cache.num_images, runtime.distributed)
+                _, said = describe_unreadable(data.train.dataset, cache.num_images, runtime.distributed)
                 if said:
                     _logger.warning(said)
             if runtime.distributed:

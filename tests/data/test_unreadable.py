@@ -92,15 +92,15 @@ def test_counting_changes_nothing_of_a_data_set(images):
     for a, b in zip(counting, plain, strict=True):
         assert a[1] == b[1]
         assert a[0].tobytes() == b[0].tobytes()
-    assert describe_unreadable(counting, 72, distributed=False) == ''
+    assert describe_unreadable(counting, 72, distributed=False) == (0, '')
 
 
 def test_a_count_is_told_once_and_names_the_file(images):
     truncate(images / 'train' / 'ant' / '0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     assert isinstance(dataset[0][0], Image.Image)
-    assert "1 of 72 images could not be read, the first is 'ant/0.png'" in describe_unreadable(dataset, 72, False)
-    assert describe_unreadable(dataset, 72, False) == ''
+    assert "1 of 72 images could not be read, the first is 'ant/0.png'" in describe_unreadable(dataset, 72, False)[1]
+    assert describe_unreadable(dataset, 72, False) == (0, '')
 
 
 def test_an_error_of_a_transform_is_not_taken_for_a_file(images):
@@ -154,3 +154,18 @@ def test_a_look_at_the_targets_is_not_counted(images):
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     _check_target(dataset)
     assert forget_unreadable(dataset) == (0, '')
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_warnings_of_pil_are_counted_and_said_once_in_a_run(workers, command, images, capfd):
+    for name in ('ant', 'bee'):
+        picture = Image.open(images / 'train' / name / '1.png').quantize(8)
+        picture.save(images / 'train' / name / '1.png', transparency=bytes([10, 100]))
+    said = run([*command, '-j', workers, '--epochs', '3'], capfd)
+    assert said.count('Palette images with Transparency') == 1
+    assert re.search(r"2 of \d+ images were read with a warning, the first is '(ant|bee)/1\.png': Palette", said)
+
+
+def test_the_same_unreadable_images_are_said_once_in_a_run(command, images, capsys):
+    (images / 'val' / 'ant' / '0.png').write_bytes(b'no image')
+    assert run([*command, '--epochs', '3'], capsys).count('could not be read') == 1

@@ -162,12 +162,17 @@ def test_a_term_added_in_mid_epoch_counts_from_there_and_that_is_said(alone, tmp
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path, stop_at, capsys, monkeypatch):
     folder, argv = alone('plain')
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
-    assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s\. ', run([*argv, '--stop-epoch', '1'], capsys))
+    assert re.search(
+        r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), \d+ s\. ',
+        run([*argv, '--stop-epoch', '1'], capsys),
+    )
     change_run(tmp_path / 'run', seconds=5000.0)
     stop_at(4)
     stopped(argv, capsys)
     monkeypatch.undo()
-    assert re.search(r'Best top1 [\d.]+ at epoch \d, 50\d\d s in all\. ', run(argv, capsys))
+    assert re.search(
+        r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), 50\d\d s in all\. ', run(argv, capsys)
+    )
 
 
 def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path, capsys):
@@ -177,7 +182,9 @@ def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path
     change_run(tmp_path / 'run', seconds=None)
     for stop in ('2', '4'):  # nor by the checkpoints that follow
         said = run([*argv, '--stop-epoch', stop], capsys)
-        assert re.search(r'Best top1 [\d.]+ at epoch \d, \d+ s since it was resumed\. ', said)
+        assert re.search(
+            r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), \d+ s since it was resumed\. ', said
+        )
 
 
 def best_of(folder):
@@ -196,7 +203,7 @@ def test_under_another_eval_metric_the_best_is_found_anew(stop, alone, tmp_path,
     run([*argv, '--experiment', 'loss', '--eval-metric', 'loss'])
     run([*argv, '--experiment', 'run', '--stop-epoch', stop])
     said = run([*argv, '--experiment', 'run', '--resume', 'auto', '--eval-metric', 'loss'], capsys)
-    assert f'--eval-metric is loss now and was top1 before: epoch {int(stop) - 1} is the best so far' in said
+    assert f'--eval-metric is loss now and was top1 before: epoch {stop} is the best so far' in said
     if stop != '4':  # else nothing was left to train, and `last` is as it was
         assert best_of(tmp_path / 'run')[0] == best_of(tmp_path / 'loss')[0]
     assert best_of(tmp_path / 'run')[1] == best_of(tmp_path / 'loss')[1]
@@ -241,7 +248,7 @@ def test_a_best_epoch_whose_weights_are_gone_is_named_and_the_best_that_is_kept_
     path = tmp_path / 'run' / 'summary.csv'
     path.write_text(path.read_text().replace(rows[0]['eval_loss'], '0.001'))
     said = run([*argv, '--eval-metric', 'loss', '--stop-epoch', '3'], capsys)
-    assert 'epoch 0 is the best so far, but its weights are not kept: of those that are, epoch 2 is' in said
+    assert 'epoch 1 is the best so far, but its weights are not kept: of those that are, epoch 3 is' in said
     assert best_of(tmp_path / 'run')[1] == 2
 
 
@@ -290,7 +297,7 @@ def test_a_recovery_checkpoint_without_a_position_trains_its_epoch_again(alone, 
     stop_at(14)
     stopped(argv, capsys)
     monkeypatch.undo()
-    assert re.search(r'epochs +4 of 9 batches, warmup 1, starting at 1', run(argv, capsys))
+    assert re.search(r'epochs +4 of 9 batches, warmup 1, 1 of them trained before', run(argv, capsys))
 
 
 @pytest.mark.parametrize('name', ['kept.pth.tar', 'last.pth.tar', 'recovery-9-9.pth.tar'])
@@ -502,7 +509,7 @@ def test_the_exit_code_is_128_and_the_number_of_the_signal(signum, code, images,
     stop_at(1, signum)
     argv = [str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run']
     said, _ = stopped(argv, capsys, code=code)
-    assert said == f'train_distill: stopped by {signum.name} after batch 1 of 9 of epoch 0; to go on:'
+    assert said == f'train_distill: stopped by {signum.name} after batch 1 of 9 of epoch 1 of 4; to go on:'
 
 
 def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, stop_at, capsys, monkeypatch):

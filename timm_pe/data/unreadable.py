@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from ..process.files import hash_content
 # more than this share of an epoch is no accident
 _MAX_SHARE = 0.1
 _FEW = 10
+# bytes that are kept of a warning
+_MAX_WARNING = 300
 
 
 class _Reads(Reader):
@@ -69,6 +72,8 @@ class CountingImageDataset(ImageDataset):
         )
         self.replaced = False
         self._count = multiprocessing.Array('q', [0, -1])  # how many, index of the first
+        self._warned = multiprocessing.Array('q', [0, -1])  # likewise for those that were read with a warning
+        self._warning: Any = multiprocessing.Array('c', _MAX_WARNING)
 
     def hash_sources(self, wanted: bool) -> None:
         """Hash each file from here on, or no longer; the reader must give open files."""
@@ -82,7 +87,11 @@ class CountingImageDataset(ImageDataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         self.reader.asked.clear()
         try:
-            return super().__getitem__(index)
+            with warnings.catch_warnings(record=True) as caught:  # each worker would print them anew
+                image = super().__getitem__(index)
+            if caught:
+                self._count_warning(index, str(caught[0].message))
+            return image
         except RuntimeError as e:
             if len(self.reader.asked) == 1:
                 raise
@@ -97,6 +106,19 @@ class CountingImageDataset(ImageDataset):
                 with self._count.get_lock():
                     self._count[1] = index if not self._count[0] else self._count[1]
                     self._count[0] += 1  # the others were tried in its place: those that are drawn count themselves
+
+    def _count_warning(self, index: int, text: str) -> None:
+        with self._warned.get_lock():
+            if not self._warned[0]:
+                self._warned[1], self._warning.value = index, text.encode()[: _MAX_WARNING - 1]
+            self._warned[0] += 1
+
+    def take_warnings(self) -> tuple[int, str, str]:
+        """How many images were read with a warning since it was last asked, the name of the first, and its warning."""
+        with self._warned.get_lock():
+            number, first = self._warned[0], self._warned[1]
+            self._warned[0] = 0
+        return (number, self.filename(first), self._warning.value.decode(errors='ignore')) if number else (0, '', '')
 
     def take_count(self) -> tuple[int, str]:
         """How many images could not be read since it was last asked, and the name of the first."""
@@ -117,8 +139,24 @@ def forget_unreadable(dataset: Any) -> tuple[int, str]:
     return dataset.take_count() if hasattr(dataset, 'take_count') else (0, '')
 
 
-def describe_unreadable(dataset: Any, images: int, distributed: bool) -> str:
-    """What to say of the images that could not be read in a pass over a data set; '' where there was none.
+def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
+    """How many images were read with a warning in a pass over a data set, and what to say of that; arguments as below."""
+    while not hasattr(dataset, 'take_warnings') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    said = dataset.take_warnings() if hasattr(dataset, 'take_warnings') else (0, '', '')
+    ranks: list[Any] = [said]
+    if distributed:
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, said)
+    number = sum(n for n, _, _ in ranks)
+    if not number:
+        return 0, ''
+    _, first, text = next(rank for rank in ranks if rank[0])
+    return number, f"{number} of {images} images were read with a warning, the first is '{first}': {text}"
+
+
+def describe_unreadable(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
+    """How many images could not be read in a pass over a data set, and what to say of that; '' where there was none.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
@@ -138,5 +176,8 @@ def describe_unreadable(dataset: Any, images: int, distributed: bool) -> str:
             f"{number} of {images} images cannot be read, the first is '{first}': are the disk and the files in order?"
         )
     if not number:
-        return ''
-    return f"{number} of {images} images could not be read, the first is '{first}': others were taken in their place."
+        return 0, ''
+    return (
+        number,
+        f"{number} of {images} images could not be read, the first is '{first}': others were taken in their place.",
+    )

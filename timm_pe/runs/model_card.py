@@ -44,7 +44,7 @@ def model_card(student: Student, license: str) -> dict[str, Any]:
         'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
         'Method': _code(describe_method(run)),
         'Data': _code(args['dataset'] or _shown(args['data'] or args['data_dir'] or '')),
-        'Validation': _best_metrics(run),
+        'Validation': _best_metrics(run, cast(int, student.model.num_classes)),
         'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
     }
     need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
@@ -65,7 +65,7 @@ def model_card(student: Student, license: str) -> dict[str, Any]:
     return {**card, 'citation': _CITATION} if args.get('teacher') else card
 
 
-def _best_metrics(run: Run) -> str:
+def _best_metrics(run: Run, num_classes: int) -> str:
     """Validation metrics of the epoch whose weights student.safetensors holds.
 
     That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
@@ -80,7 +80,7 @@ def _best_metrics(run: Run) -> str:
     which = 'the best' if of[f'eval_{name}'] == best[f'eval_{name}'] else 'one'
     metrics = {k.removeprefix('eval_'): v for k, v in of.items() if k and k.startswith('eval_') and v is not None}
     last = rows[-1][f'eval_{name}']
-    shown = format_metrics({'loss': float('nan'), **metrics}).replace('  ', ', ')
+    shown = format_metrics({'loss': float('nan'), **metrics}, num_classes).replace('  ', ', ')
     return f'{shown} (epoch {of["epoch"]:.0f}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ from .cache import TeacherCache
 _logger = logging.getLogger(__name__)
 
 
+# of a bar, at any width of the terminal: what does not fit is cut off at its end
+_BAR = '{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining}{postfix}'
+
+
 class _TqdmHandler(logging.Handler):
     """Log lines that do not tear a progress bar."""
 
@@ -46,6 +51,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler = _TqdmHandler()
     handler.setFormatter(root.handlers[0].formatter)
     root.handlers = [handler]
+    logging.captureWarnings(True)  # those of libraries, which would tear the bar
 
 
 def _count(params: int) -> str:
@@ -172,7 +178,7 @@ def _run_rows(
     warmup = f', warmup {config.warmup_epochs}' if config.warmup_epochs else ''
     if warmup and start_epoch == 0 and not config.sched_on_updates and config.sched != 'none':
         warmup += f' (all of epoch 0 at lr {config.warmup_lr:g}: --sched-on-updates warms up batch by batch)'
-    first = f', starting at {start_epoch}' if start_epoch else ''
+    first = f', {start_epoch} of them trained before' if start_epoch else ''
     if config.epochs == default_of(type(config), 'epochs'):
         first += f"; {config.epochs} is timm's default, --epochs sets it"
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
@@ -204,30 +210,65 @@ class Progress:
         self.what, self.total, self.start = what, total, time.perf_counter()
         live = enabled and sys.stderr.isatty()
         self.lines = enabled and not live
-        self.bar = tqdm(total=total, desc=what, unit='batch', leave=False, dynamic_ncols=True, disable=not live)
+        self.bar = tqdm(
+            total=total, desc=what, leave=False, dynamic_ncols=True, disable=not live, bar_format=_BAR, delay=0
+        )
 
     def update(
         self,
         done: int,
         terms: Mapping[str, float] | None = None,
-        images_per_s: float | None = None,
+        images_per_s: float = 0.0,
         lr: float | None = None,
+        left: float | None = None,
     ) -> None:
-        """Say that `done` batches are done; now and then with loss terms, speed and learning rate."""
+        """Say that `done` batches are done; now and then with loss terms, speed, learning rate and seconds left.
+
+        Without `left`, those that are left of the pass itself are said, at its end too.
+        """
         self.bar.update(done - self.bar.n)
         if terms is None:
             return
-        shown = [*(f'{name}: {value:#.4g}' for name, value in terms.items()), f'{images_per_s:.4g} images/s']
-        text = '  '.join(shown if lr is None else [*shown, f'lr: {lr:.3e}'])
+        text = '  '.join(_describe_training(terms, images_per_s, lr))
         self.bar.set_postfix_str(text)
-        if self.lines:
-            left = (time.perf_counter() - self.start) / done * (self.total - done)
+        if self.lines and (left is None or done != self.total):  # the end of an epoch has a line of its own
             share = 100 * done / max(self.total, 1)
-            _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left: {_duration(left)}')
+            if left is None:
+                left = (time.perf_counter() - self.start) / done * (self.total - done)
+            _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left {_duration(left)}')
 
     def close(self) -> None:
         """Take the bar off the terminal."""
         self.bar.close()
+
+
+def say_epoch(head: Sequence[str], train_metrics: Mapping[str, float], lr: float, seconds: float, left: float) -> None:
+    """The line that stays of an epoch; on a terminal that is too narrow it is broken between its parts.
+
+    Args:
+        head: Its number and, where it was validated, its metrics, in words.
+        train_metrics: Means of its loss and terms, and images_per_s.
+        lr: Learning rate at its end.
+        seconds: How long it took.
+        left: How long the run still takes.
+    """
+    terms = {name: value for name, value in train_metrics.items() if name != 'images_per_s'}
+    parts = [*head, *_describe_training(terms, train_metrics['images_per_s'], lr), _duration(seconds)]
+    parts += [f'left {_duration(left)}'] if left else []
+    columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if columns and len(f'{lines[-1]}  {part}') >= columns:
+            lines.append(f'    {part}')
+        else:
+            lines[-1] += f'  {part}'
+    _logger.info('\n'.join(lines))
+
+
+def _describe_training(terms: Mapping[str, float], images_per_s: float, lr: float | None) -> list[str]:
+    shown = [f'{name} {value:#.4g}' for name, value in terms.items()]
+    rate = [] if lr is None else [f'lr {lr:.3g}']
+    return [*shown, *rate, f'{images_per_s:.4g} images/s']
 
 
 def _duration(seconds: float) -> str:

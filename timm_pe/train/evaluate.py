@@ -11,7 +11,7 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from ..config.flags import LossFlags
 from ..config.run_config import RunConfig
 from ..data.loaders import Data
-from ..data.unreadable import describe_unreadable
+from ..data.unreadable import describe_unreadable, describe_warnings
 from ..errors import UsageError
 from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
@@ -22,6 +22,9 @@ from .console import Progress
 from .student import place_student
 
 _logger = logging.getLogger(__name__)
+
+# as a reader knows them
+METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
 
 
 def create_evaluator(flags: LossFlags, runtime: Runtime, loader: Any) -> ClassificationEvaluator:
@@ -108,17 +111,20 @@ def validate(
 
 
 def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
-    """Say how many images of a pass over a loader could not be read."""
-    said = describe_unreadable(loader.dataset, images, runtime.distributed)
-    if said:
-        _logger.warning(said)
+    """Say how many images of a pass over a loader could not be read, or were with a warning, where no pass before said so."""
+    for describe in (describe_unreadable, describe_warnings):
+        number, said = describe(loader.dataset, images, runtime.distributed)
+        known = loader.__dict__.setdefault('_said', {})
+        if said and known.get(describe) != number:
+            _logger.warning(said)
+        known[describe] = number
 
 
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Metrics on one line, percentages to three places."""
-    names = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
-    percent = [f'{names.get(k, k)} {v:.3f} %' for k, v in metrics.items() if k != 'loss']
-    return '  '.join([*percent, f'loss {metrics["loss"]:.4f}'])
+def format_metrics(metrics: Mapping[str, float], num_classes: int) -> str:
+    """Metrics on one line, percentages to three places; of five classes or fewer the best five say nothing."""
+    shown = {k: v for k, v in metrics.items() if k != 'loss' and not (k == 'top5' and num_classes <= 5)}
+    percent = [f'{METRIC_NAMES.get(k, k)} {v:.3f} %' for k, v in shown.items()]
+    return '  '.join([*percent, f'val loss {metrics["loss"]:.4f}'])
 
 
 def evaluate_checkpoint(parts: Parts) -> None:
@@ -132,4 +138,4 @@ def evaluate_checkpoint(parts: Parts) -> None:
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()
     metrics = validate(student, parts.data, parts.runtime, config, 'Evaluate')
-    _logger.info(f"'{path}': {format_metrics(metrics)} on {len(parts.data.eval.dataset)} images.")
+    _logger.info(f"'{path}': {format_metrics(metrics, parts.num_classes)} on {len(parts.data.eval.dataset)} images.")

@@ -70,14 +70,14 @@ def check_teacher(parts: Parts) -> TeacherAgreement | None:
         return None
     if config.task == 'multilabel':
         metrics = validate(teacher.forward_logits, data, runtime, config, 'Teacher')
-        _logger.info(f'Teacher: {format_metrics(metrics)} on the validation split.')
+        _logger.info(f'Teacher: {format_metrics(metrics, num_classes)} on the validation split.')
         return None
     # the images of a stream come in no fixed order
     measured = is_tracked(config) and not isinstance(data.eval.dataset, IterableDataset)
     agreement = TeacherAgreement(evaluation_sample_limit(data.eval)) if measured else None
     forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
     metrics = validate(forward, data, runtime, config, 'Teacher')
-    _logger.info(f'Teacher: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on the validation split.')
+    _logger.info(f'Teacher: {format_metrics(metrics, num_classes)} on the validation split.')
     chance, images = 1 / num_classes, len(data.eval.dataset)
     if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
         _logger.warning(

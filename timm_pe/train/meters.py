@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..config.run_config import RunConfig
+from ..process.runtime import Runtime
 from .console import Progress
 from .nonfinite import NonFiniteLoss, describe_nonfinite
+from .position import Span
 from .trackers import StepCurves
 
 _logger = logging.getLogger(__name__)
@@ -177,9 +180,69 @@ class EpochCount:
         self.images += batch_size * world_size
 
 
+class Pace:
+    """How long a run trains: so far, and still.
+
+    Args:
+        span: Which epochs this process trains, and what earlier ones took.
+        num_batches: Batches in an epoch.
+    """
+
+    def __init__(self, span: Span, num_batches: int):
+        self.span, self.began = span, time.perf_counter()
+        self.last = self.began
+        resumed = span.resumed
+        # how much of its first epoch was trained before
+        self.share_before = 0.0 if resumed is None or resumed.validated else resumed.batch / num_batches
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds that the run has trained in all its parts, None where earlier ones are not known."""
+        before = self.span.seconds_before
+        return None if before is None else before + time.perf_counter() - self.began
+
+    def describe(self) -> str:
+        """The same in words."""
+        if self.seconds is None:
+            return f'{time.perf_counter() - self.began:.0f} s since it was resumed'
+        return f'{self.seconds:.0f} s{" in all" if self.span.is_resumed else ""}'
+
+    def left(self, epochs: float) -> float:
+        """Seconds that the run still needs at its pace so far.
+
+        Args:
+            epochs: Epochs that are trained, those of earlier parts too, the running one in part.
+        """
+        done = epochs - self.span.first - self.share_before
+        return (time.perf_counter() - self.began) * (self.span.end - epochs) / max(done, 1e-9)
+
+    def split(self, epochs: int) -> tuple[float, float]:
+        """Seconds since the split before, and those that the run still needs; `epochs` as for `left`."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds, self.left(epochs)
+
+
 def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
     """Images in a batch `[b, ch, h, w]`, or in a NaFlex batch of patches `[b, n, ...]`."""
     return len(input['patches'] if isinstance(input, dict) else input)
+
+
+def batch_scale(config: RunConfig, runtime: Runtime, size: int) -> float:
+    """Weight of a batch of another size than --batch-size; ranks whose batches differ share by their images.
+
+    Args:
+        config: Run settings.
+        runtime: Ranks; with NaFlex batches all of them must call.
+        size: Images in the batch of this rank.
+    """
+    how = config.naflex_loss_scale if config.naflex_loader else config.variable_batch_loss_scale
+    scale = {'none': 1.0, 'sqrt': (size / config.batch_size) ** 0.5, 'linear': size / config.batch_size}[how]
+    if config.naflex_loader and runtime.distributed:
+        sizes = torch.tensor(float(size), device=runtime.device)
+        dist.all_reduce(sizes)
+        scale *= runtime.world_size * size / sizes.item()
+    return scale
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:

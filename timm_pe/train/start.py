@@ -421,11 +421,11 @@ def _announce_best(saver: Saver, metrics: Mapping[int, float], why: str) -> None
         _logger.warning(f'{why}: summary.csv has none of it, the best epoch is found among those to come.')
         return
     best = (min if saver.decreasing else max)(metrics, key=lambda epoch: metrics[epoch])
-    said = f'{why}: epoch {best} is the best so far'
+    said = f'{why}: epoch {best + 1} is the best so far'
     if saver.best_metric is None:
         said += ', but no weights are kept: the best is found among the epochs to come'
     elif metrics[best] != saver.best_metric:
-        said += f', but its weights are not kept: of those that are, epoch {saver.best_epoch} is'
+        said += f', but its weights are not kept: of those that are, epoch {cast(int, saver.best_epoch) + 1} is'
     _logger.warning(f'{said}.')
 
 

@@ -1,14 +1,12 @@
 """The training of a run: epochs, steps, validation, and what is saved when."""
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torchvision
 from timm.scheduler.scheduler import Scheduler
@@ -25,9 +23,9 @@ from ..run_folder import RunFolder
 from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
-from .console import Progress
-from .evaluate import batch_to_device, create_evaluator, format_metrics, say_unreadable, validate
-from .meters import Accumulation, EpochCount, LossMeter, batch_size, mean_lr
+from .console import Progress, say_epoch
+from .evaluate import METRIC_NAMES, batch_to_device, create_evaluator, format_metrics, say_unreadable, validate
+from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batch_size, mean_lr
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
 from .trackers import StepCurves, TeacherAgreement, Trackers, flat_metrics, log_epoch
@@ -70,13 +68,14 @@ class Trainer:
     ):
         assert parts.task is not None
         self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
+        self.num_classes = parts.num_classes
         self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
         self.images, self.meaning = dict(images), dict(meaning)
         self.cache, self.guard, self.folder, self.saver = cache, guard, folder, saver
         self.trackers, self.agreement = trackers, agreement
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
         self.interrupts = Interrupts(self.runtime)
-        self.began = time.perf_counter()
+        self.pace = Pace(span, len(self.data.train))
         # A CPU's allocator gives the memory of freed gradients back to the system, and pages it in again: up to 5 % of a
         # step. There they are freed just before the backward that makes new ones. A GPU's allocator keeps the memory, and the
         # activations of the next forward can have it: there they are freed right after the step.
@@ -93,7 +92,7 @@ class Trainer:
         """
         config, span = self.config, self.span
         metric_name = ranked_by(config)
-        self.began = time.perf_counter()
+        self.pace = Pace(span, len(self.data.train))
         losses = restore_rank_state(span.resumed, self.task, self.runtime) if span.resumed else {}
         state = span.resumed if span.resumed and not span.resumed.validated else None
         best: tuple[float | None, int | None] = (None, None)
@@ -103,25 +102,15 @@ class Trainer:
                     state = self._train(number, state.batch if state else 0, losses)
                 metrics = self.validate(state) if self._validates_after(number) else None
                 best = self._save_epoch(state, metrics, metrics[metric_name] if metrics else None)
+                self._say_epoch(state, metrics, best)
                 if self.scheduler is not None:
                     self.scheduler.step(number + 1, metrics[metric_name] if metrics else None)
                 state, losses = None, {}
         if self.runtime.is_primary and best[0] is not None:
             _logger.info(
-                f'Best {metric_name} {best[0]:.3f} at epoch {best[1]}, {self._describe_seconds()}. '
-                f"The student: '{self.folder.student_file}'."
+                f'Best {METRIC_NAMES.get(metric_name, metric_name)} {best[0]:.3f} in epoch {cast(int, best[1]) + 1} of {span.schedule} '
+                f"(row {best[1]} of summary.csv), {self.pace.describe()}. The student: '{self.folder.student_file}'."
             )
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds that the run has trained in all its parts, None where earlier ones are not known."""
-        before = self.span.seconds_before
-        return None if before is None else before + time.perf_counter() - self.began
-
-    def _describe_seconds(self) -> str:
-        if self.seconds is None:
-            return f'{time.perf_counter() - self.began:.0f} s since it was resumed'
-        return f'{self.seconds:.0f} s{" in all" if self.span.is_resumed else ""}'
 
     def _validates_after(self, number: int) -> bool:
         config = self.config
@@ -211,7 +200,7 @@ class Trainer:
             if self.frees_late and starts:
                 self.optimizer.zero_grad()
             measure = epoch.curves.measure_norm if ends and epoch.curves.wants_norm(i) else None
-            loss = result['loss'] * (self._batch_scale(size) / self.accumulation.size(i))
+            loss = result['loss'] * (batch_scale(self.config, self.runtime, size) / self.accumulation.size(i))
             self._backward(loss, ends, measure)
         epoch.add({k: v for k, v in result.items() if k != 'output'}, size, self.runtime.world_size)
         if not ends:
@@ -294,7 +283,7 @@ class Trainer:
         )
         if losses:
             curves.go_on(meter.read(), meter.count)
-        progress = Progress(f'Train {number}/{self.span.schedule - 1}', num_batches, runtime.is_primary)
+        progress = Progress(f'Train {number + 1}/{self.span.schedule}', num_batches, runtime.is_primary)
         update = number * self.updates_per_epoch + self.accumulation.updates_after(start)
         return EpochCount(number, num_batches, self.accumulation, meter, curves, progress, update)
 
@@ -306,24 +295,13 @@ class Trainer:
             input, target = seeded_mixup(mixup, input, target, self.config.seed, number, i, self.runtime.rank)
         return input, target
 
-    def _batch_scale(self, size: int) -> float:
-        """Weight of a batch of another size than --batch-size; ranks whose batches differ share by their images."""
-        config, runtime = self.config, self.runtime
-        how = config.naflex_loss_scale if config.naflex_loader else config.variable_batch_loss_scale
-        scale = {'none': 1.0, 'sqrt': (size / config.batch_size) ** 0.5, 'linear': size / config.batch_size}[how]
-        if config.naflex_loader and runtime.distributed:
-            sizes = torch.tensor(float(size), device=runtime.device)
-            dist.all_reduce(sizes)
-            scale *= runtime.world_size * size / sizes.item()
-        return scale
-
     def _report(self, epoch: EpochCount, i: int, input: Any) -> None:
         """Show and track the terms, at the end of the epoch and at each log interval: there alone the device is waited for."""
         if i + 1 != epoch.num_batches and (i + 1) % self.config.log_interval:
             epoch.progress.update(i + 1)
             return
         shown = epoch.meter.read(), epoch.images_per_s, mean_lr(self.optimizer)
-        epoch.progress.update(i + 1, *shown)
+        epoch.progress.update(i + 1, *shown, left=self.pace.left(epoch.number + (i + 1) / epoch.num_batches))
         epoch.curves.log(i, epoch.update, epoch.meter.count, *shown)
         if self.guard is not None:
             self.guard.say(epoch.meter.bad)
@@ -339,7 +317,10 @@ class Trainer:
             self.save_recovery(self.state(epoch.number, i + 1, epoch.meter.state()))
             recovery_due = False
         if signum:
-            raise Interrupted(signum, f'after batch {i + 1} of {epoch.num_batches} of epoch {epoch.number}')
+            raise Interrupted(
+                signum,
+                f'after batch {i + 1} of {epoch.num_batches} of epoch {epoch.number + 1} of {self.span.schedule}',
+            )
         return recovery_due
 
     # Validation ---------------------------------------------------------------------------------------------------------
@@ -361,8 +342,21 @@ class Trainer:
             metrics = validate(forward, self.data, self.runtime, self.config, what, ask)
             if self.agreement is not None:
                 self.agreement.finish(self.runtime.distributed)
-            _logger.info(f'{what} {state.epoch}/{self.span.schedule - 1}: {format_metrics(metrics)}')
+            if with_average and not ema:
+                said = format_metrics(metrics, self.num_classes)
+                _logger.info(f'Epoch {state.epoch + 1}/{self.span.schedule} without the average: {said}')
         return metrics
+
+    def _say_epoch(
+        self, state: RunState, metrics: Mapping[str, float] | None, best: tuple[float | None, int | None]
+    ) -> None:
+        """The one line that stays of an epoch."""
+        number, (_, best_epoch) = state.epoch, best
+        validation = format_metrics(metrics, self.num_classes).split('  ') if metrics else []
+        if validation and best_epoch is not None:
+            validation[0] += ' (best)' if best_epoch == number else f' (best: epoch {best_epoch + 1})'
+        epoch, lr = f'Epoch {number + 1}/{self.span.schedule}', mean_lr(self.optimizer)
+        say_epoch([epoch, *validation], state.train_metrics, lr, *self.pace.split(number + 1))
 
     # Saving -------------------------------------------------------------------------------------------------------------
 
@@ -385,7 +379,7 @@ class Trainer:
             batch,
             settings=run_settings(self.config, len(self.data.train), self.runtime.world_size),
             data=self.images,
-            seconds=self.seconds,
+            seconds=self.pace.seconds,
             meaning=self.meaning,
             schedule=take_schedule(self.scheduler),
             ranks=take_rank_state(self.task, self.runtime, losses),
@@ -412,7 +406,9 @@ class Trainer:
         signum = self.interrupts.requested()
         if signum:
             self.save_recovery(state)
-            raise Interrupted(signum, f'after epoch {state.epoch}, before its validation was through')
+            raise Interrupted(
+                signum, f'after epoch {state.epoch + 1} of {self.span.schedule}, before its validation was through'
+            )
 
     def _save_epoch(
         self, state: RunState, eval_metrics: Mapping[str, float] | None, metric: float | None

@@ -1,0 +1,90 @@
+"""What a run says while it goes on: on a terminal of 80 and of 120 columns, and into a file."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+
+import pytest
+from helpers import run
+
+import train_distill
+from timm_pe.train.evaluate import format_metrics
+from timm_pe.train.meters import Pace
+from timm_pe.train.position import RunState, Span
+
+PAIR = ['--model', 'test_resnet', '--teacher', 'test_resnet', '--no-teacher-pretrained']
+
+
+def on_terminal(argv: list[str], columns: int) -> list[str]:
+    """What a run leaves on a terminal of so many columns, a line for each time that the cursor goes to the first column."""
+    pid, terminal = pty.fork()
+    if not pid:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack('HHHH', 40, columns, 0, 0))
+        os.environ.pop('COLUMNS', None)
+        os.execv(sys.executable, [sys.executable, train_distill.__file__, *argv])
+    said = b''
+    while True:
+        try:
+            said += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said.decode()
+    return [line for line in re.split(r'[\r\n]+', said.decode()) if line.strip()]
+
+
+@pytest.mark.parametrize('columns', [80, 120])
+def test_a_terminal_has_a_bar_of_20_cells_and_an_epoch_leaves_lines_that_fit(small_run, columns):
+    said = on_terminal([*small_run, *PAIR, '--log-interval', '1'], columns)
+    bars = [line for line in said if re.match(r'(Train|Test|Teacher)\b.*%\|', line)]
+    assert len(bars) >= 8
+    for bar in bars:
+        assert len(re.search(r'\|(.*?)\|', bar)[1]) == 20
+        assert len(bar) <= columns
+    first = next(i for i, line in enumerate(said) if line.startswith('Epoch 1/2'))
+    left = [said[first], *(line for line in said[first + 1 : first + 3] if line.startswith('    '))]
+    assert all(len(line) < columns for line in left)
+    assert re.fullmatch(
+        r'Epoch 1/2  top-1 [\d.]+ % \(best\)  val loss [\d.]+  loss [\d.]+ +task_loss [\d.]+ +pe_loss [\d.]+ +'
+        r'lr [\d.e-]+ +[\d.]+ images/s +0:00:\d\d +left 0:00:\d\d',
+        re.sub(' {3,}', '  ', '  '.join(left)),
+    )
+
+
+def test_an_epoch_leaves_one_line_with_fewer_batches_than_the_log_interval(small_run, capsys):
+    said = run([*small_run, *PAIR, '--log-interval', '50'], capsys)
+    assert re.search(r'Epoch 1/2  top-1 .*loss .*pe_loss .*lr .*images/s  0:00:\d\d  left 0:00:\d\d\n', said)
+    assert re.search(r'Epoch 2/2  top-1 .*images/s  0:00:\d\d\n', said)  # nothing is left
+    assert said.count('task_loss ') == 2
+
+
+def test_an_epoch_without_validation_leaves_its_line_too(small_run, capsys):
+    said = run([*small_run, *PAIR, '--val-interval', '2'], capsys)
+    assert re.search(r'Epoch 1/2  loss ', said)
+    assert re.search(r'Epoch 2/2  top-1 [\d.]+ % \(best\)', said)
+
+
+def test_five_classes_or_fewer_have_no_top_5():
+    metrics = {'loss': 1.0, 'top1': 50.0, 'top5': 90.0}
+    assert format_metrics(metrics, 6) == 'top-1 50.000 %  top-5 90.000 %  val loss 1.0000'
+    assert format_metrics(metrics, 5) == 'top-1 50.000 %  val loss 1.0000'
+
+
+def test_the_time_left_is_that_of_the_run_at_its_pace(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr('time.perf_counter', lambda: now)
+    pace = Pace(Span(first=2, schedule=10, end=10), 8)
+    now = 130.0  # an epoch and a half in 30 s
+    assert pace.left(3.5) == pytest.approx(30 / 1.5 * 6.5)
+    assert pace.split(4) == (30, pytest.approx(30 / 2 * 6))
+    now = 140.0
+    assert pace.split(4)[0] == 10
+    # of a resumed epoch the part before does not count
+    state = RunState(2, 4, settings={}, data={}, ranks=[])
+    now = 200.0
+    pace = Pace(Span(first=2, schedule=10, end=10, resumed=state), 8)
+    now = 210.0
+    assert pace.left(3) == pytest.approx(10 / 0.5 * 7)
