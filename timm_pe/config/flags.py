@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from timm.loss import LOSS_TYPES
-
-from ..method.losses import FEATURE_LOSS_NAMES, TEACHER_NORMS
-from ..method.projectors import PROJECTOR_NAMES
-from ..method.task import TARGETS
+from ..method.names import FEATURE_LOSS_NAMES, PROJECTOR_NAMES, TARGETS, TEACHER_NORM_NAMES
 from .declare import flag, switch
 
-TEACHER_NORM_NAMES, TARGET_NAMES = tuple(TEACHER_NORMS), tuple(TARGETS)
+# timm.loss.LOSS_TYPES, which would import torch
+LOSS_TYPES = ('ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr', 'db')
 DTYPES = (None, 'float32', 'bfloat16', 'float16')
 INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 # beyond these a slip of the finger fills the memory
@@ -56,7 +53,7 @@ class ProjectorFlags:
     pe_projector: str = flag('linear', 'kind of projector', metavar='NAME', choices=PROJECTOR_NAMES, needs='teacher', added=True)
     pe_act: str = flag('auto', "activation of the projectors: 'relu', 'none', or 'auto', which is 'relu' exactly when the teacher's features on the first batch are all >= 0", choices=('auto', 'relu', 'none'), needs='teacher', added=True)
     pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSS_NAMES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
-    pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=TARGET_NAMES, needs='teacher', added=True)
+    pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=tuple(TARGETS), needs='teacher', added=True)
     pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
     kd_loss_weight: float = flag(0.0, 'weight of plain logit distillation next to it; needs equal classes', metavar='R', at_least=0, needs='teacher', added=True)
     distill_loss_weight: float | None = flag(None, 'weight of the distillation loss', unset='with --teacher 25, for --pe-target logits 0.9', at_least=0, needs=('teacher', 'kd_model_name'))

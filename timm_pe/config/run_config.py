@@ -9,7 +9,7 @@ import yaml
 
 from ..errors import UsageError
 from . import rules
-from .cli import Parser
+from .cli import Parser, ShowVersion
 from .declare import add_group, declared_in, default_of, flag
 from .flags import (
     AugmentationFlags,
@@ -95,6 +95,7 @@ def create_parser(prog: str = 'train_distill') -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
+    parser.add_argument('--version', action=ShowVersion)
     for group in (RunConfig, *GROUPS):
         add_group(parser, group)
     return parser
