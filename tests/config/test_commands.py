@@ -77,6 +77,15 @@ def test_help_has_our_groups_first():
     assert titles[: 2 + len(ours)] == ['options', 'Run settings', *ours]
 
 
+def test_help_says_the_default_of_every_flag_in_80_columns(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    parser = create_parser()
+    assert max(map(len, parser.format_help().splitlines())) <= 80
+    silent = {a.dest for a in parser._actions if '(default: ' not in a.help}
+    # a switch is off where nothing is said
+    assert silent <= {a.dest for a in parser._actions if a.nargs == 0}
+
+
 # timm-pe TOOL -----------------------------------------------------------------------------------------------------------
 
 

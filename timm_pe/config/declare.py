@@ -96,12 +96,14 @@ def default_of(group: type, dest: str) -> Any:
 
 
 def describe_default(group: type, dest: str) -> str:
-    """The default of a flag in words; '' where it is off, or where nothing is to say of it."""
+    """The default of a flag in words; '' for a switch that is off."""
     default, declared = default_of(group, dest), declared_in(group)[dest]
     if declared.unset:
         return declared.unset
-    if isinstance(default, bool) or default in (None, '', [], {}):
-        return ''
+    if isinstance(default, bool):
+        return 'on' if default else ''
+    if default in (None, '', [], {}):
+        return 'none'
     return ' '.join(f'{v:g}' for v in default) if isinstance(default, list) else f'{default}'
 
 
@@ -140,10 +142,11 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
             return
         add(*names, action='store_true', default=default, help=help)
         if declared.off:
-            add(declared.off, dest=dest, action='store_false', default=default, help='the opposite')
+            add(declared.off, dest=dest, action='store_false', default=default, help=f'switch {name_of(dest)} off')
         return
     kind, is_list, is_pairs = value_type(annotation)
-    settings: dict[str, Any] = {'default': default, 'help': help, 'metavar': declared.metavar}
+    metavar = declared.metavar or ('K=V' if is_pairs else {int: 'N', float: 'R'}.get(kind, 'NAME'))
+    settings: dict[str, Any] = {'default': default, 'help': help, 'metavar': metavar}
     if is_pairs:
         add(*names, nargs='*', action=_AsDict, type=_pair, **settings)
         return
@@ -152,7 +155,7 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
     elif declared.const is not None or declared.positional:
         settings |= {'nargs': '?', 'const': declared.const}
     if declared.choices is not None:
-        settings['choices'] = declared.choices
+        settings |= {'choices': declared.choices, 'metavar': declared.metavar}  # without one argparse shows the choices
     add(*names, type=kind, **settings)
 
 

@@ -90,7 +90,7 @@ def create_parser(prog: str = 'train_distill') -> Parser:
     """The parser of the whole command line."""
     parser = Parser(
         prog=prog,
-        usage='%(prog)s [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME] [--flag VALUE ...]',
+        usage='%(prog)s [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME]\n       [--flag VALUE ...]',
         description="timm's ImageNet training with a teacher: projector ensemble feature distillation",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
