@@ -38,15 +38,17 @@ if 'timm_pe_command' not in sys.modules:
     from . import zoo
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported where somebody first asks for it: most of them need torch."""
-    if name in __all__:
-        from .method import losses, projectors, tap, task, teacher
+if not TYPE_CHECKING:  # else type checkers would accept every name
 
-        for module in (losses, projectors, tap, task, teacher):
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    def __getattr__(name: str) -> Any:
+        """A public name, imported where somebody first asks for it: most of them need torch."""
+        if name in __all__:
+            from .method import losses, projectors, tap, task, teacher
+
+            for module in (losses, projectors, tap, task, teacher):
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
