@@ -52,7 +52,7 @@ def _default(group: type, dest: str) -> str:
         return _marked_up(text)
     if isinstance(default, float):
         return f'{default:g}'
-    return f'`{default}`' if isinstance(default, str) and default else text or 'none'
+    return f'`{default}`' if isinstance(default, str) and default else text
 
 
 def _meaning(declared: Flag) -> str:

@@ -94,6 +94,9 @@ def words_of(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r'\w+=.*', words[0]):
         words.pop(0)
+    if words[:1] == ['timm-pe']:
+        tool = ['train-distill'] if words[1] == 'train' else ['python', '-m', f'timm_pe.{words[1]}']
+        words = [*tool, *words[2:]]
     return words_of(words[words.index('-c') + 1]) if 'bash' in words else words
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def wheel(tmp_path_factory) -> Path:
     tree.mkdir()
     for name in ('timm_pe', 'hparams'):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE', 'train_distill.py'):
+    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE', 'train_distill.py', 'timm_pe_command.py'):
         shutil.copy(ROOT / name, tree)
     pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', str(root)]
     subprocess.run([*pip, str(tree)], check=True, timeout=300)
@@ -47,7 +48,7 @@ def start(wheel: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
 
 def test_the_wheel_has_every_module_the_recipes_and_what_else_is_read(wheel):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_pe').rglob('*.py')}
-    extra = {'train_distill.py', 'timm_pe/py.typed', 'timm_pe/report_template.html'}
+    extra = {'train_distill.py', 'timm_pe_command.py', 'timm_pe/py.typed', 'timm_pe/report_template.html'}
     recipes = {f'timm_pe/hparams/{name}.yaml' for name in RECIPES}
     files = {str(path.relative_to(wheel)) for path in wheel.rglob('*') if path.is_file()}
     assert len(recipes) >= 11
@@ -64,6 +65,16 @@ def test_the_version_of_the_wheel_is_the_one_of_the_package(wheel):
     texts = [path for pattern in ('*.toml', '*.cfg', '*.cff') for path in ROOT.glob(pattern)]
     assert len(texts) >= 3
     assert not [path.name for path in texts if timm_pe.__version__ in path.read_text()]
+
+
+@pytest.mark.parametrize('command', ['train-distill', 'timm-pe'])
+def test_each_command_of_the_wheel_starts(command, wheel, tmp_path):
+    (info,) = wheel.glob('*.dist-info')
+    entries = ConfigParser()
+    entries.read(info / 'entry_points.txt')
+    module, function = entries['console_scripts'][command].split(':')
+    done = start(wheel, tmp_path, '-c', f'from {module} import {function}; {function}()', '--version')
+    assert done.stdout.startswith(f'{command} {timm_pe.__version__} (torch '), done.stderr
 
 
 def test_an_installed_command_takes_a_recipe_by_its_name(wheel, tmp_path):

@@ -18,7 +18,8 @@ import timm_pe
 import train_distill
 from timm_pe.config import yaml_file
 
-SOURCES = [*sorted(Path(timm_pe.__file__).parent.rglob('*.py')), Path(train_distill.__file__)]
+ROOT = Path(train_distill.__file__).parent
+SOURCES = [*sorted(ROOT.glob('timm_pe/**/*.py')), ROOT / 'train_distill.py', ROOT / 'timm_pe_command.py']
 # modules that unpickle, run code or run commands
 DANGEROUS = {
     *('pickle', 'cPickle', '_pickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve', 'code', 'codeop', 'runpy'),
@@ -36,6 +37,7 @@ ALLOWED = {
         'runtime.py',
         'importlib.import_module',
     ): 'modules of --device-modules, which is taken from the command line alone',
+    ('timm_pe_command.py', 'importlib.import_module'): 'the tools of this package, by a table of their names',
     ('yaml_file.py', 'yaml.load'): 'with a SafeLoader that refuses a key given twice',
 }
 

@@ -8,14 +8,20 @@ import timm
 import torch
 from helpers import load, refused, run, summary
 from timm.data import create_dataset, create_loader
+from timm.loss import LOSS_TYPES
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 
+from timm_pe.config import flags as declared
 from timm_pe.data.draws import derive_seed
 from timm_pe.method.weights import read_state_dict
 
 RESNET = ['--model', 'test_resnet']
 PAIR = [*RESNET, '--teacher', 'test_vit', '--no-teacher-pretrained']
+
+
+def test_the_task_losses_are_those_of_timm():
+    assert tuple(LOSS_TYPES) == declared.LOSS_TYPES
 
 
 def test_without_a_teacher_the_losses_are_those_of_a_plain_loop_over_timms_task_and_loader(

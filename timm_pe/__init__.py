@@ -1,13 +1,18 @@
 """Projector Ensemble Feature Distillation for timm: any timm model becomes the student of any other."""
 
-from . import zoo  # importing it registers the CIFAR networks with timm
+import sys
+from typing import TYPE_CHECKING, Any
+
 from .errors import UsageError
-from .method.losses import create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
-from .method.projectors import ProjectorEnsemble, create_projector, list_projectors, register_projector
-from .method.tap import FeatureTap
-from .method.task import ProjectorEnsembleTask
-from .method.teacher import Teacher, TeacherOutput, create_teacher
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import zoo
+    from .method.losses import create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
+    from .method.projectors import ProjectorEnsemble, create_projector, list_projectors, register_projector
+    from .method.tap import FeatureTap
+    from .method.task import ProjectorEnsembleTask
+    from .method.teacher import Teacher, TeacherOutput, create_teacher
 
 __all__ = [
     'FeatureTap',
@@ -27,3 +32,24 @@ __all__ = [
     'register_projector',
     'zoo',
 ]
+
+# importing it registers the CIFAR networks with timm, which takes seconds: a command does so once it has read its flags
+if 'timm_pe_command' not in sys.modules:
+    from . import zoo
+
+
+if not TYPE_CHECKING:  # else type checkers would accept every name
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported where somebody first asks for it: most of them need torch."""
+        if name in __all__:
+            from .method import losses, projectors, tap, task, teacher
+
+            for module in (losses, projectors, tap, task, teacher):
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,6 +35,7 @@ from .runs.measures import (
 from .runs.reopen import CHECKPOINTS, MAX_TRAIN_IMAGES, OpenRun, Options, Split, collect, open_run, read_run_config
 from .train.console import count_params, setup_logging
 
+PROG = 'python -m timm_pe.analysis'
 _PACKAGES = {'sklearn': 'scikit-learn', 'torchmetrics': 'torchmetrics', 'matplotlib': 'matplotlib'}
 
 
@@ -244,9 +245,9 @@ def _cell(result: Mapping[str, Any], path: Sequence[str], form: str) -> str:
     return '-' if value is None else form.format(value)
 
 
-def create_parser() -> Parser:
+def create_parser(prog: str = PROG) -> Parser:
     """The parser of the command line."""
-    parser = Parser(prog='python -m timm_pe.analysis', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add('runs', metavar='RUN', nargs='+', type=Path, help='run folder of train_distill')
     add('--checkpoint', choices=CHECKPOINTS, default='last', help='which one (default: last)')
@@ -265,13 +266,14 @@ def create_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     """Analyse runs and print a table of them.
 
     Args:
         argv: Command line; None takes that of the process.
+        prog: Command to name in messages.
     """
-    parser = create_parser()
+    parser = create_parser(prog)
     options = vars(parser.parse_args(argv))
     runs = options.pop('runs')
     for name, least in (('max_train_images', 1), ('batch_size', 1), ('workers', 0)):

@@ -29,6 +29,7 @@ from .run_folder import RunFolder
 from .train.main import main as train
 from .version import __version__
 
+PROG = 'python -m timm_pe.demo'
 # a convolutional network teaches a small vision transformer, which learns slowly from 898 images alone
 DATA = ['--dataset', 'sklearn/digits', '--num-classes', '10', '--img-size', '16', '-j', '0']
 AUGMENTATION = [
@@ -181,13 +182,14 @@ def add_report(output: Path, names: list[str]) -> None:
         print(f'no report.html: {e}', file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     """Run the demo.
 
     Args:
         argv: Command line; None takes that of the process.
+        prog: Command to name in messages.
     """
-    parser = Parser(prog='python -m timm_pe.demo', description=__doc__.splitlines()[0])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, default=Path('demo_output'), help='folder to write into')
     parser.add_argument('--seeds', type=int, default=3, help='seeds to average over')
     args = parser.parse_args(argv)

@@ -30,6 +30,7 @@ from .runs.model_card import model_card
 from .runs.student import Student, read_student
 from .train.console import setup_logging
 
+PROG = 'python -m timm_pe.export'
 _ONNX = 'model.onnx'
 # a folder of these alone is an earlier export, which --overwrite may take away
 _FILES = {'model.safetensors', 'config.json', 'README.md', _ONNX}
@@ -218,9 +219,9 @@ def push(student: Student, repo_id: str, license: str = 'unknown', private: bool
 # The command -----------------------------------------------------------------------------------------------------------
 
 
-def create_parser() -> Parser:
+def create_parser(prog: str = PROG) -> Parser:
     """The parser of the command line."""
-    parser = Parser(prog='python -m timm_pe.export', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add('run', metavar='RUN', help='run folder of train_distill')
     add('-o', '--output', metavar='DIR', help='folder to write; it must be new or empty')
@@ -257,13 +258,14 @@ def _check(args: argparse.Namespace) -> None:
         check_output(Path(args.output), args.overwrite)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     """Export a run.
 
     Args:
         argv: Command line; None takes that of the process.
+        prog: Command to name in messages.
     """
-    parser = create_parser()
+    parser = create_parser(prog)
     args = parser.parse_args(argv)
     setup_logging(logging.WARNING)
     try:

@@ -24,7 +24,7 @@ from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
 from .train.evaluate import batch_to_device
 from .train.first_look import check_teacher
-from .train.main import leave_ranks, one_line_errors
+from .train.run import leave_ranks, one_line_errors
 from .train.run_cache import allocate_cache, open_teacher_cache
 
 _logger = logging.getLogger(__name__)
@@ -67,18 +67,19 @@ def fill_view(
         cache.flush()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     """Fill the cache.
 
     Args:
         argv: Command line; None takes that of the process.
+        prog: Command to name in messages.
     """
-    config = parse_config(argv, prog=PROG)
+    config = parse_config(argv, prog=prog)
     for name, given in (('--teacher-cache', config.teacher_cache), ('no --evaluate', not config.evaluate)):
         if not given:
-            exit_with_error(f'it needs {name}: it fills the cache of a training run', prog=PROG)
+            exit_with_error(f'it needs {name}: it fills the cache of a training run', prog=prog)
     setup_logging()
-    with one_line_errors(PROG, 'the same command goes on where it was stopped'):
+    with one_line_errors(prog, 'the same command goes on where it was stopped'):
         parts = build(config)  # as for training, so that it refuses what the training run would refuse
         data, runtime, teacher = parts.data, parts.runtime, parts.teacher
         cache = open_teacher_cache(config, teacher, data, runtime)

@@ -44,6 +44,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PROG = 'python -m timm_pe.report'
+
 # Showing ---------------------------------------------------------------------------------------------------------------
 
 _SVG, _XLINK = 'http://www.w3.org/2000/svg', 'http://www.w3.org/1999/xlink'
@@ -389,13 +391,14 @@ def write_report(
         beside.unlink(missing_ok=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     """Write a report.
 
     Args:
         argv: Command line; None takes that of the process.
+        prog: Command to name in messages.
     """
-    parser = Parser(prog='python -m timm_pe.report', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('runs', metavar='RUN', nargs='+', help='run folder of train_distill')
     parser.add_argument(
         '-o', '--output', metavar='FILE', default='report.html', help='HTML file to write (report.html)'

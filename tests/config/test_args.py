@@ -1,9 +1,10 @@
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from timm.utils import ParseKwargs
+from timm.utils import ParseKwargs, world_info_from_env
 from torch.utils.data import IterableDataset
 
 from timm_pe.config import cli
@@ -35,7 +36,7 @@ def test_a_flag_of_timm_has_timms_names_type_and_default(fact):
     assert action.default == OURS.get(fact['flags'][-1], fact['default'])
     kind = fact.get('action')
     if kind == 'parse_kwargs':
-        assert isinstance(action, ParseKwargs)
+        assert (action.nargs, action.default) == ('*', {})
     elif kind in ('store_true', 'store_false'):
         assert action.nargs == 0
         assert action.const == (kind == 'store_true')
@@ -171,13 +172,38 @@ def test_the_learning_rate_follows_the_global_batch_as_in_timm(flags, world_size
 @pytest.mark.parametrize(('rank', 'of_all', 'said'), [(0, False, 'cmd: error: no'), (0, True, 'cmd: error: no'), (3, False, 'cmd: error: [rank 3] no'), (3, True, '')])  # fmt: skip
 def test_rank_0_speaks_first_and_others_only_for_themselves(rank, of_all, said, monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(cli, 'world_info_from_env', lambda: (rank, rank, 4))
+    monkeypatch.setenv('RANK', str(rank))
     monkeypatch.setattr(cli.time, 'sleep', waited.append)
     with pytest.raises(SystemExit) as e:
         cli.exit_with_error('no', 3, 'cmd', of_all)
     assert e.value.code == 3
     assert capsys.readouterr().err.strip() == said
     assert waited == [cli.RANK_0_FIRST] * (rank > 0)
+
+
+@pytest.mark.parametrize('variable', [None, 'RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'])
+def test_the_rank_that_speaks_is_the_one_timm_reads_from_the_environment(variable, monkeypatch, capsys):
+    monkeypatch.setattr(cli.time, 'sleep', lambda seconds: None)
+    for name in cli._RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv('OMPI_COMM_WORLD_RANK', '5')  # the last that is looked at
+        monkeypatch.setenv(variable, '3')
+    rank = world_info_from_env()[1]
+    assert rank == (3 if variable else 0)
+    with pytest.raises(SystemExit):
+        cli.exit_with_error('no')
+    assert ('[rank 3]' in capsys.readouterr().err) == bool(variable)
+
+
+@pytest.mark.parametrize(
+    'words', [[], [''], ['a=1', 'b=x', 'c=[1,2]'], ['a=1=2', 'a=', "b='q'"], ['a=(1, 2)', 'b=None', 'c=1e-3', 'd=0x1F']]
+)
+def test_pairs_are_read_as_timm_reads_them(words):
+    timms = argparse.ArgumentParser()
+    timms.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    argv = ['--model-kwargs', *words]
+    assert parse_config([*DATA, *argv]).model_kwargs == timms.parse_args(argv).model_kwargs
 
 
 @pytest.mark.parametrize(('cores', 'ranks', 'workers'), [(1, 1, 1), (2, 1, 2), (64, 1, 4), (16, 8, 2), (2, 4, 1)])

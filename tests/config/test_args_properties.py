@@ -24,7 +24,7 @@ def repeatable(examples: int) -> settings:
 
 
 DATA = ['--dataset', 'sklearn/digits']
-ACTIONS = [a for a in create_parser()._actions if a.option_strings and a.dest not in ('help', 'config')]
+ACTIONS = [a for a in create_parser()._actions if a.option_strings and a.dest not in ('help', 'version', 'config')]
 
 numbers = st.one_of(
     st.integers(-5, 300).map(str),

@@ -48,6 +48,7 @@ FRESH = 4
 # the console script, once for each command line on its input; prints the exit codes, and the most memory that one had
 FORKS = """
 import json, os, resource, sys
+import timm_pe.train.run  # what every one of them needs
 import train_distill
 
 codes = []

@@ -54,6 +54,10 @@ def test_help_says_defaults_and_values_and_never_none():
     shown = parse()[1]
     assert 'rate (default: 0.5)' in shown
     assert 'kind: a, b (default: as it comes)' in shown
+    assert 'pairs (default: none)' in shown
+    assert 'sound (default: on)' in shown
+    assert '--sides N [N ...]' in shown
+    assert '--pairs [K=V ...]' in shown
     assert 'A group:' in shown
     assert 'None' not in shown
     assert 'None' not in create_parser().format_help()
@@ -78,7 +82,7 @@ def test_the_bounds_of_a_declaration_are_those_of_the_check(dest, value, message
 def test_a_default_that_can_change_is_not_shared():
     assert default_of(Flags, 'pairs') is not default_of(Flags, 'pairs')
     assert RunConfig().decay_milestones is not RunConfig().decay_milestones
-    assert describe_default(Flags, 'pairs') == ''
+    assert describe_default(Flags, 'pairs') == 'none'
 
 
 def test_settings_cannot_be_changed():

@@ -26,7 +26,7 @@ from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupts, ignore_in_worker
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position, start
-from timm_pe.train.main import command_to_go_on
+from timm_pe.train.run import command_to_go_on
 from timm_pe.train.trainer import Trainer
 
 TESTS = Path(__file__).resolve().parents[1]

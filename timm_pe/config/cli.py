@@ -2,12 +2,15 @@
 
 import argparse
 import difflib
+import os
 import sys
 import time
 from typing import Any, NoReturn
 
-from timm.utils import world_info_from_env
+from ..version import __version__
 
+# where launchers say the rank of a process, in the order of timm's world_info_from_env, which would import torch
+_RANK_VARIABLES = ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 # seconds
 RANK_0_FIRST = 5
 
@@ -26,6 +29,20 @@ class Parser(argparse.ArgumentParser):
             hint = f', did you mean {", ".join(near)}?' if near else ' (--help lists the known ones)'
             self.error(f'unknown argument {" ".join(unknown)}{hint}')
         return parsed
+
+
+class ShowVersion(argparse.Action):
+    """A flag that prints the versions of this package, torch and timm on one line, and ends the process."""
+
+    def __init__(self, option_strings: Any, dest: str):
+        what = 'print the versions of timm_pe, torch and timm'
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=what)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f'{parser.prog} {__version__} (torch {version("torch")}, timm {version("timm")})')
+        parser.exit()
 
 
 def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of_all: bool = False) -> NoReturn:
@@ -56,7 +73,7 @@ def exit_after_signal(message: str, resume: str, code: int, prog: str) -> NoRetu
 
 def _wait_for_rank_0(code: int, of_all: bool) -> int:
     """This rank; others than 0 leave that the time to say what is wrong, and exit where all of them end for one reason."""
-    rank: int = world_info_from_env()[1]
+    rank = next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
     if rank != 0:
         time.sleep(RANK_0_FIRST)
         if of_all:

@@ -19,8 +19,6 @@ from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from timm.utils import ParseKwargs
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
@@ -98,12 +96,14 @@ def default_of(group: type, dest: str) -> Any:
 
 
 def describe_default(group: type, dest: str) -> str:
-    """The default of a flag in words; '' where it is off, or where nothing is to say of it."""
+    """The default of a flag in words; '' for a switch that is off."""
     default, declared = default_of(group, dest), declared_in(group)[dest]
     if declared.unset:
         return declared.unset
-    if isinstance(default, bool) or default in (None, '', [], {}):
-        return ''
+    if isinstance(default, bool):
+        return 'on' if default else ''
+    if default in (None, '', [], {}):
+        return 'none'
     return ' '.join(f'{v:g}' for v in default) if isinstance(default, list) else f'{default}'
 
 
@@ -142,19 +142,20 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
             return
         add(*names, action='store_true', default=default, help=help)
         if declared.off:
-            add(declared.off, dest=dest, action='store_false', default=default, help='the opposite')
+            add(declared.off, dest=dest, action='store_false', default=default, help=f'switch {name_of(dest)} off')
         return
     kind, is_list, is_pairs = value_type(annotation)
-    settings: dict[str, Any] = {'default': default, 'help': help, 'metavar': declared.metavar}
+    metavar = declared.metavar or ('K=V' if is_pairs else {int: 'N', float: 'R'}.get(kind, 'NAME'))
+    settings: dict[str, Any] = {'default': default, 'help': help, 'metavar': metavar}
     if is_pairs:
-        add(*names, nargs='*', action=ParseKwargs, type=_pair, **settings)
+        add(*names, nargs='*', action=_AsDict, type=_pair, **settings)
         return
     if is_list:
         settings['nargs'] = declared.count or '+'
     elif declared.const is not None or declared.positional:
         settings |= {'nargs': '?', 'const': declared.const}
     if declared.choices is not None:
-        settings['choices'] = declared.choices
+        settings |= {'choices': declared.choices, 'metavar': declared.metavar}  # without one argparse shows the choices
     add(*names, type=kind, **settings)
 
 
@@ -170,15 +171,23 @@ def value_type(annotation: Any) -> tuple[type, bool, bool]:
     return annotation, False, False
 
 
-def _pair(text: str) -> str:
-    """A word of the form key=value, as ParseKwargs takes it apart without asking."""
+class _AsDict(argparse.Action):
+    """Keeps pairs as a dict."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, dict(filter(None, values)))
+
+
+def _pair(text: str) -> tuple[str, Any] | None:
+    """Key and value of a word `key=value`, as timm's ParseKwargs reads it; None for an empty word."""
+    if not text:
+        return None
     key, _, value = text.partition('=')
-    if text and not (key.isidentifier() and '=' in text):
+    if not (key.isidentifier() and '=' in text):
         raise argparse.ArgumentTypeError(f'takes key=value pairs, got {reprlib.repr(text)}')
     try:
-        ast.literal_eval(value)
+        return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        pass  # a plain word
+        return key, value  # a plain word
     except Exception as e:  # too deep, unhashable, ...
         raise argparse.ArgumentTypeError(f'cannot read {reprlib.repr(text)} ({type(e).__name__})') from e
-    return text

@@ -9,9 +9,6 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import torch
-from timm.optim import list_optimizers
-
 from .declare import declared_in, name_of
 
 if TYPE_CHECKING:
@@ -20,6 +17,8 @@ if TYPE_CHECKING:
 Refuse = Callable[[str], NoReturn]
 
 _METRICS = {'classification': ('top1', 'top5', 'loss'), 'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss')}  # fmt: skip
+# the largest number of float32
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 # values in what is given for one flag
 _MAX_VALUES = 10_000
 
@@ -40,7 +39,7 @@ def odd_value(given: Any) -> str:
                 return f'holds a control character: {reprlib.repr(value)}'
             if len(value) > 4096:
                 return 'is longer than 4,096 characters'
-        elif isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
+        elif isinstance(value, float) and not abs(value) <= _FLOAT32_MAX:
             return f'must be a finite number (of float32), got {value}'
         elif isinstance(value, int) and abs(value) >= 2**63:
             return 'must be under 2**63'
@@ -82,9 +81,7 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
         if wrong:
             refuse(f'{name_of(name)} {wrong}')
     _check_values(config, refuse)
-    _check_optimizer(config, refuse)
     _check_needs(config, refuse)
-    _check_compile(config, refuse)
     _check_teacher(config, refuse)
     _check_cache(config, refuse)
     _check_task(config, refuse)
@@ -93,6 +90,9 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
     _check_mixing(config, refuse)
     _check_crop(config, refuse)
     _check_run(config, refuse)
+    # these two ask torch and timm, which take seconds to import
+    _check_compile(config, refuse)
+    _check_optimizer(config, refuse)
 
 
 def _check_values(config: 'RunConfig', refuse: Refuse) -> None:
@@ -143,21 +143,23 @@ def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_compile(config: 'RunConfig', refuse: Refuse) -> None:
-    if config.torchcompile:
-        import torch._dynamo
-
-        backends = torch._dynamo.list_backends(exclude_tags=())
-        if config.torchcompile not in backends:
-            refuse(f'--torchcompile: unknown backend {config.torchcompile!r}, known are {", ".join(backends)}')
     modes: tuple[str | None, ...] = (None, 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
     if config.torchcompile_mode not in modes:
         known = ', '.join(filter(None, modes))
         refuse(f'--torchcompile-mode must be one of {known}, got {config.torchcompile_mode!r}')
     if config.torchscript and config.torchcompile:
         refuse('--torchscript does not go with --torchcompile')
+    if config.torchcompile:
+        import torch._dynamo
+
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if config.torchcompile not in backends:
+            refuse(f'--torchcompile: unknown backend {config.torchcompile!r}, known are {", ".join(backends)}')
 
 
 def _check_optimizer(config: 'RunConfig', refuse: Refuse) -> None:
+    from timm.optim import list_optimizers
+
     name, known = config.opt.lower().removeprefix('lookahead_'), cast(list[str], list_optimizers())
     if name not in known:
         near = difflib.get_close_matches(name, known, n=4)

@@ -9,7 +9,7 @@ import yaml
 
 from ..errors import UsageError
 from . import rules
-from .cli import Parser
+from .cli import Parser, ShowVersion
 from .declare import add_group, declared_in, default_of, flag
 from .flags import (
     AugmentationFlags,
@@ -90,11 +90,12 @@ def create_parser(prog: str = 'train_distill') -> Parser:
     """The parser of the whole command line."""
     parser = Parser(
         prog=prog,
-        usage='%(prog)s [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME] [--flag VALUE ...]',
+        usage='%(prog)s [-h] [-c FILE] [DIR] [--model NAME] [--teacher NAME]\n       [--flag VALUE ...]',
         description="timm's ImageNet training with a teacher: projector ensemble feature distillation",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
+    parser.add_argument('--version', action=ShowVersion)
     for group in (RunConfig, *GROUPS):
         add_group(parser, group)
     return parser

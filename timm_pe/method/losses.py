@@ -1,7 +1,8 @@
 """Losses between projected student features and teacher features, and between logits.
 
 To add one: a function or class without arguments that returns an `nn.Module` with `forward(projected, teacher)`, both
-`[b, m]`, giving a scalar, under `@register_feature_loss('name')`. It may live in a package of its own, see plugins.py.
+`[b, m]`, giving a scalar, under `@register_feature_loss('name')`; names.py has its name too. It may live in a package of
+its own instead, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from .plugins import Names
+from .names import FEATURE_LOSS_NAMES
 
-_FEATURE_LOSSES: dict[str, Callable[[], nn.Module]] = {}
-# their names, those of installed plugins too
-FEATURE_LOSS_NAMES = Names(_FEATURE_LOSSES)
+_FEATURE_LOSSES: dict[str, Callable[[], nn.Module]] = FEATURE_LOSS_NAMES.registry
 
 
 def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:

@@ -12,7 +12,7 @@ them never imports them.
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -37,17 +37,24 @@ class Names:
     """The names of a registry, sorted, as argparse and error messages take them: plugins are looked at last.
 
     Args:
-        registry: What is known under each name.
+        *own: Names of this package, known before the module that registers them is imported.
+
+    Attributes:
+        registry: What is registered under each name.
     """
 
-    def __init__(self, registry: Mapping[str, Any]):
-        self.registry = registry
+    def __init__(self, *own: str):
+        self.own = own
+        self.registry: dict[str, Any] = {}
 
     def __contains__(self, name: object) -> bool:
-        if name not in self.registry:
+        if name not in self._known():
             load_plugins()
-        return name in self.registry
+        return name in self._known()
 
     def __iter__(self) -> Iterator[str]:
         load_plugins()
-        return iter(sorted(self.registry))
+        return iter(sorted(self._known()))
+
+    def _known(self) -> set[str]:
+        return {*self.own, *self.registry}

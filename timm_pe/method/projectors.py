@@ -1,8 +1,8 @@
 """Projectors from the student's feature space to the teacher's, and their ensemble (PEFD, arXiv 2210.15274, sec. 3).
 
 To add one: a function or class `(in_dim, out_dim) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
-`@register_projector('name')`. The ensemble then builds q of them, each with its own random init, and puts the activation
-after them. It may live in a package of its own, see plugins.py.
+`@register_projector('name')`; names.py has its name too. The ensemble then builds q of them, each with its own random init,
+and puts the activation after them. It may live in a package of its own instead, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from ..errors import UsageError
-from .plugins import Names
+from .names import PROJECTOR_NAMES
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {'relu': F.relu, 'none': lambda x: x}
 
-_PROJECTORS: dict[str, Callable[..., nn.Module]] = {}
-# their names, those of installed plugins too
-PROJECTOR_NAMES = Names(_PROJECTORS)
+_PROJECTORS: dict[str, Callable[..., nn.Module]] = PROJECTOR_NAMES.registry
 
 
 def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:

@@ -19,15 +19,12 @@ from timm.utils import unwrap_model
 
 from ..errors import UsageError
 from .losses import TEACHER_NORMS, KlLoss, create_feature_loss, kd_loss, normalize_teacher
+from .names import TARGETS
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
 from .teacher import Teacher, TeacherOutput, create_teacher
 
 _logger = logging.getLogger(__name__)
-
-# what the projectors map -> (weight of the task loss, weight of the projectors' loss, loss): PEFD's recipe (arXiv
-# 2210.15274), and that of its follow-up for logits (arXiv 2310.17183)
-TARGETS = {'feature': (1.0, 25.0, 'direction'), 'logits': (0.1, 0.9, 'kl')}
 
 
 class ProjectorEnsembleModule(FeatureDistillationTrainableModule):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..config.declare import default_of
 from ..config.run_config import RunConfig, create_parser
 from ..errors import UsageError, one_line
-from ..method.task import TARGETS
+from ..method.names import TARGETS
 from ..method.weights import BEST, LAST, STUDENT
 from ..run_folder import RunFolder
 

@@ -1,116 +1,30 @@
-"""The run of a command line, stage by stage, and how it ends."""
+"""The command line of a run: first its flags, then what needs torch."""
 
-import contextlib
 import logging
-import os
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from timm.utils import world_info_from_env
-
-from ..config.cli import exit_after_signal, exit_with_error
 from ..config.run_config import parse_config
-from ..errors import RunError, UsageError, one_line
-from ..process.signals import Interrupted, stopping_at_once
-from .build import build
-from .console import setup_logging
-from .evaluate import evaluate_checkpoint
-from .from_run import fill_evaluation
-from .nonfinite import NonFiniteLoss
-from .start import start
-
-OUT_OF_MEMORY = (
-    'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
-    '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
-)
-NOT_BEGUN = 'the same command starts again'
 
 
-def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
-    """The command that goes on with a run: its own, with --resume auto and the name of its folder.
-
-    What made it begin as it did is left out: the checkpoint knows where it is.
-    """
-    words = [word for word in argv if word not in ('--overwrite', '--no-resume-opt')]
-    for flag in ('--resume', '--experiment', '--start-epoch'):
-        while flag in words:
-            del words[words.index(flag) : words.index(flag) + 2]
-        words = [word for word in words if not word.startswith(f'{flag}=')]
-    ranks = world_info_from_env()[2]
-    here = f'python {shlex.quote(sys.argv[0])}' if sys.argv[0].endswith('.py') else 'train-distill'
-    start = here if ranks == 1 else f'./distributed_train.sh {os.environ.get("LOCAL_WORLD_SIZE", ranks)}'
-    return f'{start} {shlex.join([*words, "--resume", "auto", "--experiment", experiment])}'
-
-
-def leave_ranks() -> None:
-    """Leave the process group, at an end that all ranks come to.
-
-    A rank that fails alone must not: the others wait in a collective, and it would wait for them in place of ending the job.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def one_line_errors(prog: str = 'train_distill', resume: str = NOT_BEGUN) -> Iterator[None]:
-    """One line in place of a traceback.
-
-    Args:
-        prog: Command to name before it.
-        resume: How to go on after a signal.
-
-    Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
-    """
-    try:
-        yield
-    except UsageError as e:
-        exit_with_error(one_line(e, limit=2000), prog=prog)
-    except NonFiniteLoss as e:
-        leave_ranks()
-        exit_with_error(
-            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or no --amp may '
-            f'help, --nonfinite skip leaves such updates out',
-            1,
-            prog,
-            of_all=True,
-        )
-    except RunError as e:
-        exit_with_error(one_line(e, limit=2000), code=1, prog=prog)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):  # torch has no type of its own for this on a CPU
-            raise
-        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
-    except Interrupted as e:
-        if e.of_all:
-            leave_ranks()
-        exit_after_signal(str(e), resume, 128 + e.signum, prog)
-    except KeyboardInterrupt:
-        exit_after_signal('interrupted', resume, 130, prog)
-
-
-def main(argv: list[str] | None = None, log_level: int = logging.INFO) -> None:
-    """A run, stage by stage.
+def main(argv: list[str] | None = None, log_level: int = logging.INFO, prog: str = 'train_distill') -> None:
+    """Train, or evaluate a checkpoint.
 
     Args:
         argv: Command line; None takes that of the process.
         log_level: What to say at least.
+        prog: Command to name in messages.
     """
-    config = parse_config(argv, more=fill_evaluation)
-    setup_logging(log_level)
-    with one_line_errors(), stopping_at_once('before training began'):
-        parts = build(config)  # device, student, data, teacher, task
-        if config.evaluate:
-            evaluate_checkpoint(parts)
-            leave_ranks()
-            return
-        trainer = start(parts)  # optimizer, resumed state, schedule, folder
-    if trainer is not None:
-        words = sys.argv[1:] if argv is None else argv
-        with one_line_errors(resume=f'to go on:\n{command_to_go_on(words, trainer.folder.name)}'):
-            trainer.fit()
-    leave_ranks()
+    config = parse_config(argv, prog, more=_fill_evaluation)
+    from .run import run  # it imports torch and timm, which takes seconds: a wrong flag is refused before
+
+    run(config, sys.argv[1:] if argv is None else argv, log_level, prog)
+
+
+def _fill_evaluation(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not given.get('evaluate'):
+        return {}
+    from .from_run import fill_evaluation
+
+    return fill_evaluation(given)

@@ -25,7 +25,8 @@ from ..config.run_config import RunConfig
 from ..data.datasets import class_map_of, describe_other_class
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
-from ..method.task import TARGETS, ProjectorEnsembleTask
+from ..method.names import TARGETS
+from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
 from ..method.weights import announce_download
 from ..process.runtime import Runtime

@@ -1,0 +1,14 @@
+"""What can be chosen by name. It imports no torch, so that --help and the check of flags do not wait for it.
+
+What a name stands for is registered under it: projectors in projectors.py, losses in losses.py.
+"""
+
+from .plugins import Names
+
+PROJECTOR_NAMES = Names('linear', 'mlp', 'linear_bn', 'orthogonal', 'identity')
+FEATURE_LOSS_NAMES = Names('direction', 'mse', 'logsum', 'kl')
+TEACHER_NORM_NAMES = ('none', 'batch', 'layer', 'whiten')
+
+# what the projectors map -> (weight of the task loss, weight of the projectors' loss, loss): PEFD's recipe (arXiv
+# 2210.15274), and that of its follow-up for logits (arXiv 2310.17183)
+TARGETS = {'feature': (1.0, 25.0, 'direction'), 'logits': (0.1, 0.9, 'kl')}

@@ -1,0 +1,115 @@
+"""A run, stage by stage, and how it ends."""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from timm.utils import world_info_from_env
+
+from .. import zoo  # noqa: F401  registers the CIFAR networks, which a command has left for later
+from ..config.cli import exit_after_signal, exit_with_error
+from ..config.run_config import RunConfig
+from ..errors import RunError, UsageError, one_line
+from ..process.signals import Interrupted, stopping_at_once
+from .build import build
+from .console import setup_logging
+from .evaluate import evaluate_checkpoint
+from .nonfinite import NonFiniteLoss
+from .start import start
+
+OUT_OF_MEMORY = (
+    'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
+    '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
+)
+NOT_BEGUN = 'the same command starts again'
+
+
+def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
+    """The command that goes on with a run: its own, with --resume auto and the name of its folder.
+
+    What made it begin as it did is left out: the checkpoint knows where it is.
+    """
+    words = [word for word in argv if word not in ('--overwrite', '--no-resume-opt')]
+    for flag in ('--resume', '--experiment', '--start-epoch'):
+        while flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+        words = [word for word in words if not word.startswith(f'{flag}=')]
+    ranks = world_info_from_env()[2]
+    here = f'python {shlex.quote(sys.argv[0])}' if sys.argv[0].endswith('.py') else 'train-distill'
+    start = here if ranks == 1 else f'./distributed_train.sh {os.environ.get("LOCAL_WORLD_SIZE", ranks)}'
+    return f'{start} {shlex.join([*words, "--resume", "auto", "--experiment", experiment])}'
+
+
+def leave_ranks() -> None:
+    """Leave the process group, at an end that all ranks come to.
+
+    A rank that fails alone must not: the others wait in a collective, and it would wait for them in place of ending the job.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
+    """One line in place of a traceback.
+
+    Args:
+        prog: Command to name before it.
+        resume: How to go on after a signal.
+
+    Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
+    """
+    try:
+        yield
+    except UsageError as e:
+        exit_with_error(one_line(e, limit=2000), prog=prog)
+    except NonFiniteLoss as e:
+        leave_ranks()
+        exit_with_error(
+            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or no --amp may '
+            f'help, --nonfinite skip leaves such updates out',
+            1,
+            prog,
+            of_all=True,
+        )
+    except RunError as e:
+        exit_with_error(one_line(e, limit=2000), code=1, prog=prog)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):  # torch has no type of its own for this on a CPU
+            raise
+        exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
+    except Interrupted as e:
+        if e.of_all:
+            leave_ranks()
+        exit_after_signal(str(e), resume, 128 + e.signum, prog)
+    except KeyboardInterrupt:
+        exit_after_signal('interrupted', resume, 130, prog)
+
+
+def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> None:
+    """A run, stage by stage.
+
+    Args:
+        config: Run settings.
+        argv: Command line, to name the one that goes on.
+        log_level: What to say at least.
+        prog: Command to name in messages.
+    """
+    setup_logging(log_level)
+    with one_line_errors(prog), stopping_at_once('before training began'):
+        parts = build(config)  # device, student, data, teacher, task
+        if config.evaluate:
+            evaluate_checkpoint(parts)
+            leave_ranks()
+            return
+        trainer = start(parts)  # optimizer, resumed state, schedule, folder
+    if trainer is not None:
+        with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder.name)}'):
+            trainer.fit()
+    leave_ranks()
