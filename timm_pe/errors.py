@@ -8,6 +8,10 @@ class UsageError(ValueError):
     """
 
 
+class NoPretrainedWeights(UsageError):
+    """The weights that belong to the name of a model can't be had."""
+
+
 class RunError(RuntimeError):
     """A run that cannot go on, though it was started right: the message says why, what is safe and what to do.
 

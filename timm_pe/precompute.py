@@ -24,6 +24,7 @@ from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
 from .train.evaluate import batch_to_device
 from .train.first_look import check_teacher
+from .train.main import fill_from_runs
 from .train.run import leave_ranks, one_line_errors
 from .train.run_cache import allocate_cache, open_teacher_cache
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
         argv: Command line; None takes that of the process.
         prog: Command to name in messages.
     """
-    config = parse_config(argv, prog=prog)
+    config = parse_config(argv, prog=prog, more=fill_from_runs)
     for name, given in (('--teacher-cache', config.teacher_cache), ('no --evaluate', not config.evaluate)):
         if not given:
             exit_with_error(f'it needs {name}: it fills the cache of a training run', prog=prog)

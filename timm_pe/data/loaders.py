@@ -105,14 +105,15 @@ def create_data(
     train, mixup = None, None
     if datasets[0] is not None:
         train, mixup = _create_train_loader(config, datasets[0], data_config, num_classes, runtime)
-    evaluation = _create_eval_loader(config, datasets[1], data_config, runtime)
-    plain_loader(
-        evaluation
-    ).generator = torch.Generator()  # else its workers' seed is drawn from the run's random state
-    for loader in filter(None, (train, evaluation)):
-        plain = plain_loader(loader)
-        plain.worker_init_fn = functools.partial(_init_worker, plain.worker_init_fn)
+    evaluation = create_eval_loader(config, datasets[1], data_config, runtime)
+    if train is not None:
+        _init_workers(train)
     return Data(train, evaluation, mixup, data_config)
+
+
+def _init_workers(loader: Any) -> None:
+    plain = plain_loader(loader)
+    plain.worker_init_fn = functools.partial(_init_worker, plain.worker_init_fn)
 
 
 def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
@@ -329,8 +330,16 @@ def _create_naflex_mixup(config: RunConfig, num_classes: int) -> NaFlexMixup:
     )
 
 
-def _create_eval_loader(config: RunConfig, dataset: Dataset[Any], data_config: dict[str, Any], runtime: Runtime) -> Any:
-    return create_loader(
+def create_eval_loader(config: RunConfig, dataset: Dataset[Any], data_config: dict[str, Any], runtime: Runtime) -> Any:
+    """A validation loader.
+
+    Args:
+        config: Run settings.
+        dataset: The split; it gets the transforms.
+        data_config: timm's data config of its images.
+        runtime: Device and ranks.
+    """
+    loader = create_loader(
         cast(Any, dataset),
         input_size=data_config['input_size'],
         batch_size=config.validation_batch_size or config.batch_size,
@@ -341,6 +350,9 @@ def _create_eval_loader(config: RunConfig, dataset: Dataset[Any], data_config: d
         persistent_workers=config.persistent_workers,
         **_common_loader_args(config, dataset, data_config, runtime),
     )
+    plain_loader(loader).generator = torch.Generator()  # else its workers' seed is drawn from the run's random state
+    _init_workers(loader)
+    return loader
 
 
 def _common_loader_args(

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, is_model, load_state_dict, parse_model_name
 
-from ..errors import UsageError, one_line
+from ..errors import NoPretrainedWeights, UsageError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
         if isinstance(e, (TypeError, NotImplementedError)):
             raise UsageError(f"{what}: cannot build '{name}' with {_given(kwargs)}: {reason}") from e
         if pretrained:
-            raise UsageError(
+            raise NoPretrainedWeights(
                 f"{what}: no pretrained weights for '{name}' ({reason}): give a checkpoint file, use 'local-dir:FOLDER', "
                 f'or start from random weights'
             ) from e

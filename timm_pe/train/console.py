@@ -25,6 +25,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision, describe_teacher_precision
 from ..version import __version__
 from .cache import TeacherCache
+from .run_task import has_random_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def start_table(
     head, rows = ('student', 'teacher'), [(name, value, '') for name, value in columns]
     if teacher is not None:
         of_teacher = {
-            'model': str(config.teacher),
+            'model': f'{config.teacher}{" (random weights)" if has_random_weights(config) else ""}',
             'parameters': f'{_count(count_params(teacher.model))} (frozen)',
             'classes': str(teacher.num_classes),
             'input': _teacher_input(teacher, data.config['input_size']),

@@ -1,20 +1,26 @@
 """What a run looks at before it begins: is the teacher sound, and does it know its classes?"""
 
+import copy
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.task import evaluation_sample_limit
 from torch.utils.data import IterableDataset
 
 from ..data.epochs import first_batch
-from ..data.loaders import Data
+from ..data.loaders import Data, create_eval_loader
 from ..errors import UsageError
 from ..method.task import ProjectorEnsembleTask
+from ..method.teacher import Teacher
 from ..process.runtime import Runtime
 from .build import Parts
 from .cache import TeacherCache
 from .evaluate import format_metrics, validate
-from .run_task import other_class_of_teacher
+from .from_run import teacher_input
+from .run_task import has_random_weights, other_class_of_teacher
 from .trackers import TeacherAgreement, is_tracked
 
 _logger = logging.getLogger(__name__)
@@ -77,11 +83,44 @@ def check_teacher(parts: Parts) -> TeacherAgreement | None:
     agreement = TeacherAgreement(evaluation_sample_limit(data.eval)) if measured else None
     forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
     metrics = validate(forward, data, runtime, config, 'Teacher')
-    _logger.info(f'Teacher: {format_metrics(metrics, num_classes)} on the validation split.')
+    said, best = format_metrics(metrics, num_classes), metrics['top1']
+    own = _own_input(parts, teacher)
+    if own is None:
+        _logger.info(f'Teacher: {said} on the validation split.')
+    else:
+        loader = create_eval_loader(config, copy.copy(data.eval.dataset), own, runtime)
+        own_metrics = validate(teacher.forward_logits, replace(data, eval=loader), runtime, config, 'Teacher')
+        best = max(best, own_metrics['top1'])
+        _logger.info(
+            f'Teacher: {format_metrics(own_metrics, num_classes)} on the validation split by its own transforms '
+            f"({_describe_input(own)}), {said} by this run's ({_describe_input(data.config)})."
+        )
     chance, images = 1 / num_classes, len(data.eval.dataset)
-    if num_classes > 1 and metrics['top1'] / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5:
+    at_chance = num_classes > 1 and best / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5
+    if at_chance and not has_random_weights(config):
         _logger.warning(
-            f'THE TEACHER IS AT CHANCE LEVEL (top-1 {metrics["top1"]:.2f} % of {num_classes} classes): were its weights '
+            f'THE TEACHER IS AT CHANCE LEVEL (top-1 {best:.2f} % of {num_classes} classes): were its weights '
             f'loaded, are the classes in its order?'
         )
     return agreement
+
+
+def _own_input(parts: Parts, teacher: Teacher) -> dict[str, Any] | None:
+    """The data config by which the teacher was validated itself, normalized for it as the run's batches are.
+
+    None where it is not known, is that of this run, or cannot be had through the teacher as this run uses it.
+    """
+    config, data = parts.config, parts.data
+    own = teacher_input(config, teacher)
+    if own is None or config.torchcompile or isinstance(data.eval.dataset, IterableDataset):
+        return None
+    channels, size = data.config['input_size'][0], own['input_size'][1:]
+    mine = {**own, 'input_size': (channels, *size), 'mean': data.config['mean'], 'std': data.config['std']}
+    same = all(mine[name] == data.config[name] for name in ('input_size', 'crop_pct', 'interpolation', 'crop_mode'))
+    if same or teacher.size_for(torch.empty(1, channels, *size, device=teacher.scale.device)) != tuple(size):
+        return None
+    return mine
+
+
+def _describe_input(config: Mapping[str, Any]) -> str:
+    return f'{"x".join(map(str, config["input_size"][1:]))}, crop {config["crop_pct"]:g}, {config["interpolation"]}'

@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from timm.data.model_config import resolve_input_data_config
 from timm.models import resolve_model_input_args
+from timm.utils import unwrap_model
 
 from ..config.declare import default_of
 from ..config.flags import TeacherFlags
@@ -12,10 +14,13 @@ from ..config.rules import odd_value, out_of_bounds
 from ..config.run_config import RunConfig
 from ..config.yaml_file import runs_code, typed_value
 from ..errors import UsageError, one_line
+from ..method.teacher import Teacher
 from ..run_folder import RunFolder
 
 # how a run says that its student was built and fed: what a teacher takes from there, ...
 _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
+# what of it says how its run validated it
+_OF_ITS_INPUT = ('img_size', 'input_size', 'crop_pct', 'interpolation')
 # ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
 # one of them is given: they say one thing together
 _OF_AN_EVALUATION = (
@@ -139,8 +144,40 @@ def check_teacher_run(flags: TeacherFlags) -> None:
         UsageError: See `read_settings`.
     """
     folder = RunFolder.around(flags.teacher_checkpoint)
-    if folder is not None:
-        read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)
+    if folder is None:
+        return
+    trained, named = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)['model'], str(flags.teacher)
+    if trained and ':' not in f'{trained}{named}' and trained.split('.')[0] != named.split('.')[0]:
+        raise UsageError(
+            f"--teacher {named}: the run in '{folder.path}' has trained {trained}: leave --teacher out, it is taken from there"
+        )
+
+
+def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The name of the teacher, from the run folder that its weights are given by.
+
+    Args:
+        given: What the command line and YAML say.
+
+    Raises:
+        UsageError: See `read_settings`.
+    """
+    folder = RunFolder.around(given.get('teacher_checkpoint'))
+    if folder is None or given.get('teacher'):
+        return {}
+    return {'teacher': read_settings(folder, '--teacher-checkpoint', ['model'])['model']}
+
+
+def teacher_input(flags: TeacherFlags, teacher: Teacher) -> dict[str, Any] | None:
+    """timm's data config of the images that the teacher was itself validated on; None where that is not known."""
+    network = unwrap_model(teacher.model)
+    folder = RunFolder.around(flags.teacher_checkpoint)
+    if not getattr(network, 'pretrained_cfg', None) or (
+        folder is None and (flags.teacher_checkpoint or not flags.teacher_pretrained)
+    ):
+        return None
+    run = {} if folder is None else read_settings(folder, '--teacher-checkpoint', _OF_ITS_INPUT)
+    return resolve_input_data_config(network, args={name: value for name, value in run.items() if value is not None})
 
 
 def teacher_settings(flags: TeacherFlags) -> TeacherSettings:

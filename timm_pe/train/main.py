@@ -16,15 +16,16 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO, prog: str
         log_level: What to say at least.
         prog: Command to name in messages.
     """
-    config = parse_config(argv, prog, more=_fill_evaluation)
+    config = parse_config(argv, prog, more=fill_from_runs)
     from .run import run  # it imports torch and timm, which takes seconds: a wrong flag is refused before
 
     run(config, sys.argv[1:] if argv is None else argv, log_level, prog)
 
 
-def _fill_evaluation(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not given.get('evaluate'):
+def fill_from_runs(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings that are taken from the run folders that others name; see `from_run.py`."""
+    if not given.get('evaluate') and not given.get('teacher_checkpoint'):
         return {}
-    from .from_run import fill_evaluation
+    from .from_run import fill_evaluation, fill_teacher
 
-    return fill_evaluation(given)
+    return {**fill_evaluation(given), **fill_teacher(given)}

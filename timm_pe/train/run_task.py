@@ -1,5 +1,7 @@
 """Teacher, task loss and task that the flags ask for."""
 
+import contextlib
+import functools
 import logging
 import os
 from typing import Any, cast
@@ -7,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torchvision
 from timm.loss import create_classification_loss
 from timm.loss.class_weights import load_class_stats, resolve_class_weights
 from timm.task import (
@@ -24,11 +27,11 @@ from ..config.rules import loss_type
 from ..config.run_config import RunConfig
 from ..data.datasets import class_map_of, describe_other_class
 from ..data.loaders import Data
-from ..errors import UsageError, one_line
+from ..errors import NoPretrainedWeights, UsageError, one_line
 from ..method.names import TARGETS
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
-from ..method.weights import announce_download
+from ..method.weights import announce_download, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .checkpoints import saved_classes
@@ -50,7 +53,8 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
             f'data of the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its '
             f'weights outside of the run'
         )
-    teacher = create_teacher(
+    create = functools.partial(
+        create_teacher,
         config.teacher,
         checkpoint=config.teacher_checkpoint,
         pretrained=config.teacher_pretrained,
@@ -71,6 +75,22 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         channels_last=config.channels_last or runtime.device.type == 'cpu',
         fold=config.teacher_fold,
     )
+    try:
+        teacher = create()
+    except NoPretrainedWeights as e:
+        raise UsageError(
+            f'{e} (--teacher-checkpoint FILE or RUN, --teacher local-dir:FOLDER, --no-teacher-pretrained)'
+        ) from e
+    except UsageError as e:
+        other = _torchvision_name(config) if 'missing keys' in str(e) else ''
+        if not other:
+            raise
+        raise UsageError(
+            f"{e}; it is torchvision's {other}, which names its weights otherwise: in Python create_teacher("
+            f'torchvision.models.{other}(), checkpoint=..., tap=...) takes it'
+        ) from e
+    if has_random_weights(config):
+        _logger.warning('Teacher: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).')
     if teacher.folded:
         _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
     if runtime.distributed:
@@ -78,6 +98,21 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
+
+
+def _torchvision_name(flags: TeacherFlags) -> str:
+    """Which of torchvision's classifiers the teacher's checkpoint is of; '' for none that can be built without memory."""
+    names = read_state_dict(str(flags.teacher_checkpoint), '--teacher-checkpoint', flags.teacher_ema).keys()
+    for other in torchvision.models.list_models(module=torchvision.models):
+        with contextlib.suppress(Exception), torch.device('meta'):
+            if torchvision.models.get_model(other, weights=None).state_dict().keys() == names:
+                return other
+    return ''
+
+
+def has_random_weights(flags: TeacherFlags) -> bool:
+    """Whether nothing is loaded into the teacher."""
+    return not flags.teacher_pretrained and not flags.teacher_checkpoint
 
 
 def other_class_of_teacher(flags: TeacherFlags, data: Data) -> str:

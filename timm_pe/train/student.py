@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..config.flags import ModelFlags
 from ..config.run_config import RunConfig
 from ..data.datasets import count_classes
-from ..errors import UsageError, one_line
+from ..errors import NoPretrainedWeights, UsageError, one_line
 from ..method.weights import (
     check_model_name,
     check_values,
@@ -146,7 +146,10 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
         if weights:
             _check_taken(model, weights, config.pretrained_path)
     else:
-        model = create_timm_model(config.model, '--model', pretrained=config.pretrained, **kwargs)
+        try:
+            model = create_timm_model(config.model, '--model', pretrained=config.pretrained, **kwargs)
+        except NoPretrainedWeights as e:
+            raise UsageError(f'{e} (--pretrained-path FILE, --model local-dir:FOLDER, no --pretrained)') from e
     _check_classifier(model, config)
     if config.initial_checkpoint:
         state_dict = read_state_dict(config.initial_checkpoint, '--initial-checkpoint')
