@@ -11,6 +11,8 @@ import importlib.util
 import logging
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -285,7 +287,12 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
         for run in runs:  # refuse the last one before the first is worked on
             with _about(run):
                 read_run_config(RunFolder(run), options)
-        results = [analyze(run, options, runs) for run in runs]
+        results = []
+        for number, run in enumerate(runs, 1):
+            began = time.perf_counter()
+            results.append(analyze(run, options, runs))
+            seconds = time.perf_counter() - began
+            print(f'Analysed {number} of {len(runs)}: {run}, {seconds:.0f} s', file=sys.stderr, flush=True)
     except UsageError as e:
         parser.error(str(e))
     print(format_table(results), end='\n\n')

@@ -4,14 +4,21 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import sys
 import termios
+import time
 
 import pytest
+import safetensors.torch
+import timm
+import torch
 from helpers import run
 
 import train_distill
+from timm_pe import export
+from timm_pe.train import trainer
 from timm_pe.train.evaluate import format_metrics
 from timm_pe.train.meters import Pace
 from timm_pe.train.position import RunState, Span
@@ -88,3 +95,44 @@ def test_the_time_left_is_that_of_the_run_at_its_pace(monkeypatch):
     pace = Pace(Span(first=2, schedule=10, end=10, resumed=state), 8)
     now = 210.0
     assert pace.left(3) == pytest.approx(10 / 0.5 * 7)
+
+
+@pytest.mark.parametrize(
+    ('model', 'needs'),
+    [
+        (['test_resnet', '--in-chans', '1'], ''),
+        (['test_vit', '--model-kwargs', 'patch_size=8', 'depth=1', '--img-size', '40', '--gp', 'avg'], ''),
+        (['test_efficientnet', '--bn-eps', '0.01'], ''),
+        (['cifar_resnet8'], 'import timm_pe; '),
+    ],
+    ids=lambda value: value[0] if value else None,
+)
+def test_a_run_ends_with_lines_to_copy_that_work(small_run, tmp_path, monkeypatch, capsys, model, needs):
+    monkeypatch.chdir(tmp_path)
+    said = run([*small_run, '--model', *model, '--epochs', '1'], capsys)
+    code = re.search(r'In timm:   (.*)', said)[1]
+    assert code.startswith(needs)
+    assert ('import' in code) == bool(needs)
+    student = eval(code.removeprefix(needs), {'timm': timm})  # noqa: S307  that is the contract
+    saved = safetensors.torch.load_file(tmp_path / 'run' / 'student.safetensors')
+    assert all(torch.equal(saved[name], value) for name, value in student.state_dict().items())
+    command = shlex.split(re.search(r'Evaluate:  train-distill (.*)', said)[1])
+    assert 'on 12 images' in run([*command, '--device', 'cpu'], capsys)
+    command = shlex.split(re.search(r'Export:    timm-pe export (.*)', said)[1])
+    export.main(command)
+    assert (tmp_path / 'exported' / 'config.json').exists()
+
+
+def test_the_share_of_time_that_waits_for_data_is_said(monkeypatch, small_run, capsys):
+    batches = trainer.epoch_batches
+
+    def slowly(*args):
+        for batch in batches(*args):
+            time.sleep(0.3)
+            yield batch
+
+    def share(said: str) -> int:
+        return int(re.search(r'Train 2/2 .*waiting for data (\d+)%', said)[1])
+
+    monkeypatch.setattr(trainer, 'epoch_batches', slowly)
+    assert share(run([*small_run, *PAIR], capsys)) > 60

@@ -222,15 +222,17 @@ class Progress:
         images_per_s: float = 0.0,
         lr: float | None = None,
         left: float | None = None,
+        waiting: float | None = None,
     ) -> None:
-        """Say that `done` batches are done; now and then with loss terms, speed, learning rate and seconds left.
+        """Say that `done` batches are done; now and then with loss terms, speed, learning rate, seconds left and the share of waiting for data.
 
         Without `left`, those that are left of the pass itself are said, at its end too.
         """
         self.bar.update(done - self.bar.n)
         if terms is None:
             return
-        text = '  '.join(_describe_training(terms, images_per_s, lr))
+        waits = [] if waiting is None else [f'waiting for data {waiting:.0%}']
+        text = '  '.join([*_describe_training(terms, images_per_s, lr), *waits])
         self.bar.set_postfix_str(text)
         if self.lines and (left is None or done != self.total):  # the end of an epoch has a line of its own
             share = 100 * done / max(self.total, 1)

@@ -3,9 +3,9 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from .trackers import StepCurves
 _logger = logging.getLogger(__name__)
 
 _NEVER = 2**31 - 1
+_Batch = TypeVar('_Batch')
 
 
 class LossMeter:
@@ -153,6 +154,7 @@ class EpochCount:
         progress: What the terminal is told.
         update: Optimizer steps since the start of the run.
         images: Images of all ranks that this process has trained on.
+        waited: Seconds that it has waited for the loader.
         began: When it began, by `time.perf_counter`.
     """
 
@@ -164,12 +166,30 @@ class EpochCount:
     progress: Progress
     update: int
     images: int = 0
+    waited: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
     @property
     def images_per_s(self) -> float:
         """Speed so far."""
         return self.images / (time.perf_counter() - self.began)
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time so far that was spent waiting for data."""
+        return self.waited / (time.perf_counter() - self.began)
+
+    def timed(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+        """The batches; how long each is waited for is counted."""
+        batches = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - began
+            yield batch
 
     def add(self, terms: dict[str, torch.Tensor], batch_size: int, world_size: int) -> None:
         """Count a batch and its loss terms."""

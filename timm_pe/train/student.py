@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import get_pretrained_cfg, resolve_model_input_args
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint, resolve_model_input_args
 from torch.utils.data import Dataset
 
 from ..config.flags import ModelFlags
@@ -26,6 +27,7 @@ from ..method.weights import (
     read_state_dict,
 )
 from ..process.runtime import Runtime
+from ..run_folder import RunFolder
 from .from_run import check_teacher_run, describe_evaluation
 
 _logger = logging.getLogger(__name__)
@@ -207,6 +209,23 @@ def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) 
             f"--pretrained-path: {len(others)} of the student's {len(own)} weights are not those of '{path}', but converted "
             f'or random: {shown}.'
         )
+
+
+def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
+    """Lines to copy after a run: its student in timm, its evaluation, its export."""
+    args = _model_args(config, {})
+    kwargs = {k: v for k, v in args.items() if k not in ('model_name', 'pretrained_cfg') and v is not None}
+    more = {'global_pool': config.gp, 'bn_eps': config.bn_eps, 'num_classes': num_classes}
+    kwargs |= {k: v for k, v in more.items() if v is not None}
+    given = ', '.join(f'{name}={value!r}' for name, value in kwargs.items())
+    weights, path = str(folder.student_file), shlex.quote(str(folder.path))
+    package = model_entrypoint(config.model).__module__.split('.')[0] if is_model(config.model) else 'timm'
+    need = '' if package == 'timm' else f'import {package}; '
+    return (
+        f"In timm:   {need}timm.create_model('{config.model}', {given}, checkpoint_path='{weights}')\n"
+        f'Evaluate:  train-distill --evaluate {path}\n'
+        f'Export:    timm-pe export {path} --output exported'
+    )
 
 
 def _init_head(model: nn.Module, scale: float | None, bias: float | None) -> None:

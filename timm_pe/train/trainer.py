@@ -28,6 +28,7 @@ from .evaluate import METRIC_NAMES, batch_to_device, create_evaluator, format_me
 from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batch_size, mean_lr
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
+from .student import describe_use
 from .trackers import StepCurves, TeacherAgreement, Trackers, flat_metrics, log_epoch
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Trainer:
         if self.runtime.is_primary and best[0] is not None:
             _logger.info(
                 f'Best {METRIC_NAMES.get(metric_name, metric_name)} {best[0]:.3f} in epoch {cast(int, best[1]) + 1} of {span.schedule} '
-                f"(row {best[1]} of summary.csv), {self.pace.describe()}. The student: '{self.folder.student_file}'."
+                f"(row {best[1]} of summary.csv), {self.pace.describe()}. The student: '{self.folder.student_file}'.\n"
+                f'{describe_use(config, self.folder, self.num_classes)}'
             )
 
     def _validates_after(self, number: int) -> bool:
@@ -164,7 +166,7 @@ class Trainer:
         recovery_due = False
         self.optimizer.zero_grad()
         try:
-            for i, (input, target) in epoch_batches(self.data.train, number, start):
+            for i, (input, target) in epoch.timed(epoch_batches(self.data.train, number, start)):
                 input, target = self._to_device(number, i, input, target)
                 epoch.curves.keep_samples(input)
                 self.train_step(epoch, i, input, target)
@@ -301,7 +303,8 @@ class Trainer:
             epoch.progress.update(i + 1)
             return
         shown = epoch.meter.read(), epoch.images_per_s, mean_lr(self.optimizer)
-        epoch.progress.update(i + 1, *shown, left=self.pace.left(epoch.number + (i + 1) / epoch.num_batches))
+        left = self.pace.left(epoch.number + (i + 1) / epoch.num_batches)
+        epoch.progress.update(i + 1, *shown, left=left, waiting=epoch.waiting)
         epoch.curves.log(i, epoch.update, epoch.meter.count, *shown)
         if self.guard is not None:
             self.guard.say(epoch.meter.bad)
