@@ -105,7 +105,7 @@ def write_folder(
             save_for_hf(student.model, str(folder), **_save_args(student, license))
         except (ValueError, TypeError, RuntimeError) as e:
             raise UsageError(f'timm cannot save {student.architecture}: {one_line(e)}') from e
-        card = generate_readme(model_card(student, license), student.architecture)
+        card = generate_readme(model_card(student, license, onnx), student.architecture)
         (folder / 'README.md').write_text(card, encoding='utf-8')
         # safetensors writes for the owner alone
         (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)

@@ -2,19 +2,22 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import timm
 import torch
+import yaml
 
 from ..config.derive import ranked_by
 from ..config.run_config import RunConfig
+from ..errors import UsageError
+from ..run_folder import RunFolder
 from ..train.checkpoints import best_epoch
 from ..train.console import count_params
 from ..train.evaluate import format_metrics
 from ..version import __version__
-from .compare import Run, command, describe_method, format_command
+from .compare import Run, baseline, command, describe_method, difference, format_command, read_runs
 from .student import Student
 
 _CITATION = """\
@@ -26,7 +29,29 @@ _CITATION = """\
 }"""
 
 
-def model_card(student: Student, license: str) -> dict[str, Any]:
+# names of classes in the card; config.json has all
+_MAX_CLASSES = 20
+_PREDICT = """\
+import timm
+{need}import torch
+from PIL import Image
+
+model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+images = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)
+with torch.inference_mode():
+    scores, labels = model(images).{scores}[0].topk({number})
+names = model.pretrained_cfg.get('label_names')
+for score, label in zip(scores.tolist(), labels.tolist()):
+    print(f'{{names[label] if names else label}}: {{score:.3f}}')"""
+_PREDICT_ONNX = """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession('FOLDER/model.onnx')
+(logits,) = session.run(None, {'image': images.numpy()})  # `images` as above, any number of them"""
+
+
+def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, Any]:
     """What timm's `generate_readme` makes the README.md of.
 
     What a user typed stands in code spans and code blocks, where neither Markdown nor HTML is read.
@@ -34,59 +59,147 @@ def model_card(student: Student, license: str) -> dict[str, Any]:
     Args:
         student: The student.
         license: Identifier of the licence of its weights.
+        onnx: There is a model.onnx beside them.
     """
-    run, args = student.run, student.run.args
+    run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
+    data = args['dataset'] or _shown(args['data'] or args['data_dir'] or '')
+    row = _kept_row(run)
     details = {
         'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
-        'Classes': str(student.model.num_classes),
+        'Classes': _classes(student, num_classes),
         'Input': f'{"x".join(map(str, student.data_config["input_size"]))}, mean {_numbers(student.data_config["mean"])}, '
         f'std {_numbers(student.data_config["std"])}',
         'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
         'Method': _code(describe_method(run)),
-        'Data': _code(args['dataset'] or _shown(args['data'] or args['data_dir'] or '')),
-        'Validation': _best_metrics(run, cast(int, student.model.num_classes)),
+        'Data': _code(data),
+        'Validated on': f'split {_code(args["val_split"])}, '
+        + (f'{student.images:,} images' if student.images else 'of unknown size'),
+        'Validation': _describe_row(run, row, num_classes) if row else 'not validated',
+        **_beside_the_student_alone(run),
         'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
     }
-    need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
-    usage = f"import timm\n{need}\nmodel = timm.create_model('local-dir:FOLDER', pretrained=True).eval()"
-    notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
-    if need:
-        notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
-    chunks = [[word if word.startswith('-') else _shown(word) for word in chunk] for chunk in command(run)]
     taught = ', taught by another network' if run.teacher else ''
     card = {
         'license': license,
+        # timm writes this line as it is, and knows no field for what follows it
+        'library_name': f'timm\n{_model_index(student, data, row)}'.rstrip(),
         'tags': ['image-classification', 'timm', *(['knowledge-distillation'] if run.teacher else [])],
         'description': f'A student trained with timm_pe{taught}.',
         'details': details,
-        'usage': f'{_block(usage, "python")}\n\n{notes}\n\n'
-        f'## Training\n{_block(format_command(chunks), "sh")}\n\nAbsolute paths are shown by their last part.',
+        'usage': _usage(student, num_classes, onnx),
     }
     return {**card, 'citation': _CITATION} if args.get('teacher') else card
 
 
-def _best_metrics(run: Run, num_classes: int) -> str:
-    """Validation metrics of the epoch whose weights student.safetensors holds.
+def _usage(student: Student, num_classes: int, onnx: bool) -> str:
+    need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
+    predict = _PREDICT.format(
+        need=need,
+        mode=student.run.args['input_img_mode'] or ('RGB' if student.data_config['input_size'][0] == 3 else 'L'),
+        scores='sigmoid()' if student.run.args['task'] == 'multilabel' else 'softmax(dim=1)',
+        number=min(5, num_classes),
+    )
+    notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
+    if need:
+        notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
+    chunks = [[word if word.startswith('-') else _shown(word) for word in chunk] for chunk in command(student.run)]
+    parts = [
+        _block(predict, 'python'),
+        notes,
+        *(['In ONNX:', _block(_PREDICT_ONNX, 'python')] if onnx else []),
+        '## Limitations',
+        'It knows its own classes alone and gives one of them for any image. Its accuracy was measured on one split of one data '
+        'set; on images of other origin it may be lower. What its teacher and its data have of bias, it may have too.',
+        f'## Training\n{_block(format_command(chunks), "sh")}',
+        'Absolute paths are shown by their last part.',
+    ]
+    return '\n\n'.join(parts)
+
+
+def _classes(student: Student, num_classes: int) -> str:
+    names = student.label_names or []
+    if not names:
+        return str(num_classes)
+    shown = ', '.join(_code(name) for name in names[:_MAX_CLASSES])
+    rest = f' and {num_classes - _MAX_CLASSES} more, in config.json' if num_classes > _MAX_CLASSES else ''
+    return f'{num_classes}: {shown}{rest}'
+
+
+def _kept_row(run: Run) -> dict[str, float | None] | None:
+    """The row of summary.csv of the epoch whose weights student.safetensors holds; None where no epoch was validated.
 
     That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
     """
-    name = ranked_by(RunConfig(**run.args))
-    rows = [row for row in run.rows if row.get(f'eval_{name}') is not None]
+    rows = _validated(run)
     if not rows:
-        return 'not validated'
+        return None
+    return next((row for row in rows if row['epoch'] == best_epoch(run.folder)), _best(run, rows))
+
+
+def _validated(run: Run) -> list[dict[str, float | None]]:
+    return [row for row in run.rows if row.get(f'eval_{_ranking(run)}') is not None]
+
+
+def _ranking(run: Run) -> str:
+    return ranked_by(RunConfig(**run.args))
+
+
+def _best(run: Run, rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    name = _ranking(run)
     sign = -1 if name == 'loss' else 1
-    best = max(rows, key=lambda row: sign * cast(float, row[f'eval_{name}']))
-    of = next((row for row in rows if row['epoch'] == best_epoch(run.folder)), best)
-    which = 'the best' if of[f'eval_{name}'] == best[f'eval_{name}'] else 'one'
-    metrics = {k.removeprefix('eval_'): v for k, v in of.items() if k and k.startswith('eval_') and v is not None}
-    last = rows[-1][f'eval_{name}']
-    shown = format_metrics({'loss': float('nan'), **metrics}, num_classes).replace('  ', ', ')
-    return f'{shown} (epoch {of["epoch"]:.0f}, {which} of {len(rows)} validated by {name}; the last one has {last:.3f})'
+    return max(rows, key=lambda row: sign * cast(float, row[f'eval_{name}']))
+
+
+def _metrics(row: Mapping[str, float | None]) -> dict[str, float]:
+    return {k.removeprefix('eval_'): v for k, v in row.items() if k and k.startswith('eval_') and v is not None}
+
+
+def _describe_row(run: Run, row: Mapping[str, float | None], num_classes: int) -> str:
+    name, rows = _ranking(run), _validated(run)
+    which = 'the best' if row[f'eval_{name}'] == _best(run, rows)[f'eval_{name}'] else 'one'
+    shown = format_metrics({'loss': float('nan'), **_metrics(row)}, num_classes).replace('  ', ', ')
+    return (
+        f'{shown} (epoch {cast(float, row["epoch"]) + 1:.0f}, {which} of {len(rows)} validated by {name}; '
+        f'the last one has {rows[-1][f"eval_{name}"]:.3f})'
+    )
+
+
+def _beside_the_student_alone(run: Run) -> dict[str, str]:
+    """What the same student reached without a teacher, where a run beside this one tells."""
+    if not run.teacher:
+        return {}
+    folders = [
+        path for path in sorted(run.folder.path.resolve().parent.iterdir()) if RunFolder(path).summary_file.exists()
+    ]
+    try:
+        others = read_runs([path for path in folders if path != run.folder.path.resolve()])
+    except UsageError:  # one that cannot be read is no reason not to export
+        return {}
+    alone, points = baseline(run, others), difference(run, others)
+    if alone is None or points is None:
+        return {}
+    final = alone.final['eval_top1']
+    return {'Student alone': f'top-1 {final:.3f} % after its last epoch, where this one has {points:+.3f} points (seed {run.args["seed"]})'}  # fmt: skip
+
+
+def _model_index(student: Student, data: str, row: Mapping[str, float | None] | None) -> str:
+    """The metadata from which a hub reads what was measured; '' where nothing was."""
+    metrics = _metrics(row) if row else {}
+    kinds = {'top1': ('accuracy', 'top-1'), 'map': ('mAP', 'mAP')}
+    measured = [{'type': kinds[k][0], 'name': kinds[k][1], 'value': v} for k, v in metrics.items() if k in kinds]
+    if not measured:
+        return ''
+    name = re.sub(r'[^\w .-]', '_', data)  # the hub shows it as it is
+    dataset = {'name': name, 'type': name, 'split': student.run.args['val_split']}
+    result = {'task': {'type': 'image-classification'}, 'dataset': dataset, 'metrics': measured}
+    index = [{'name': student.architecture, 'results': [result]}]
+    return yaml.safe_dump({'model-index': index}, sort_keys=False, allow_unicode=True)
 
 
 def _shown(path: str) -> str:
     """A path without the folders it lies in: they are nobody's business on a hub."""
-    return os.path.basename(os.path.normpath(path)) if '/' in path and os.path.isabs(path.split(':')[-1]) else path
+    absolute = os.path.isabs(path) or os.path.isabs(path.split(':')[-1])
+    return os.path.basename(os.path.normpath(path)) if '/' in path and absolute else path
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.models import model_entrypoint
+from torch.utils.data import Dataset
 
 from ..config.run_config import RunConfig
 from ..data.datasets import create_datasets
@@ -35,6 +37,7 @@ class Student:
         data_config: input_size, mean, std, interpolation, crop_pct of its validation.
         label_names: One a class, or None where the data tell none.
         package: The package whose import registers the architecture, 'timm' for timm's own.
+        images: How many images it was validated on, None where they are not here.
     """
 
     run: Run
@@ -42,6 +45,7 @@ class Student:
     data_config: dict[str, Any]
     label_names: list[str] | None
     package: str
+    images: int | None = None
 
     @property
     def architecture(self) -> str:
@@ -81,24 +85,28 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
     except ValueError as e:
         raise UsageError(f"RUN '{run_folder.path}': {one_line(e)}") from e
     module = model_entrypoint(_architecture(model)).__module__
-    return Student(run, model, data_config, _read_label_names(run_folder, config, model), module.split('.')[0])
+    dataset = _open_validation(config, model)
+    names = _read_label_names(run_folder, dataset, cast(int, model.num_classes))
+    return Student(run, model, data_config, names, module.split('.')[0], len(cast(Sized, dataset)) if dataset else None)
 
 
-def _read_label_names(folder: RunFolder, config: RunConfig, model: nn.Module) -> list[str] | None:
+def _open_validation(config: RunConfig, model: nn.Module) -> Dataset[Any] | None:
+    """The split that the run was validated on; None where it is not here."""
+    if config.dataset.split('/')[0].lower() in _REMOTE:
+        return None
+    try:
+        return create_datasets(replace(config, evaluate='RUN', dataset_download=False), cast(int, model.in_chans))[1]
+    except UsageError as e:
+        _logger.warning(f'What the data tell is left out of the card: {e} (--data-dir PATH says where they are now)')
+        return None
+
+
+def _read_label_names(folder: RunFolder, dataset: Dataset[Any] | None, num_classes: int) -> list[str] | None:
     """Names of the classes in their order: those the run has learnt, which its data may not have any more."""
-    num_classes = cast(int, model.num_classes)
     learnt = {label: name for name, label in (saved_classes(folder) or {}).items()}
     if learnt:
         return _named([learnt.get(c, str(c)) for c in range(num_classes)])
-    if config.dataset.split('/')[0].lower() in _REMOTE:
-        return None
-    validation_only = replace(config, evaluate='RUN', dataset_download=False)
-    try:
-        dataset = create_datasets(validation_only, cast(int, model.in_chans))[1]
-    except UsageError as e:
-        _logger.warning(f'The names of the classes are left out: {e} (--data-dir PATH says where the data is now)')
-        return None
-    return _named(read_class_names(dataset, num_classes))
+    return None if dataset is None else _named(read_class_names(dataset, num_classes))
 
 
 def _named(names: list[str]) -> list[str] | None:
