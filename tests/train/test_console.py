@@ -136,3 +136,10 @@ def test_the_share_of_time_that_waits_for_data_is_said(monkeypatch, small_run, c
 
     monkeypatch.setattr(trainer, 'epoch_batches', slowly)
     assert share(run([*small_run, *PAIR], capsys)) > 60
+
+
+def test_weights_that_are_loaded_are_said_once_with_what_they_are_for(small_run, tmp_path, capsys):
+    run([*small_run, '--model', 'test_resnet', '--epochs', '1'])
+    said = run(['--evaluate', str(tmp_path / 'run'), '--device', 'cpu', '-j', '0'], capsys)
+    assert said.count(f"--evaluate: weights of '{tmp_path / 'run'}' loaded.") == 1
+    assert 'from checkpoint' not in said

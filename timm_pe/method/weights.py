@@ -245,6 +245,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: st
     state_dict = _without_auxiliary(model, state_dict, what, source)
     check_weights(model, state_dict, what, source)
     model.load_state_dict(state_dict)
+    _logger.info(f"{what}: weights of '{source}' loaded.")
 
 
 def _without_auxiliary(

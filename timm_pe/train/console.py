@@ -41,12 +41,18 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _is_no_bare_load(record: logging.LogRecord) -> bool:
+    """False for timm's 'Loaded state_dict from checkpoint': what the weights are for is said by ours."""
+    return "from checkpoint '" not in str(record.msg)
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Plain messages from `level` up on the primary rank, errors only on the others."""
     is_primary = world_info_from_env()[1] == 0
     setup_default_logging(default_level=level if is_primary else logging.ERROR)
     # it would list all files that are kept, after every epoch
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    logging.getLogger('timm.models._helpers').addFilter(_is_no_bare_load)
     logging.getLogger('huggingface_hub').propagate = False  # it prints by itself
     root = logging.getLogger()
     handler = _TqdmHandler()
