@@ -2,8 +2,8 @@
 
 import importlib
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -102,24 +102,37 @@ def setup_runtime(config: RunConfig) -> Runtime:
     )
 
 
+@contextmanager
+def ranks_together(runtime: Runtime) -> Iterator[None]:
+    """All ranks go on, or all stop with the error of the first that has one."""
+    failures: list[UsageError | RunError | None] = [None]
+    try:
+        yield
+    except (UsageError, RunError) as e:
+        failures = [e]
+    if runtime.distributed:
+        own = failures[0]
+        failures = [None] * runtime.world_size
+        dist.all_gather_object(failures, own)
+    failure = next(filter(None, failures), None)
+    if failure:
+        raise failure
+
+
 def on_primary(runtime: Runtime, write: Callable[[], None], what: str) -> None:
     """Let the primary rank write something; to be called on all ranks, and where it fails all of them know.
 
     Raises:
         RunError: It cannot be written.
     """
-    failure: list[str | None] = [None]
-    if runtime.is_primary:
-        try:
-            write()
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, RuntimeError, SafetensorError) as e:  # torch's own file writer raises RuntimeError
-            failure = [f'cannot write {what}: {_why(e)}']
-    if runtime.distributed:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise RunError(f'{failure[0]}; what was written before is whole')
+    with ranks_together(runtime):
+        if runtime.is_primary:
+            try:
+                write()
+            except torch.OutOfMemoryError:
+                raise
+            except (OSError, RuntimeError, SafetensorError) as e:  # torch's own file writer raises RuntimeError
+                raise RunError(f'cannot write {what}: {_why(e)}; what was written before is whole') from e
 
 
 def _why(error: BaseException) -> str:

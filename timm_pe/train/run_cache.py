@@ -4,7 +4,7 @@ import contextlib
 import logging
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..data.loaders import Data
 from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..method.weights import hash_tensors
-from ..process.runtime import Runtime, describe_teacher_precision
+from ..process.runtime import Runtime, describe_teacher_precision, ranks_together
 from .cache import _FORMAT, TeacherCache
 from .from_run import teacher_settings
 
@@ -54,16 +54,16 @@ def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, r
         paths,
     )
     several = _on_several_machines(runtime)
-    with _ranks_together(runtime):
+    with ranks_together(runtime):
         cache.look()
-    with _ranks_together(runtime):
+    with ranks_together(runtime):
         if runtime.is_primary:
             cache.find_changed()
     if runtime.distributed:
         stale = [cache.stale]
         dist.broadcast_object_list(stale, src=0)
         cache.stale = stale[0]
-    with _ranks_together(runtime):
+    with ranks_together(runtime):
         cache.look()
         if several and not cache.is_complete:
             said = f' ({cache.describe_stale()})' if cache.stale else ''
@@ -92,11 +92,11 @@ def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime:
     """
     if cache is None:
         return
-    with _ranks_together(runtime):
+    with ranks_together(runtime):
         if runtime.is_primary and not cache.is_complete:
             _logger.info(f'Teacher cache: {cache.describe()}.')
             cache.allocate()
-    with _ranks_together(runtime):
+    with ranks_together(runtime):
         cache.open()
     if cache.is_complete and teacher is not None:
         teacher.to('cpu')
@@ -147,20 +147,3 @@ def _on_several_machines(runtime: Runtime) -> bool:
     machines: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(machines, (platform.node(), boot.read_text() if boot.exists() else ''))
     return len(set(machines)) > 1
-
-
-@contextlib.contextmanager
-def _ranks_together(runtime: Runtime) -> Iterator[None]:
-    """All ranks go on, or all stop with the error of the first that has one."""
-    failures: list[str | None] = [None]
-    try:
-        yield
-    except UsageError as e:
-        failures = [str(e)]
-    if runtime.distributed:
-        own = failures[0]
-        failures = [None] * runtime.world_size
-        dist.all_gather_object(failures, own)
-    failure = next(filter(None, failures), None)
-    if failure:
-        raise UsageError(failure)

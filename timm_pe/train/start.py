@@ -29,7 +29,7 @@ from ..data.fingerprint import hash_names
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
 from ..method.task import ProjectorEnsembleTask
-from ..process.runtime import prepare_task
+from ..process.runtime import prepare_task, ranks_together
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
 from . import checkpoints
 from .build import Parts
@@ -315,20 +315,16 @@ def _open_run_folder(
 ) -> tuple[RunFolder, Saver | None, Trackers]:
     """Make the run's folder with args.yaml, and on the primary rank saver and trackers. Nothing is written before."""
     config, runtime = parts.config, parts.runtime
-    failure: list[str | None] = [None]
     folder, saver, trackers = RunFolder(_folder_path(parts)), None, Trackers()
-    if runtime.is_primary:
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            saver, trackers = _fill_folder(parts, optimizer, found, span, folder)
-        except UsageError as e:
-            failure = [str(e)]
-        except OSError as e:
-            failure = [f"--output: cannot write into '{config.output or DEFAULT_OUTPUT}' ({e.strerror})"]
-    if runtime.distributed:
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise UsageError(failure[0])
+    with ranks_together(runtime):
+        if runtime.is_primary:
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                saver, trackers = _fill_folder(parts, optimizer, found, span, folder)
+            except OSError as e:
+                raise UsageError(
+                    f"--output: cannot write into '{config.output or DEFAULT_OUTPUT}' ({e.strerror})"
+                ) from e
     return folder, saver, trackers
 
 
