@@ -39,7 +39,7 @@ def test_a_training_step_never_waits_for_the_device(bench, small_run, monkeypatc
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *args, f=original, n=name: (reads.append(n), f(*args))[1])
 
-    def update(self, done, terms=None, *_):
+    def update(self, done, terms=None, *_, **__):
         reads_before.append((done, terms is not None, len(reads)))
 
     monkeypatch.setattr(Progress, 'update', update)
