@@ -112,6 +112,8 @@ _FLAGS = [
     ('--input-size 3 0 32', '--input-size'),
     ('--input-size 3 -5 32', '--input-size'),
     ('--in-chans 0', '--in-chans must be 1 or more'),
+    ('--class-depth 0', '--class-depth must be 1 or more'),
+    ('--class-depth 1 --dataset sklearn/digits', '--class-depth is for folders of images'),
     ('--in-chans 7', 'the student has 7 input channels'),
     ('--mean 0.5 0.5', 'mean'),
     ('--std 0 0 0', '--std must be above 0'),

@@ -18,7 +18,9 @@ from helpers import run
 
 import train_distill
 from timm_pe import export
-from timm_pe.train import trainer
+from timm_pe.errors import UsageError
+from timm_pe.train import build, trainer
+from timm_pe.train import student as student_module
 from timm_pe.train.evaluate import format_metrics
 from timm_pe.train.meters import Pace
 from timm_pe.train.position import RunState, Span
@@ -143,3 +145,20 @@ def test_weights_that_are_loaded_are_said_once_with_what_they_are_for(small_run,
     said = run(['--evaluate', str(tmp_path / 'run'), '--device', 'cpu', '-j', '0'], capsys)
     assert said.count(f"--evaluate: weights of '{tmp_path / 'run'}' loaded.") == 1
     assert 'from checkpoint' not in said
+
+
+def test_a_run_whose_model_folder_is_gone_at_its_end_ends_well(small_run, tmp_path, monkeypatch, capsys):
+    def gone(config, overlay):
+        raise UsageError('no folder')
+
+    keep = student_module.create_student
+
+    def create(*args):
+        model = keep(*args)
+        monkeypatch.setattr(student_module, '_model_args', gone)
+        return model
+
+    monkeypatch.setattr(build, 'create_student', create)
+    said = run([*small_run, '--model', 'test_resnet', '--epochs', '1'], capsys)
+    assert 'Evaluate:  train-distill --evaluate' in said
+    assert 'In timm' not in said

@@ -299,6 +299,8 @@ def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
 def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
     if not config.root and not config.dataset and not config.evaluate:  # a run that is evaluated knows its data
         refuse('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
+    if config.class_depth is not None and '/' in config.dataset and not config.dataset.lower().startswith('folder/'):
+        refuse(f'--class-depth is for folders of images, --dataset {config.dataset} is none: leave it out')
     if config.resume == 'auto' and not config.experiment:
         refuse('--resume auto needs --experiment: it continues in the folder of that name')
     if config.evaluate and config.recovery_interval:

@@ -213,18 +213,21 @@ def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) 
 
 def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
     """Lines to copy after a run: its student in timm, its evaluation, its export."""
-    args = _model_args(config, {})
+    path = shlex.quote(str(folder.path))
+    tools = f'Evaluate:  train-distill --evaluate {path}\nExport:    timm-pe export {path} --output exported'
+    try:
+        args = _model_args(config, {})
+    except UsageError:  # the folder of a local-dir model, or the hub, is gone: the run is through all the same
+        return tools
     kwargs = {k: v for k, v in args.items() if k not in ('model_name', 'pretrained_cfg') and v is not None}
     more = {'global_pool': config.gp, 'bn_eps': config.bn_eps, 'num_classes': num_classes}
     kwargs |= {k: v for k, v in more.items() if v is not None}
     given = ', '.join(f'{name}={value!r}' for name, value in kwargs.items())
-    weights, path = str(folder.student_file), shlex.quote(str(folder.path))
     package = model_entrypoint(config.model).__module__.split('.')[0] if is_model(config.model) else 'timm'
     need = '' if package == 'timm' else f'import {package}; '
     return (
-        f"In timm:   {need}timm.create_model('{config.model}', {given}, checkpoint_path='{weights}')\n"
-        f'Evaluate:  train-distill --evaluate {path}\n'
-        f'Export:    timm-pe export {path} --output exported'
+        f"In timm:   {need}timm.create_model('{config.model}', {given}, checkpoint_path='{folder.student_file}')\n"
+        f'{tools}'
     )
 
 
