@@ -32,7 +32,8 @@ def make_run(
     folder = parent / name
     folder.mkdir(parents=True)
     values = vars(create_parser().parse_args([]))
-    values.update({'model': 'test_vit', 'dataset': 'sklearn/digits', 'experiment': name, 'teacher': teacher, **args})
+    values.update({'model': 'test_vit', 'dataset': 'sklearn/digits', 'experiment': name, 'teacher': teacher})
+    values.update({'epochs': EPOCHS, **args})
     (folder / 'args.yaml').write_text(yaml.safe_dump(values))
     terms = ['train_task_loss', 'train_pe_loss'] if teacher else []
     columns = ['epoch', 'train_loss', *terms, 'train_images_per_s', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']

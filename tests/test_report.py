@@ -139,19 +139,21 @@ def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
         ({'crop_pct': 1.0}, 'crop pct none and 1.0'),
         ({'img_size': 96}, 'img size none and 96'),
         ({'input_size': [3, 96, 96]}, 'input size none and [3, 96, 96]'),
-        ({'epochs': 10}, 'epochs 300 and 10'),
+        ({'epochs': 10}, 'epochs 4 and 10'),
         ({'stop_epoch': 4}, 'stop epoch none and 4'),
         ({'batch_size': 32}, 'batch size 128 and 32'),
         ({'grad_accum_steps': 2}, 'grad accum steps 1 and 2'),
-        ({'num_classes': 5}, 'num classes none and 5'),
+        ({'num_classes': 5}, 'num classes 3 and 5'),
+        ({'lr': 0.5}, 'lr none and 0.5'),
+        ({'opt': 'adamw'}, 'opt sgd and adamw'),
         ({'class_map': 'some.txt'}, 'class map none and some.txt'),
         ({'seed': 7}, 'seed 42 and 7'),
-        ({'seed': 7, 'epochs': 10}, 'epochs 300 and 10, seed 42 and 7'),
+        ({'seed': 7, 'epochs': 10}, 'epochs 4 and 10, seed 42 and 7'),
     ],
     ids=lambda x: ' '.join(x) if isinstance(x, dict) else '',
 )
 def test_runs_under_other_conditions_have_no_difference_and_the_report_names_what_differs(differs, why, tmp_path):
-    folders = [make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone', **differs)]
+    folders = [make_run(tmp_path, 'taught', teacher='resnet18', num_classes=3), make_run(tmp_path, 'alone', **differs)]
     taught, alone = read_runs(folders)
     assert report.difference(taught, [taught, alone]) is None
     page = make(folders, tmp_path)
@@ -612,3 +614,9 @@ def test_what_the_analysis_cannot_do_is_one_line_that_names_the_way_around(tmp_p
     )
     report.main([str(folder), '-o', str(tmp_path / 'r.html'), '--no-analysis'])
     assert (tmp_path / 'r.html').is_file()
+
+
+def test_a_run_that_has_not_come_to_its_end_is_marked(tmp_path):
+    folders = [make_run(tmp_path, 'whole'), make_run(tmp_path, 'half', epochs=8), make_run(tmp_path, 'cut', stop_epoch=4, epochs=8)]  # fmt: skip
+    assert [run.unfinished for run in read_runs(folders)] == ['', '4 of 8 epochs', '']
+    assert 'unfinished: 4 of 8 epochs' in ' '.join(make(folders, tmp_path).column('runs', 'Run'))

@@ -31,7 +31,18 @@ _OF_A_STUDENT = ('model', 'model_kwargs')
 _OF_A_PAIR = (
     *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
     *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
-    *('epochs', 'stop_epoch', 'batch_size', 'grad_accum_steps', 'class_map', 'class_depth', 'seed'),
+    *(
+        'epochs',
+        'stop_epoch',
+        'batch_size',
+        'grad_accum_steps',
+        'opt',
+        'lr',
+        'lr_base',
+        'class_map',
+        'class_depth',
+        'seed',
+    ),
 )
 # what the report takes from an analysis.json
 _KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
@@ -79,6 +90,13 @@ class Run:
         metric = f'eval_{self.args.get("eval_metric") or "top1"}'
         sign = -1 if metric == 'eval_loss' else 1
         return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
+
+    @property
+    def unfinished(self) -> str:
+        """How far it has come, where that is not its end; '' for a finished run."""
+        planned = self.args.get('stop_epoch') or self.args.get('epochs')
+        done = int(cast(float, self.rows[-1]['epoch'])) + 1 if self.rows else 0
+        return f'{done} of {planned} epochs' if planned and done < planned else ''
 
     @property
     def teacher(self) -> str | None:
