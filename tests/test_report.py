@@ -308,7 +308,14 @@ def test_a_command_gives_its_arguments_again(argv, tmp_path):
 
 
 def test_a_command_says_only_what_is_not_the_default(tmp_path):
-    args = {'dataset': '', 'data': 'my data', 'teacher': 'resnet34', 'amp': True, 'persistent_workers': False}
+    args = {
+        'dataset': '',
+        'data': 'my data',
+        'teacher': 'resnet34',
+        'epochs': 300,
+        'amp': True,
+        'persistent_workers': False,
+    }
     run = read_runs([make_run(tmp_path, 'a', **args)])[0]
     assert format_command(command(run), width=200) == (
         "train-distill 'my data' --teacher resnet34 --model test_vit --amp --no-persistent-workers --experiment a"
