@@ -89,6 +89,7 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
     _check_sizes(config, refuse)
     _check_mixing(config, refuse)
     _check_crop(config, refuse)
+    _check_data(config, refuse)
     _check_run(config, refuse)
     # these two ask torch and timm, which take seconds to import
     _check_compile(config, refuse)
@@ -174,6 +175,9 @@ def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
         return
     if config.kd_temperature <= 0:
         refuse(f'--kd-temperature must be above 0, got {config.kd_temperature}')
+    uses_temperature = config.kd_loss_weight or config.pe_target == 'logits' or config.pe_loss == 'kl'
+    if config.is_given('kd_temperature') and not uses_temperature:
+        refuse('--kd-temperature has no effect without --kd-loss-weight, --pe-target logits or --pe-loss kl')
     if config.pe_projector == 'identity' and config.pe_projectors > 1:
         refuse(
             f'--pe-projector identity has nothing to train, {config.pe_projectors} of them are one: add --pe-projectors 1'
@@ -296,11 +300,29 @@ def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f'--train-crop-pad does not go with {name_of(name)}')
 
 
+# what is only read of some kinds of data sets; '' is a folder of images or a tar
+_ONLY_OF_KINDS = {
+    'class_depth': ('', 'folder'),
+    'class_map': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
+    'input_key': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
+    'target_key': ('hfds', 'hfids', 'tfds', 'wds'),
+    'train_num_samples': ('hfids', 'tfds', 'wds'),
+    'val_num_samples': ('hfids', 'tfds', 'wds'),
+    'epoch_repeats': ('hfids', 'tfds', 'wds'),
+}
+
+
+def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
+    kind = config.dataset.lower().split('/')[0] if '/' in config.dataset else ''
+    for name, kinds in _ONLY_OF_KINDS.items():
+        if config.is_given(name) and kind not in kinds:
+            of = ', '.join(f'{k}/NAME' if k else 'a folder of images' for k in kinds if k != 'folder')
+            refuse(f'{name_of(name)} has no effect on --dataset {config.dataset or "of a folder"}, it is for {of}')
+
+
 def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
     if not config.root and not config.dataset and not config.evaluate:  # a run that is evaluated knows its data
         refuse('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
-    if config.class_depth is not None and '/' in config.dataset and not config.dataset.lower().startswith('folder/'):
-        refuse(f'--class-depth is for folders of images, --dataset {config.dataset} is none: leave it out')
     if config.resume == 'auto' and not config.experiment:
         refuse('--resume auto needs --experiment: it continues in the folder of that name')
     if config.evaluate and config.recovery_interval:
