@@ -130,7 +130,7 @@ def _measure_projectors(
     """What analysis.json says under 'projectors' and 'cosine', and the cosines between outputs `[q, q]`."""
     if run.task is None:
         return None, None, None
-    projection = run.task.projection
+    projection = run.task.projection.float()  # whatever --model-dtype was: what it maps has been kept in float32
     cosines = dict.fromkeys(('output_cosine', 'weight_cosine', 'single_cosine', 'ensemble_cosine', 'ensemble_gain'))
     numbers: dict[str, Any] = {'q': projection.num_projectors, 'act': projection.act, **cosines}
     numbers['weight_cosine'] = weight_cosine(projection)

@@ -16,13 +16,12 @@ from .config.cli import exit_with_error
 from .config.run_config import RunConfig, parse_config
 from .data.epochs import view_loader
 from .data.loaders import Data
-from .data.unreadable import describe_unreadable
 from .method.teacher import Teacher
 from .process.runtime import Runtime
 from .train.build import build
 from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
-from .train.evaluate import batch_to_device
+from .train.evaluate import batch_to_device, say_unreadable
 from .train.first_look import check_teacher
 from .train.main import fill_from_runs
 from .train.run import leave_ranks, one_line_errors
@@ -91,9 +90,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
             for view in range(cache.num_views):
                 fill_view(config, cache, teacher, data, runtime, view)
                 # of all images: those whose rows are there could be read
-                _, said = describe_unreadable(data.train.dataset, cache.num_images, runtime.distributed)
-                if said:
-                    _logger.warning(said)
+                say_unreadable(data.train, cache.num_images, runtime)
             if runtime.distributed:
                 dist.barrier()
             cache.look()

@@ -119,6 +119,8 @@ _FLAGS = [
     ('--train-num-samples 10', '--train-num-samples has no effect'),
     ('--val-num-samples 10', '--val-num-samples has no effect'),
     ('--epoch-repeats 2', '--epoch-repeats has no effect'),
+    ('--split-bn --sync-bn --resplit', '--split-bn does not go with --sync-bn'),
+    ('--split-bn --resplit -b 7', '--batch-size must be even'),
     ('--kd-temperature 2', '--kd-temperature has no effect without --kd-loss-weight'),
     ('--in-chans 7', 'the student has 7 input channels'),
     ('--mean 0.5 0.5', 'mean'),

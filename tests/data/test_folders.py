@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,43 @@ def test_class_depth_of_a_run_holds_for_its_evaluation_too(tmp_path, command, ca
     args = parse_config([*command, '--class-depth', '1'])
     assert class_map_of(create_datasets(args)[1]) == {'fox': 0, 'wolf': 1}
     assert 'class_depth 1' in run(['--evaluate', str(tmp_path / 'output/run'), '--device', 'cpu', '-b', '2'], capsys)
+
+
+# What an independent search for wrong results found ----------------------------------------------------------------------
+
+
+def test_class_folders_that_timm_cannot_sort_are_refused_under_the_name_folder_too(tmp_path):
+    tree(tmp_path, 'train/Cat/0.png', 'train/cat/0.png', 'val/Cat/0.png', 'val/cat/0.png')
+    with pytest.raises(UsageError, match="'Cat' and 'cat' are equal to timm"):
+        create_datasets(parse_config(['--dataset', 'folder/x', '--data-dir', str(tmp_path)]))
+
+
+def test_a_tar_that_both_splits_are_read_from_is_warned_about(tmp_path, caplog):
+    tree(tmp_path / 'data', 'ant/0.png', 'bee/0.png')
+    with tarfile.open(tmp_path / 'data.tar', 'w') as file:
+        file.add(tmp_path / 'data', 'data')
+    create_datasets(parse_config([str(tmp_path / 'data.tar')]))
+    assert 'use the SAME images' in caplog.text
+
+
+def test_a_part_of_a_split_is_refused_where_it_would_be_the_whole(tmp_path, command, capsys):
+    tree(tmp_path / 'data', *SMALL)
+    assert 'take a part of a split' in refused([*command, '--train-split', 'train[:1]'], capsys)
+
+
+def test_a_class_map_leaves_the_checks_of_depth_and_merging_on(tmp_path):
+    tree(tmp_path / 'a', 'fox/batch1/0.png', 'wolf/batch1/0.png')
+    tree(tmp_path / 'b', 'dog/0.png', 'pets/cat/0.png')
+    (tmp_path / 'map.txt').write_text('batch1\n')
+    (tmp_path / 'pets.txt').write_text('dog\ncat\n')
+    with pytest.raises(UsageError, match='would be one class'):
+        FolderReader(str(tmp_path / 'a'), class_map=str(tmp_path / 'map.txt'))
+    with pytest.raises(UsageError, match="--class-depth 2: 'dog' in .* holds images above that level"):
+        FolderReader(str(tmp_path / 'b'), class_map=str(tmp_path / 'pets.txt'), class_depth=2)
+    assert len(FolderReader(str(tmp_path / 'b'), class_map=str(tmp_path / 'pets.txt'))) == 2
+
+
+def test_classes_in_model_kwargs_are_given_ones(tmp_path, command, capsys):
+    tree(tmp_path / 'data', *SMALL)
+    said = refused([*command, '--model-kwargs', 'num_classes=7'], capsys)
+    assert 'the data set has 2 classes and the student 7' in said

@@ -127,7 +127,7 @@ def test_the_first_look_reads_no_image_that_an_epoch_would_count(images, more):
             truncate(Path(dataset.filename(index, absolute=True)))
     input, _ = first_batch(loader)
     time.sleep(2)  # what workers would read ahead
-    assert forget_unreadable(loader.dataset) == (0, '')
+    assert describe_unreadable(loader.dataset, 1, False) == (0, '')
     torch.testing.assert_close(input, next(iter_epoch(loader)), rtol=0, atol=0)
 
 
@@ -153,7 +153,7 @@ def test_a_look_at_the_targets_is_not_counted(images):
     truncate(images / 'train' / 'ant' / '0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     _check_target(dataset)
-    assert forget_unreadable(dataset) == (0, '')
+    assert describe_unreadable(dataset, 1, False) == (0, '')
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
@@ -164,6 +164,15 @@ def test_warnings_of_pil_are_counted_and_said_once_in_a_run(workers, command, im
     said = run([*command, '-j', workers, '--epochs', '3'], capfd)
     assert said.count('Palette images with Transparency') == 1
     assert re.search(r"2 of \d+ images were read with a warning, the first is '(ant|bee)/1\.png': Palette", said)
+
+
+def test_images_that_were_read_for_other_reasons_are_not_counted_with_their_warnings(images):
+    picture = Image.open(images / 'train' / 'ant' / '1.png').quantize(8)
+    picture.save(images / 'train' / 'ant' / '0.png', transparency=bytes([10, 100]))
+    dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
+    dataset[0]
+    forget_unreadable(dataset)
+    assert dataset.take_warnings() == (0, '', '')
 
 
 def test_the_same_unreadable_images_are_said_once_in_a_run(command, images, capsys):

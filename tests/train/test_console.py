@@ -162,3 +162,15 @@ def test_a_run_whose_model_folder_is_gone_at_its_end_ends_well(small_run, tmp_pa
     said = run([*small_run, '--model', 'test_resnet', '--epochs', '1'], capsys)
     assert 'Evaluate:  train-distill --evaluate' in said
     assert 'In timm' not in said
+
+
+def test_a_run_that_is_resumed_behind_an_epochs_last_batch_has_no_pace_yet():
+    resumed = RunState(2, 8, settings={}, data={}, ranks=[])
+    pace = Pace(Span(first=2, schedule=10, end=10, resumed=resumed), 8)
+    assert pace.split(3)[1] == 0
+
+
+@pytest.mark.parametrize(('metric', 'part'), [('loss', r'val loss [\d.]+ \(best'), ('top5', r'top-1 [\d.]+ % \(best')])
+def test_the_best_is_marked_at_the_metric_that_ranks(small_run, capsys, metric, part):
+    said = run([*small_run, '--model', 'test_resnet', '--epochs', '1', '--eval-metric', metric], capsys)
+    assert re.search(part, said)

@@ -188,3 +188,19 @@ def test_the_guard_never_waits_for_the_device(monkeypatch):
     model(torch.randn(4, 3)).sum().backward()
     guard.after_backward()
     assert not reads
+
+
+def test_finite_gradients_whose_norm_float16_cannot_hold_are_kept():
+    module = torch.nn.Linear(64, 64).to(torch.float16)
+    guard = UpdateGuard(module, scales=False)
+    guard.before_forward()
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 2000)
+    guard.after_backward()
+    assert int(guard.dropped) == 0
+    assert all((parameter.grad == 2000).all() for parameter in module.parameters())
+    module.weight.grad[0, 0] = torch.inf
+    guard.before_forward()
+    guard.after_backward()
+    assert int(guard.dropped) == 1
+    assert not module.weight.grad.any()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .flags import AugmentationFlags, LossFlags
+from .flags import AugmentationFlags, LossFlags, ModelFlags
 from .rules import loss_type as loss_type
 from .run_config import RunConfig
 
@@ -21,6 +21,11 @@ def learning_rate(config: RunConfig, world_size: int) -> float:
     scale = config.lr_base_scale or ('sqrt' if any(o in config.opt.lower() for o in ('ada', 'lamb')) else 'linear')
     ratio = config.batch_size * world_size * config.grad_accum_steps / config.lr_base_size
     return config.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def given_classes(flags: ModelFlags) -> int | None:
+    """Number of classes that the command line gives, as --num-classes or in --model-kwargs."""
+    return flags.num_classes if flags.num_classes is not None else flags.model_kwargs.get('num_classes')
 
 
 def label_smoothing(flags: LossFlags) -> float:

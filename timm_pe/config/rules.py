@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .declare import declared_in, name_of
+from .flags import DataFlags
 
 if TYPE_CHECKING:
     from .run_config import RunConfig
@@ -285,6 +286,10 @@ def _check_mixing(config: 'RunConfig', refuse: Refuse) -> None:
         refuse(f'--aug-splits must be 0, or 2 and more, got {config.aug_splits}')
     if loss_type(config) == 'jsd' and not config.aug_splits:
         refuse('the jsd loss needs --aug-splits')
+    if config.split_bn and config.sync_bn:
+        refuse('--split-bn does not go with --sync-bn, which would replace the split norms by others')
+    if config.split_bn and not config.aug_splits and config.batch_size % 2:
+        refuse(f'--split-bn splits a batch in two: --batch-size must be even, got {config.batch_size}')
     if config.split_bn and not (config.aug_splits or config.resplit):
         refuse('--split-bn needs --aug-splits or --resplit')
 
@@ -312,8 +317,20 @@ _ONLY_OF_KINDS = {
 }
 
 
+# a folder of images, or a tar
+FOLDER_KINDS = ('', 'folder')
+
+
+def data_kind(flags: DataFlags) -> str:
+    """The kind of data set that --dataset names, 'hfds' of 'hfds/NAME'; '' where it names none."""
+    return flags.dataset.lower().split('/')[0] if '/' in flags.dataset else ''
+
+
 def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
-    kind = config.dataset.lower().split('/')[0] if '/' in config.dataset else ''
+    kind = data_kind(config)
+    for name in ('train_split', 'val_split'):
+        if '[' in getattr(config, name) and kind not in ('hfds', 'hfids', 'tfds', 'wds'):
+            refuse(f'{name_of(name)} {getattr(config, name)}: only hfds/NAME and tfds/NAME take a part of a split')
     for name, kinds in _ONLY_OF_KINDS.items():
         if config.is_given(name) and kind not in kinds:
             of = ', '.join(f'{k}/NAME' if k else 'a folder of images' for k in kinds if k != 'folder')

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from ..config.flags import DataFlags
+from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
@@ -159,7 +160,7 @@ def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: in
         raise UsageError(
             f"cannot open data set '{config.dataset or config.root}', split '{split}': {one_line(e)}"
         ) from e
-    if '/' not in config.dataset and not config.class_map:
+    if data_kind(config) in FOLDER_KINDS and not config.class_map:
         _check_class_order(dataset)
     return dataset
 
@@ -170,7 +171,7 @@ def _is_torch_folder(flags: DataFlags) -> bool:
 
 def _has_split_folders(flags: DataFlags) -> bool:
     """Whether the splits of the data set are folders of class folders."""
-    is_folder = '/' not in flags.dataset or flags.dataset.lower().startswith('folder/') or _is_torch_folder(flags)
+    is_folder = data_kind(flags) in FOLDER_KINDS or _is_torch_folder(flags)
     return is_folder and os.path.isdir(flags.root)
 
 
@@ -233,6 +234,8 @@ def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] 
 
 def _check_split_folders(config: RunConfig) -> None:
     """Refuse a data folder that has some of its splits: the whole of it would stand for the one that is missing."""
+    if data_kind(config) in FOLDER_KINDS and os.path.isfile(config.root) and not config.evaluate:
+        _logger.warning(f"'{config.root}' is one file: training and validation use the SAME images.")
     if not _has_split_folders(config):
         return
     root, splits = config.root, [config.val_split] if config.evaluate else [config.train_split, config.val_split]

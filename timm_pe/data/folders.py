@@ -92,14 +92,11 @@ class FolderReader(Reader):
             left_out = f' ({describe_ignored(self.ignored)})' if self.ignored else ''
             raise UsageError(f"no images in '{root}'{left_out}: put those of each class into a folder of its name")
         holds_images = {os.path.dirname(image) for image in images}
-        if not class_map:
-            self._check_classes(images, holds_images, class_depth)
-        self.is_deep = class_depth is None and any(os.path.dirname(folder) for folder in holds_images)
         label_of = {folder: _class_of(folder, class_depth) for folder in holds_images}
-        if class_map:
-            self.class_to_idx = load_class_map(class_map, root)
-        else:
-            self.class_to_idx = {n: i for i, n in enumerate(sorted(set(label_of.values()), key=natural_key))}
+        named = load_class_map(class_map, root) if class_map else None
+        self._check_classes(images, {f for f in holds_images if named is None or label_of[f] in named}, class_depth)
+        self.is_deep = class_depth is None and any(os.path.dirname(folder) for folder in holds_images)
+        self.class_to_idx = named or {n: i for i, n in enumerate(sorted(set(label_of.values()), key=natural_key))}
         self.samples: list[tuple[str, int]] = []
         for image in sorted(images, key=lambda image: (natural_key(image), image)):
             label = label_of[os.path.dirname(image)]

@@ -19,7 +19,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
-from ..config.derive import label_smoothing, loader_workers, mixing_active, torch_dtype
+from ..config.derive import given_classes, label_smoothing, loader_workers, mixing_active, torch_dtype
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..process.runtime import Runtime
@@ -94,7 +94,7 @@ def create_data(
             cast(Any, dataset).target_transform = target
             _check_target(dataset)
     else:
-        check_num_classes(datasets, num_classes, given=config.num_classes is not None)
+        check_num_classes(datasets, num_classes, given=given_classes(config) is not None)
     try:
         data_config = resolve_input_data_config(student, args=config.as_dict())
     except ValueError as e:

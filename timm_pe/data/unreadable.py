@@ -128,22 +128,29 @@ class CountingImageDataset(ImageDataset):
         return number, self.filename(first) if number else ''
 
 
-def forget_unreadable(dataset: Any) -> tuple[int, str]:
-    """Begin to count anew; gives the count so far and the name of the first.
+def _counting(dataset: Any) -> Any:
+    """The data set that counts, in what wraps it as `.dataset`; None where none does."""
+    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset if hasattr(dataset, 'take_count') else None
+
+
+def forget_unreadable(dataset: Any) -> None:
+    """Begin to count anew, after images were read that no epoch has asked for.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
     """
-    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    return dataset.take_count() if hasattr(dataset, 'take_count') else (0, '')
+    counting = _counting(dataset)
+    if counting is not None:
+        counting.take_count()
+        counting.take_warnings()
 
 
 def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
     """How many images were read with a warning in a pass over a data set, and what to say of that; arguments as below."""
-    while not hasattr(dataset, 'take_warnings') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    said = dataset.take_warnings() if hasattr(dataset, 'take_warnings') else (0, '', '')
+    counting = _counting(dataset)
+    said = counting.take_warnings() if counting is not None else (0, '', '')
     ranks: list[Any] = [said]
     if distributed:
         ranks = [None] * dist.get_world_size()
@@ -166,7 +173,8 @@ def describe_unreadable(dataset: Any, images: int, distributed: bool) -> tuple[i
     Raises:
         RunError: They were more than a tenth.
     """
-    number, first = forget_unreadable(dataset)
+    counting = _counting(dataset)
+    number, first = counting.take_count() if counting is not None else (0, '')
     if distributed:
         counts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counts, (number, first))

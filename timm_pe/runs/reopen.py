@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from ..config.run_config import RunConfig
+from ..data.datasets import class_map_of
 from ..data.loaders import create_data
 from ..errors import UsageError
 from ..method.tap import FeatureTap
@@ -253,8 +254,7 @@ def _load_checkpoint(path: Path, student: nn.Module, task: ProjectorEnsembleTask
 
 def read_class_names(dataset: Dataset[Any], num_classes: int) -> list[str]:
     """Names of the classes of a data set, in their order; a class without one is called by its number."""
-    indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
-    names = {index: str(name) for name, index in (indices or {}).items()}
+    names = {index: name for name, index in (class_map_of(dataset) or {}).items()}
     return [names.get(c, str(c)) for c in range(num_classes)]
 
 

@@ -11,6 +11,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import model_entrypoint
 from torch.utils.data import Dataset
 
+from ..config.derive import given_classes
 from ..config.run_config import RunConfig
 from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
@@ -78,7 +79,11 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
     # the weights are those of the run; nothing else may be fetched or change them
     config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
     weights = read_state_dict(run_folder.student_file, 'RUN')
-    model = create_student(config, config.num_classes or classes_in_checkpoint(config.model, weights)).eval()
+    learnt = saved_classes(run_folder) or {}
+    classes = (
+        given_classes(config) or classes_in_checkpoint(config.model, weights) or max(learnt.values(), default=-1) + 1
+    )
+    model = create_student(config, classes or None).eval()
     load_weights(model, weights, 'RUN', str(run_folder.student_file))
     try:
         data_config = resolve_input_data_config(model, args=config.as_dict())

@@ -16,7 +16,7 @@ from timm.utils import setup_default_logging, world_info_from_env
 from tqdm import tqdm
 
 from ..config.declare import default_of
-from ..config.derive import label_smoothing, loader_workers
+from ..config.derive import given_classes, label_smoothing, loader_workers
 from ..config.run_config import RunConfig
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
@@ -132,7 +132,7 @@ def start_table(
 
 
 def _classes(config: RunConfig, num_classes: int, data: Data) -> str:
-    if config.num_classes is not None:
+    if given_classes(config) is not None:
         return str(num_classes)
     return f'{num_classes} ({"of the data" if count_classes(data.eval.dataset) == num_classes else "its own"})'
 

@@ -24,7 +24,7 @@ from .student import place_student
 _logger = logging.getLogger(__name__)
 
 # as a reader knows them
-METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP'}
+METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'loss': 'val loss'}
 
 
 def create_evaluator(flags: LossFlags, runtime: Runtime, loader: Any) -> ClassificationEvaluator:

@@ -228,13 +228,15 @@ class Pace:
         return f'{self.seconds:.0f} s{" in all" if self.span.is_resumed else ""}'
 
     def left(self, epochs: float) -> float:
-        """Seconds that the run still needs at its pace so far.
+        """Seconds that the run still needs at its pace so far; 0 where there is none yet.
 
         Args:
             epochs: Epochs that are trained, those of earlier parts too, the running one in part.
         """
         done = epochs - self.span.first - self.share_before
-        return (time.perf_counter() - self.began) * (self.span.end - epochs) / max(done, 1e-9)
+        if done <= 0:  # resumed behind the last batch of an epoch: there is no pace yet
+            return 0.0
+        return (time.perf_counter() - self.began) * (self.span.end - epochs) / done
 
     def split(self, epochs: int) -> tuple[float, float]:
         """Seconds since the split before, and those that the run still needs; `epochs` as for `left`."""

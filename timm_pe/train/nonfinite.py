@@ -69,7 +69,13 @@ class UpdateGuard:
     def after_backward(self) -> None:
         """Zero the gradients unless all are finite; to be called between the last backward of an update and its step."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if any(
+            gradient.dtype != torch.float32 for gradient in gradients
+        ):  # in float16 finite ones have an infinite norm
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        else:
+            norms = gradients
+        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(norms))
         if not self.scales:
             for gradient in gradients:
                 gradient.masked_fill_(bad, 0)

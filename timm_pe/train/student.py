@@ -13,6 +13,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import get_pretrained_cfg, is_model, model_entrypoint, resolve_model_input_args
 from torch.utils.data import Dataset
 
+from ..config.derive import given_classes
 from ..config.flags import ModelFlags
 from ..config.run_config import RunConfig
 from ..data.datasets import count_classes
@@ -78,8 +79,9 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
     Returns:
         The number; None where neither tells, which leaves the model its own.
     """
-    if config.num_classes is not None:
-        return config.num_classes
+    given = given_classes(config)
+    if given is not None:
+        return given
     classes = classes_in_checkpoint(config.model, read_state_dict(weights, flag)) if weights else None
     return classes or count_classes(dataset)
 

@@ -357,7 +357,9 @@ class Trainer:
         number, (_, best_epoch) = state.epoch, best
         validation = format_metrics(metrics, self.num_classes).split('  ') if metrics else []
         if validation and best_epoch is not None:
-            validation[0] += ' (best)' if best_epoch == number else f' (best: epoch {best_epoch + 1})'
+            name = ranked_by(self.config)
+            at = next((i for i, part in enumerate(validation) if part.startswith(METRIC_NAMES.get(name, name))), 0)
+            validation[at] += ' (best)' if best_epoch == number else f' (best: epoch {best_epoch + 1})'
         epoch, lr = f'Epoch {number + 1}/{self.span.schedule}', mean_lr(self.optimizer)
         say_epoch([epoch, *validation], state.train_metrics, lr, *self.pace.split(number + 1))
 
