@@ -554,7 +554,9 @@ def test_the_row_of_an_image_that_cannot_be_read_is_left_open_until_it_can(image
     truncate(broken)
     precompute.main([*argv, '-j', workers])
     said = capsys.readouterr().err
-    assert said.count("1 of 36 images could not be read, the first is 'bee/4.png': others were taken") == 1  # once, though each view draws it
+    assert (
+        said.count("1 of 36 images could not be read, the first is 'bee/4.png': others were taken") == 1
+    )  # once, though each view draws it
     assert '70 of 72 rows there' in said
     for view in range(2):
         assert np.flatnonzero(np.load(tmp_path / 'cache' / f'view-{view}.done.npy') == 0).tolist() == [16]
