@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Done:
     ranks: list[dict[str, Any]]
 
 
-def perform(jobs: list[Job]) -> Iterator[Done]:
+def perform(jobs: Iterable[Job]) -> Iterator[Done]:
     """Run jobs one after the other in this process; up to the first that fails."""
     looks = 0
     for job in jobs:
@@ -92,11 +92,14 @@ def _perform(job: Job, stop_at: int) -> Done:
 
 def perform_on_two_ranks(jobs: list[Job], folder: Path, timeout: float = 300) -> list[Done]:
     """Likewise in two processes that hash strings differently."""
-    text = json.dumps([asdict(job) for job in jobs])
-    port, ranks = _free_port(), []
+    # a port for each job: a rank that is early with the next one would else join the store of the last one, and wait for ever
+    text = json.dumps(
+        [{'port': port, 'job': asdict(job)} for port, job in zip(_free_ports(len(jobs)), jobs, strict=True)]
+    )
+    ranks = []
     for rank in range(2):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': str(rank + 1), 'MASTER_ADDR': '127.0.0.1'}
-        env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_PORT': port}
+        env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2'}
         with open(folder / f'rank{rank}.json', 'w') as out, open(folder / f'rank{rank}.err', 'w') as err:
             command = [sys.executable, __file__]
             ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=env, text=True))
@@ -122,10 +125,12 @@ def _together(ranks: list[Done]) -> Done:
     )
 
 
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
+def _free_ports(number: int) -> list[str]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
+        for s in sockets:
+            s.bind(('127.0.0.1', 0))
+        return [str(s.getsockname()[1]) for s in sockets]
 
 
 @contextlib.contextmanager
@@ -194,8 +199,14 @@ def _class_to_idx(dataset: Any) -> dict[str, int] | None:
 
 def main() -> None:
     """A rank: jobs from stdin, a line of JSON for each to stdout."""
-    for done in perform([Job(**job) for job in json.load(sys.stdin)]):
+    for done in perform(_on_its_port(json.load(sys.stdin))):
         print(json.dumps(asdict(done)), flush=True)
+
+
+def _on_its_port(todo: list[dict[str, Any]]) -> Iterator[Job]:
+    for entry in todo:
+        os.environ['MASTER_PORT'] = entry['port']
+        yield Job(**entry['job'])
 
 
 if __name__ == '__main__':

@@ -234,6 +234,18 @@ def test_an_average_that_a_resume_ended_is_analysed_where_the_checkpoint_has_it_
     assert (result['epoch'], result['validation']['loss']) == (1, pytest.approx(losses[1], rel=1e-5))
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_a_run_in_low_precision_is_analysed(dtype, runs, tmp_path):
+    _, argv, teacher = runs
+    more = ['--model', 'test_vit', '--experiment', dtype, '--output', str(tmp_path), '--epochs', '1']
+    run([*argv, *teacher, *more, '--model-dtype', dtype])
+    analysis.main([str(tmp_path / dtype), '--max-train-images', '12'])
+    result = json.loads((tmp_path / dtype / 'analysis.json').read_text())
+    own = float(summary(tmp_path / dtype)[0]['eval_top1'])
+    assert result['validation']['top1'] == pytest.approx(own, abs=100 / 12 + 0.01)  # one image of rounding
+    assert 0 < result['cka']['validation'] <= 1
+
+
 def test_projectors_of_logits_have_no_cosine_to_a_feature(runs, tmp_path):
     _, argv, teacher = runs
     logits = ['--pe-target', 'logits', '--epochs', '1', '--output', str(tmp_path), '--experiment', 'logits']

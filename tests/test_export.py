@@ -222,6 +222,18 @@ def test_an_exported_student_teaches_the_next_run(by, runs, folders, small_run, 
 # What users type -------------------------------------------------------------------------------------------------------
 
 
+def test_a_student_that_began_as_an_exported_folder_is_exported_with_the_classes_of_its_data(
+    folders, small_run, images, tmp_path
+):
+    flags = ['--dataset', 'sklearn/digits', *small_run[3:]]  # 10 classes, of which no flag tells, and 3 in the folder
+    assert '--num-classes' not in flags
+    run([*flags, '--model', f'local-dir:{folders["test_vit"]}', '--pretrained', '--epochs', '1', '--gp', 'avg'])
+    export.main([str(tmp_path / 'run'), '--output', str(tmp_path / 'exported'), '--license', 'apache-2.0'])
+    again = timm.create_model(f'local-dir:{tmp_path / "exported"}', pretrained=True).eval()
+    assert again(images).shape[1] == again.num_classes == 10
+    assert torch.equal(again.head.weight, load_file(tmp_path / 'run' / 'student.safetensors')['head.weight'])
+
+
 def copy_of(folder: Path, to: Path, **settings) -> Path:
     """A run folder with other settings in its args.yaml."""
     shutil.copytree(folder, to)

@@ -218,6 +218,13 @@ def test_a_stream_of_shards_trains_with_a_teacher(shards, small_run, tmp_path, c
     assert len(summary(tmp_path / 'run')) == 2
 
 
+def test_shards_without_the_target_key_are_refused_with_the_keys_that_they_have(shards, small_run, capsys):
+    argv = ['--dataset', 'wds/set', '--task', 'multilabel', '--target-key', 'tags', '-j', '1']
+    error = refused([str(shards), *small_run[1:], *RESNET, *argv], capsys)
+    assert "--target-key: Target key(s) ['tags'] not found" in error
+    assert "available keys: ['labels']" in error
+
+
 @pytest.mark.parametrize(
     'teacher', [[], ['--teacher', 'test_vit', '--no-teacher-pretrained']], ids=['plain', 'teacher']
 )

@@ -7,7 +7,7 @@ import yaml
 from timm.utils import ParseKwargs, world_info_from_env
 from torch.utils.data import IterableDataset
 
-from timm_pe.config import cli
+from timm_pe.config import cli, rules
 from timm_pe.config.declare import declared_in
 from timm_pe.config.derive import learning_rate, loader_workers
 from timm_pe.config.run_config import RunConfig, create_parser, parse_config
@@ -233,3 +233,50 @@ def test_what_is_drawn_by_worker_has_timms_number_of_them_on_any_machine(monkeyp
     stream = type('Stream', (IterableDataset,), {'__iter__': lambda self: iter(())})()
     args = parse_config([*DATA, *(['--naflex-loader'] if naflex else [])])
     assert loader_workers(args, [0] if naflex else stream)[0] == 4
+
+
+@pytest.mark.parametrize(
+    ('argv', 'said'),
+    [
+        (['--model-ema-decay', '0.9'], '--model-ema-decay without --model-ema'),
+        (['--model-ema-warmup'], '--model-ema-warmup without --model-ema'),
+        (['--clip-mode', 'agc'], '--clip-mode without --clip-grad'),
+        (['--amp-dtype', 'bfloat16'], '--amp-dtype without --amp'),
+        (['--mixup-mode', 'elem'], '--mixup-mode without --mixup or --cutmix or --cutmix-minmax'),
+        (['--recount', '2'], '--recount without --reprob'),
+        (['--patience-epochs', '3'], '--patience-epochs without --sched plateau'),
+        (['--lr-k-decay', '2', '--sched', 'step'], '--lr-k-decay without --sched cosine or --sched poly'),
+        (['--lr', '0.1', '--lr-base', '0.2'], '--lr-base with --lr'),
+        (['--no-aug', '--hflip', '0'], '--hflip with --no-aug'),
+        (['--no-aug', '--reprob', '0.5', '--no-prefetcher'], '--reprob with --no-aug'),
+    ],
+)
+def test_a_flag_of_timm_that_does_nothing_is_named_with_the_reason(argv, said):
+    assert rules.without_effect(parse_config([*DATA, *argv])) == [said]
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        [],
+        ['--model-ema', '--model-ema-decay', '0.9'],
+        ['--clip-mode', 'agc', '--clip-grad', '0.1'],
+        ['--cutmix-minmax', '0.2', '0.8', '--mixup-mode', 'elem'],
+        ['--sched', 'plateau', '--patience-epochs', '3', '--decay-rate', '0.5'],
+        ['--no-aug', '--reprob', '0.5'],
+    ],
+)
+def test_nothing_is_said_of_flags_that_do_something(argv):
+    assert rules.without_effect(parse_config([*DATA, *argv])) == []
+
+
+@pytest.mark.parametrize('recipe', sorted((Path(__file__).parents[2] / 'hparams').glob('*.yaml')), ids=lambda f: f.stem)
+def test_no_recipe_has_a_flag_without_effect(recipe):
+    assert rules.without_effect(parse_config([*DATA, '-c', str(recipe)])) == []
+
+
+def test_what_a_flag_is_idle_without_are_flags():
+    declared = declared_in(RunConfig)
+    conditions = {c for d in declared.values() for c in d.idle_without}
+    assert conditions
+    assert {c.partition('=')[0] for c in conditions} <= set(declared)

@@ -336,6 +336,13 @@ def test_an_evaluation_of_nothing_names_its_path_and_one_without_a_run_asks_for_
     assert 'no data: give a folder, or --dataset NAME' in error
 
 
+def test_flags_without_effect_are_named_once(small_run, capsys):
+    said = run([*small_run, *PAIR, '--model-ema-decay', '0.9', '--clip-mode', 'agc'], capsys)
+    warned = 'Without effect: --model-ema-decay without --model-ema, --clip-mode without --clip-grad.'
+    assert said.count(warned) == 1
+    assert 'Without effect' not in run([*small_run, *PAIR, '--experiment', 'other'], capsys)
+
+
 def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
     assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said

@@ -40,6 +40,8 @@ class Flag:
         above: Its values must be above this.
         share: It is from 0 to 1.
         needs: Flags of which one must be there for this one to mean anything.
+        idle_without: Flags of which one must be on, or 'FLAG=VALUE', for this one to do anything. timm takes it all the same,
+            in files of settings that hold all flags too: that it does nothing is said, not refused.
         of_loss: The --loss that it belongs to.
         package: What it needs to be installed, and the extra of this package that brings it.
         added: The flag is this project's, not timm's; the documents list it.
@@ -60,14 +62,23 @@ class Flag:
     above: float | None = None
     share: bool = False
     needs: tuple[str, ...] = ()
+    idle_without: tuple[str, ...] = ()
     of_loss: str | None = None
     package: tuple[str, str] | None = None
     added: bool = False
 
 
-def flag(default: Any, help: str, *, needs: str | tuple[str, ...] = (), **more: Any) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *,
+    needs: str | tuple[str, ...] = (),
+    idle_without: str | tuple[str, ...] = (),
+    **more: Any,
+) -> Any:
     """A flag with a value; see `Flag`."""
-    declared = Flag(help=help, needs=(needs,) if isinstance(needs, str) else needs, **more)
+    needs, idle_without = ((names,) if isinstance(names, str) else names for names in (needs, idle_without))
+    declared = Flag(help=help, needs=needs, idle_without=idle_without, **more)
     metadata = {'flag': declared}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)

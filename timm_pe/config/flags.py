@@ -13,6 +13,11 @@ INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lancz
 # beyond these a slip of the finger fills the memory
 MAX_SIDE, MAX_PROJECTORS, MAX_WORKERS = 16384, 1024, 1024
 
+# flags of which one must be on for others to do anything
+_MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
+_CYCLIC = ('sched=cosine', 'sched=tanh', 'sched=poly')
+_WEIGHTED = ('loss_pos_weight', 'loss_class_weight')
+
 # a flag is a line
 # fmt: off
 
@@ -150,16 +155,16 @@ class AugmentationFlags:
     aug_repeats: float = flag(0, 'repeated augmentation: how often each image is drawn in an epoch (distributed training)', at_least=0)
     aug_splits: int = flag(0, 'number of augmentation splits, 0 or at least 2')
     reprob: float = flag(0.0, 'probability of random erasing', metavar='P', share=True)
-    remode: str = flag('pixel', 'random erasing: what it fills in', allowed=('const', 'rand', 'pixel'))
-    recount: int = flag(1, 'random erasing: number of boxes', at_least=1)
+    remode: str = flag('pixel', 'random erasing: what it fills in', allowed=('const', 'rand', 'pixel'), idle_without='reprob')
+    recount: int = flag(1, 'random erasing: number of boxes', at_least=1, idle_without='reprob')
     resplit: bool = switch('no random erasing in the first augmentation split')
     mixup: float = flag(0.0, 'alpha of mixup', metavar='R', at_least=0)
     cutmix: float = flag(0.0, 'alpha of cutmix', metavar='R', at_least=0)
     cutmix_minmax: list[float] | None = flag(None, 'smallest and largest share of the side that cutmix cuts out', metavar='R', unset='off')
-    mixup_prob: float = flag(1.0, 'probability of mixup or cutmix', metavar='P', share=True)
-    mixup_switch_prob: float = flag(0.5, 'probability of cutmix where both are on', metavar='P', share=True)
-    mixup_mode: str = flag('batch', 'what mixup and cutmix draw for: the batch, a pair, or an element', allowed=('batch', 'pair', 'elem'))
-    mixup_off_epoch: int = flag(0, 'no mixup and cutmix from this epoch on; 0 never stops them', metavar='N', at_least=0)
+    mixup_prob: float = flag(1.0, 'probability of mixup or cutmix', metavar='P', share=True, idle_without=_MIXING)
+    mixup_switch_prob: float = flag(0.5, 'probability of cutmix where both are on', metavar='P', share=True, idle_without=_MIXING)
+    mixup_mode: str = flag('batch', 'what mixup and cutmix draw for: the batch, a pair, or an element', allowed=('batch', 'pair', 'elem'), idle_without=_MIXING)
+    mixup_off_epoch: int = flag(0, 'no mixup and cutmix from this epoch on; 0 never stops them', metavar='N', at_least=0, idle_without=_MIXING)
     train_interpolation: str = flag('random', 'resize interpolation in training', allowed=('random', *INTERPOLATIONS))
     train_crop_pad: int = flag(0, 'instead of the random resized crop: resize to --img-size, pad by N pixels and crop at random (CIFAR recipes: 4)', metavar='N', at_least=0, added=True)
 
@@ -172,8 +177,8 @@ class SizeFlags:
     train_batch_sizes: list[int] | None = flag(None, 'batch size at each of --train-img-sizes', metavar='N', unset='as --batch-size', at_least=1, needs='train_img_sizes')
     train_size_probs: list[float] | None = flag(None, 'share of batches at each of --train-img-sizes', metavar='P', unset='equal', at_least=0, needs='train_img_sizes')
     train_size_schedule: str = flag('constant', 'mix --train-img-sizes, or move from the first to the last', choices=['constant', 'progressive'])
-    train_size_schedule_spread: float = flag(0.65, 'progressive: width of the window of sizes')
-    train_size_random_mix: float = flag(0.1, 'progressive: share of random sizes')
+    train_size_schedule_spread: float = flag(0.65, 'progressive: width of the window of sizes', idle_without='train_size_schedule=progressive')
+    train_size_random_mix: float = flag(0.1, 'progressive: share of random sizes', idle_without='train_size_schedule=progressive')
     train_batches_per_epoch: int | None = flag(None, 'batches in an epoch', metavar='N', also=('--train-steps-per-epoch',), unset='as the data give', needs='train_img_sizes')
     variable_batch_loss_scale: str = flag('none', 'scale the loss by the size of a batch', choices=['none', 'sqrt', 'linear'])
     naflex_loader: bool = switch('NaFlex batches: patches at native aspect ratio (not with a teacher)')
@@ -190,7 +195,7 @@ class LossFlags:
     """Task and task loss."""
 
     task: str = flag('classification', 'classification: one label an image; multilabel: any number of labels', choices=['classification', 'multilabel'])
-    multilabel_threshold: float = flag(0.5, 'probability that counts as a prediction in F1', share=True)
+    multilabel_threshold: float = flag(0.5, 'probability that counts as a prediction in F1', share=True, idle_without='task=multilabel')
     jsd_loss: bool = switch('Jensen-Shannon consistency loss over --aug-splits')
     bce_loss: bool = switch('binary cross-entropy')
     bce_sum: bool = switch('binary cross-entropy: sum over classes', of_loss='bce')
@@ -201,9 +206,9 @@ class LossFlags:
     class_stats: str | None = flag(None, 'JSON with pos_counts and num_samples, for weights by frequency', metavar='FILE')
     loss_pos_weight: str | None = flag(None, 'weight of positives: numbers, a file, or neg_pos')
     loss_class_weight: str | None = flag(None, 'weight of classes: numbers, a file, inv_freq or effective_num')
-    loss_weight_power: float = flag(1.0, 'exponent of weights by frequency')
-    loss_weight_beta: float = flag(0.999, 'beta of effective_num')
-    loss_weight_max: float | None = flag(None, 'largest weight', unset='no limit')
+    loss_weight_power: float = flag(1.0, 'exponent of weights by frequency', idle_without=_WEIGHTED)
+    loss_weight_beta: float = flag(0.999, 'beta of effective_num', idle_without=('loss_class_weight=effective_num', 'loss_pos_weight=effective_num'))
+    loss_weight_max: float | None = flag(None, 'largest weight', unset='no limit', idle_without=_WEIGHTED)
     asl_gamma_pos: float = flag(1.0, 'asl: focus on positives', of_loss='asl')
     asl_gamma_neg: float = flag(4.0, 'asl: focus on negatives', of_loss='asl')
     asl_clip: float = flag(0.05, 'asl: probability margin of negatives', of_loss='asl')
@@ -256,10 +261,10 @@ class OptimizerFlags:
     momentum: float = flag(0.9, 'momentum', metavar='R')
     weight_decay: float = flag(2e-05, 'weight decay', metavar='R', at_least=0)
     clip_grad: float | None = flag(None, 'clip gradients at this norm or value', metavar='R', unset='no clipping', at_least=0)
-    clip_mode: str = flag('norm', 'how --clip-grad clips', allowed=('norm', 'value', 'agc'))
+    clip_mode: str = flag('norm', 'how --clip-grad clips', allowed=('norm', 'value', 'agc'), idle_without='clip_grad')
     layer_decay: float | None = flag(None, 'factor of the learning rate from each layer to the one before', share=True, above=0, unset='the same rate in each')
-    layer_decay_min_scale: float = flag(0, 'lowest factor of --layer-decay')
-    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor is under this', unset='no layer is frozen')
+    layer_decay_min_scale: float = flag(0, 'lowest factor of --layer-decay', idle_without='layer_decay')
+    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor is under this', unset='no layer is frozen', idle_without='layer_decay')
     opt_kwargs: dict[str, Any] = flag({}, 'more arguments for the optimizer, k=v ...')
 
 
@@ -274,27 +279,27 @@ class ScheduleFlags:
     lr_base_size: int = flag(256, 'global batch that --lr-base is for', metavar='N', at_least=1)
     lr_base_scale: str = flag('', 'how the learning rate grows with the global batch', unset='by optimizer', allowed=('', 'linear', 'sqrt'))
     lr_noise: list[float] | None = flag(None, 'from which share of the schedule to which one to add noise to the learning rate', metavar='R', unset='no noise')
-    lr_noise_pct: float = flag(0.67, 'limit of the noise, a share of the learning rate', metavar='R')
-    lr_noise_std: float = flag(1.0, 'standard deviation of the noise', metavar='R')
-    lr_cycle_mul: float = flag(1.0, 'each cycle is this much longer than the one before', metavar='R', above=0)
-    lr_cycle_decay: float = flag(0.5, 'each cycle starts this much lower', metavar='R')
-    lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N')
-    lr_k_decay: float = flag(1.0, 'exponent k of k-decay (cosine, poly)', above=0)
-    lr_decay_fn: str | None = flag(None, 'form of the decay phase (wsd, rsqrt)', unset="'1-sqrt' for wsd, 'linear' for rsqrt")
-    lr_stable_timescale: float | None = flag(None, 'timescale in epochs (rsqrt)', unset='--warmup-epochs')
-    warmup_lr: float = flag(1e-05, 'learning rate that warmup starts from', metavar='R', at_least=0)
+    lr_noise_pct: float = flag(0.67, 'limit of the noise, a share of the learning rate', metavar='R', idle_without='lr_noise')
+    lr_noise_std: float = flag(1.0, 'standard deviation of the noise', metavar='R', idle_without='lr_noise')
+    lr_cycle_mul: float = flag(1.0, 'each cycle is this much longer than the one before', metavar='R', above=0, idle_without=_CYCLIC)
+    lr_cycle_decay: float = flag(0.5, 'each cycle starts this much lower', metavar='R', idle_without=_CYCLIC)
+    lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N', idle_without=_CYCLIC)
+    lr_k_decay: float = flag(1.0, 'exponent k of k-decay (cosine, poly)', above=0, idle_without=('sched=cosine', 'sched=poly'))
+    lr_decay_fn: str | None = flag(None, 'form of the decay phase (wsd, rsqrt)', unset="'1-sqrt' for wsd, 'linear' for rsqrt", idle_without=('sched=wsd', 'sched=rsqrt'))
+    lr_stable_timescale: float | None = flag(None, 'timescale in epochs (rsqrt)', unset='--warmup-epochs', idle_without='sched=rsqrt')
+    warmup_lr: float = flag(1e-05, 'learning rate that warmup starts from', metavar='R', at_least=0, idle_without='warmup_epochs')
     min_lr: float = flag(0, 'lowest learning rate', metavar='R', at_least=0)
     epochs: int = flag(300, 'epochs to train', metavar='N', at_least=1)
     epoch_repeats: float = flag(0.0, 'passes over the data in an epoch (streams)', at_least=0)
     start_epoch: int | None = flag(None, 'first epoch, overrides that of --resume', metavar='N', at_least=0, unset='that of --resume, else 0')
-    decay_milestones: list[int] = flag([90, 180, 270], 'epochs to decay at (multistep)', metavar='N', at_least=0)
-    decay_epochs: float = flag(90, 'epochs between decays (step), length of the decay (wsd, rsqrt)', metavar='R', above=0)
+    decay_milestones: list[int] = flag([90, 180, 270], 'epochs to decay at (multistep)', metavar='N', at_least=0, idle_without='sched=multistep')
+    decay_epochs: float = flag(90, 'epochs between decays (step), length of the decay (wsd, rsqrt)', metavar='R', above=0, idle_without=('sched=step', 'sched=wsd', 'sched=rsqrt'))
     warmup_epochs: int = flag(5, 'epochs of warmup', metavar='N', at_least=0)
-    warmup_prefix: bool = switch('do not count warmup in --epochs')
+    warmup_prefix: bool = switch('do not count warmup in --epochs', idle_without='warmup_epochs')
     stop_epoch: int | None = flag(None, 'stop after this many epochs of the schedule, which stays as it is', metavar='N', unset='all')
     cooldown_epochs: int = flag(0, 'epochs at --min-lr after the schedule', metavar='N', at_least=0)
-    patience_epochs: int = flag(10, 'epochs without progress before a decay (plateau)', metavar='N', at_least=0)
-    decay_rate: float = flag(0.1, 'decay factor (step, multistep, plateau), power (poly)', metavar='R', also=('--dr',), at_least=0)
+    patience_epochs: int = flag(10, 'epochs without progress before a decay (plateau)', metavar='N', at_least=0, idle_without='sched=plateau')
+    decay_rate: float = flag(0.1, 'decay factor (step, multistep, plateau), power (poly)', metavar='R', also=('--dr',), at_least=0, idle_without=('sched=step', 'sched=multistep', 'sched=plateau', 'sched=poly'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +307,9 @@ class AverageFlags:
     """Moving average of the weights."""
 
     model_ema: bool = switch('keep, evaluate and save a moving average of the weights')
-    model_ema_force_cpu: bool = switch('keep the average on the CPU (then it is not evaluated)')
-    model_ema_decay: float = flag(0.9998, 'decay of the average', share=True)
-    model_ema_warmup: bool = switch('let the decay grow from 0')
+    model_ema_force_cpu: bool = switch('keep the average on the CPU (then it is not evaluated)', idle_without='model_ema')
+    model_ema_decay: float = flag(0.9998, 'decay of the average', share=True, idle_without='model_ema')
+    model_ema_warmup: bool = switch('let the decay grow from 0', idle_without='model_ema')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +318,7 @@ class DeviceFlags:
 
     device: str = flag('cuda', 'cuda, cuda:1, cpu, ...; falls back to the CPU where there is no cuda')
     amp: bool = switch('mixed precision')
-    amp_dtype: str = flag('float16', 'low precision of --amp', allowed=('float16', 'bfloat16'))
+    amp_dtype: str = flag('float16', 'low precision of --amp', allowed=('float16', 'bfloat16'), idle_without='amp')
     model_dtype: str | None = flag(None, 'dtype of the parameters', allowed=DTYPES, unset='float32')
     no_ddp_bb: bool = switch('DDP: do not broadcast buffers in every forward')
     synchronize_step: bool = switch('wait for the device after each step')
@@ -322,7 +327,7 @@ class DeviceFlags:
     channels_last: bool = switch('memory format channels_last')
     fuser: str = flag('', 'TorchScript fuser', allowed=('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'))
     torchscript: bool = switch('script the model with TorchScript (not with a teacher)')
-    torchcompile_mode: str | None = flag(None, 'mode of torch.compile', unset="the backend's own")
+    torchcompile_mode: str | None = flag(None, 'mode of torch.compile', unset="the backend's own", idle_without='torchcompile')
     torchcompile: str | None = flag(None, 'compile with this torch.compile backend (inductor if none is named)', const='inductor', unset='no compilation')
 
 

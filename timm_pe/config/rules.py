@@ -144,6 +144,40 @@ def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f"{name_of(name)} needs the package {package}: pip install 'timm_pe[{extra}]'")
 
 
+# what --no-aug leaves out
+_AUGMENTATIONS = (
+    *('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob'),
+    *('gaussian_blur_prob', 'aa'),
+)
+
+
+def without_effect(config: 'RunConfig') -> list[str]:
+    """Flags that were given and do nothing, each with the reason: '--clip-mode without --clip-grad'.
+
+    Those are timm's, and timm takes them: they may stand in a file of settings that has all flags.
+    """
+    found = []
+    for name, declared in declared_in(type(config)).items():
+        if (
+            declared.idle_without
+            and config.is_given(name)
+            and not any(_is_on(config, w) for w in declared.idle_without)
+        ):
+            wanted = ' or '.join(name_of(w).replace('=', ' ') for w in declared.idle_without)
+            found.append(f'{name_of(name)} without {wanted}')
+    if config.no_aug:
+        left_out = (*_AUGMENTATIONS, *(('reprob',) if config.no_prefetcher else ()))
+        found += [f'{name_of(name)} with --no-aug' for name in left_out if config.is_given(name)]
+    if config.lr is not None and config.is_given('lr_base'):
+        found.append('--lr-base with --lr')
+    return found
+
+
+def _is_on(config: 'RunConfig', condition: str) -> bool:
+    name, _, value = condition.partition('=')
+    return bool(getattr(config, name) == value if value else getattr(config, name))
+
+
 def _check_compile(config: 'RunConfig', refuse: Refuse) -> None:
     modes: tuple[str | None, ...] = (None, 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
     if config.torchcompile_mode not in modes:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from timm.data.readers.reader_wds import WdsTargetKeyError
 from timm.utils import world_info_from_env
 
 from .. import zoo  # noqa: F401  registers the CIFAR networks, which a command has left for later
@@ -67,6 +68,8 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
         yield
     except UsageError as e:
         exit_with_error(one_line(e, limit=2000), prog=prog)
+    except WdsTargetKeyError as e:  # its last line is that of the loader process
+        exit_with_error(f'--target-key: {one_line(str(e).strip().splitlines()[-1].split("Error: ")[-1])}', prog=prog)
     except NonFiniteLoss as e:
         leave_ranks()
         exit_with_error(

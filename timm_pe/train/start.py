@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 from ..config.declare import name_of
 from ..config.derive import learning_rate, ranked_by
 from ..config.flags import AverageFlags
+from ..config.rules import without_effect
 from ..config.run_config import RunConfig
 from ..data.epochs import plain_loader
 from ..data.fingerprint import hash_names
@@ -101,6 +102,9 @@ def start(parts: Parts) -> Trainer | None:
     guard = None
     if config.nonfinite == 'skip':
         guard = UpdateGuard(cast(nn.Module, task.get_trainable_module()), scales=runtime.scaler is not None)
+    idle = without_effect(config)
+    if idle:
+        _logger.warning(f'Without effect: {", ".join(idle)}.')
     images = _describe_images(data)
     resumed = _accept_state(parts, images, found.state)
     accumulation = Accumulation(len(data.train), config.grad_accum_steps)
