@@ -158,23 +158,7 @@ def _create_train_loader(
     num_classes: int,
     runtime: Runtime,
 ) -> tuple[Any, Mixup | None]:
-    collate, mixup = None, None
-    if mixing_active(config):
-        mixup_args = {
-            'mixup_alpha': config.mixup,
-            'cutmix_alpha': config.cutmix,
-            'cutmix_minmax': config.cutmix_minmax,
-            'prob': config.mixup_prob,
-            'switch_prob': config.mixup_switch_prob,
-            'mode': config.mixup_mode,
-            'label_smoothing': label_smoothing(config),
-            'num_classes': num_classes,
-            'multi_label': config.task == 'multilabel',
-        }
-        if config.no_prefetcher:
-            mixup = Mixup(**mixup_args)
-        else:
-            collate = FastCollateMixup(**mixup_args)
+    collate, mixup = _create_mixup(config, num_classes)
     if config.aug_repeats and not runtime.distributed:
         raise UsageError('--aug-repeats spreads the draws of an image over ranks: it needs distributed training')
     # timm gives it a transform, which torch's Dataset does not have
@@ -225,6 +209,24 @@ def _create_train_loader(
                 f'incomplete one is dropped): lower --batch-size'
             )
     return loader, mixup
+
+
+def _create_mixup(config: RunConfig, num_classes: int) -> tuple[FastCollateMixup | None, Mixup | None]:
+    """Mixup as the loader's collate function, or without the prefetcher as what is called on its batches."""
+    if not mixing_active(config):
+        return None, None
+    settings = {
+        'mixup_alpha': config.mixup,
+        'cutmix_alpha': config.cutmix,
+        'cutmix_minmax': config.cutmix_minmax,
+        'prob': config.mixup_prob,
+        'switch_prob': config.mixup_switch_prob,
+        'mode': config.mixup_mode,
+        'label_smoothing': label_smoothing(config),
+        'num_classes': num_classes,
+        'multi_label': config.task == 'multilabel',
+    }
+    return (None, Mixup(**settings)) if config.no_prefetcher else (FastCollateMixup(**settings), None)
 
 
 def _pad_and_crop(transform: transforms.Compose, size: tuple[int, int], padding: int) -> None:

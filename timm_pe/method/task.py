@@ -138,15 +138,16 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         _check_choice('target', target, TARGETS)
         _check_choice('teacher_norm', teacher_norm, TEACHER_NORMS)
-        if multi_label and (kd_loss_weight or target == 'logits'):
+        needs_logits = bool(kd_loss_weight) or target == 'logits'
+        if multi_label and needs_logits:
             raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
-        tap = FeatureTap(unwrap_model(student_model), student_tap, before_dropout=True)
-        needs_logits = bool(kd_loss_weight) or target == 'logits'
+        student = unwrap_model(student_model)
+        tap = FeatureTap(student, student_tap, before_dropout=True)
         self.teacher = _resolve_teacher(
             teacher_model,
-            unwrap_model(student_model),
+            student,
             teacher_pretrained_path,
             teacher_pretrained_cfg_overlay,
             teacher_tap,
@@ -158,10 +159,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         _check_dim('student_feature_dim', student_feature_dim, tap.width)
         _check_dim('teacher_feature_dim', teacher_feature_dim, self.teacher.width)
         if kd_loss_weight:
-            _check_classes(unwrap_model(student_model), self.teacher)
+            _check_classes(student, self.teacher)
         widths = tap.width, self.teacher.width
         if target == 'logits':
-            widths = _num_classes(unwrap_model(student_model), 'student'), _num_classes(self.teacher, 'teacher')
+            widths = _num_classes(student, 'student'), _num_classes(self.teacher, 'teacher')
             act = 'none' if act == 'auto' else act
         projection = ProjectorEnsemble(*widths, num_projectors, projector, act)
         self.trainable_module = ProjectorEnsembleModule(
@@ -179,15 +180,17 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.target, self.teacher_norm = target, teacher_norm
         self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
         self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
-        self.kd_loss_weight = kd_loss_weight
-        self.kd_temperature = kd_temperature
+        self.kd_loss_weight, self.kd_temperature = kd_loss_weight, kd_temperature
         if self.verbose:
-            _logger.info(
-                f'ProjectorEnsembleTask: projectors {projection.extra_repr()}, target={target}, '
-                f'feature_loss={self.feature_loss_name}, teacher_norm={teacher_norm}, '
-                f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
-                f'kd_weight={self.kd_loss_weight}'
-            )
+            self._log_settings()
+
+    def _log_settings(self) -> None:
+        _logger.info(
+            f'ProjectorEnsembleTask: projectors {self.projection.extra_repr()}, target={self.target}, '
+            f'feature_loss={self.feature_loss_name}, teacher_norm={self.teacher_norm}, '
+            f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
+            f'kd_weight={self.kd_loss_weight}'
+        )
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
         """timm's evaluator for the kind of targets."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..config.declare import default_of
 from ..config.derive import given_classes, label_smoothing, loader_workers
+from ..config.rules import without_effect
 from ..config.run_config import RunConfig
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
@@ -72,6 +73,18 @@ def _numbers(values: Sequence[float]) -> str:
 def count_params(module: nn.Module) -> int:
     """Number of parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
+
+
+def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
+    """Name flags without effect, and a warmup that fills the run of `num_epochs` at learning rate `lr`."""
+    idle = without_effect(config)
+    if idle:
+        _logger.warning(f'Without effect: {", ".join(idle)}.')
+    if not config.warmup_prefix and config.warmup_epochs >= num_epochs:
+        _logger.warning(
+            f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
+            f'{lr:.4g}.'
+        )
 
 
 def start_table(

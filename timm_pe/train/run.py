@@ -68,8 +68,8 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
         yield
     except UsageError as e:
         exit_with_error(one_line(e, limit=2000), prog=prog)
-    except WdsTargetKeyError as e:  # its last line is that of the loader process
-        exit_with_error(f'--target-key: {str(e).strip().splitlines()[-1].split("Error: ")[-1]}', prog=prog)
+    except WdsTargetKeyError as e:
+        exit_with_error(f'--target-key: {one_line(e)}', prog=prog)
     except NonFiniteLoss as e:
         leave_ranks()
         exit_with_error(

@@ -23,7 +23,6 @@ from torch.utils.data import IterableDataset
 from ..config.declare import name_of
 from ..config.derive import learning_rate, ranked_by
 from ..config.flags import AverageFlags
-from ..config.rules import without_effect
 from ..config.run_config import RunConfig
 from ..data.epochs import plain_loader
 from ..data.fingerprint import hash_names
@@ -36,7 +35,7 @@ from . import checkpoints
 from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
-from .console import start_table
+from .console import start_table, warn_of_settings
 from .first_look import check_teacher, look_at_first_batch
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
@@ -102,19 +101,12 @@ def start(parts: Parts) -> Trainer | None:
     guard = None
     if config.nonfinite == 'skip':
         guard = UpdateGuard(cast(nn.Module, task.get_trainable_module()), scales=runtime.scaler is not None)
-    idle = without_effect(config)
-    if idle:
-        _logger.warning(f'Without effect: {", ".join(idle)}.')
     images = _describe_images(data)
     resumed = _accept_state(parts, images, found.state)
     accumulation = Accumulation(len(data.train), config.grad_accum_steps)
     scheduler, num_epochs = _create_scheduler(config, optimizer, accumulation)
     span = _create_span(config, found, resumed, num_epochs)
-    if not config.warmup_prefix and config.warmup_epochs >= num_epochs:
-        _logger.warning(
-            f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
-            f'{rates[0]:.4g}.'
-        )
+    warn_of_settings(config, num_epochs, rates[0])
     if scheduler is not None and (span.first > 0 or resumed):
         _resume_schedule(config, scheduler, found, span, accumulation)
     if config.resume == 'auto' and span.first >= span.end:

@@ -118,35 +118,11 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
         fits = classes and classes == (num_classes or _default_classes(config.model))
         overlay = {'file': file, 'num_classes': classes if fits else -1, **overlay}
     if overlay.get('file'):
-        overlay.setdefault(
-            'source', ''
-        )  # a model of the hub or of a folder has one, which timm would ask in place of the file
-    model_args = _model_args(config, overlay)
-    # given again below, by the name as the user wrote it
-    model_args.pop('model_name')
-    pretrained_cfg = model_args.pop('pretrained_cfg')
-    for name, given in (('num_classes', num_classes), ('global_pool', config.gp)):
-        if given is not None:  # a hub or local-dir model brings those it was saved with
-            model_args[name] = given
-    kwargs = {
-        'drop_rate': config.drop,
-        'drop_path_rate': config.drop_path if config.drop_path is not None else config.drop_connect,
-        'drop_block_rate': config.drop_block,
-        'bn_momentum': config.bn_momentum,
-        'bn_eps': config.bn_eps,
-        'scriptable': config.torchscript or None,
-        **({'pretrained_cfg_overlay': overlay} if ':' in config.model else {'pretrained_cfg': pretrained_cfg}),
-        **model_args,
-    }
+        # a model of the hub or of a folder has one, which timm would ask in place of the file
+        overlay.setdefault('source', '')
+    kwargs = _architecture_args(config, overlay, num_classes)
     if config.pretrained_path:
-        try:
-            model = create_timm_model(config.model, '--pretrained-path', pretrained=True, **kwargs)
-        except UsageError as e:
-            if not isinstance(e.__cause__, RuntimeError):
-                raise
-            raise UsageError(
-                f"--pretrained-path: '{config.pretrained_path}' does not fit {config.model} ({one_line(e.__cause__)})"
-            ) from e
+        model = _create_from_file(config, kwargs)
         if weights:
             _check_taken(model, weights, config.pretrained_path)
     else:
@@ -162,6 +138,38 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
     if config.grad_checkpointing:
         _set_grad_checkpointing(model, config.model)
     return model
+
+
+def _architecture_args(config: RunConfig, overlay: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
+    model_args = _model_args(config, overlay)
+    # the name is given as the user wrote it
+    del model_args['model_name']
+    pretrained_cfg = model_args.pop('pretrained_cfg')
+    for name, given in (('num_classes', num_classes), ('global_pool', config.gp)):
+        if given is not None:  # a hub or local-dir model brings those it was saved with
+            model_args[name] = given
+    return {
+        'drop_rate': config.drop,
+        'drop_path_rate': config.drop_path if config.drop_path is not None else config.drop_connect,
+        'drop_block_rate': config.drop_block,
+        'bn_momentum': config.bn_momentum,
+        'bn_eps': config.bn_eps,
+        'scriptable': config.torchscript or None,
+        **({'pretrained_cfg_overlay': overlay} if ':' in config.model else {'pretrained_cfg': pretrained_cfg}),
+        **model_args,
+    }
+
+
+def _create_from_file(flags: ModelFlags, kwargs: dict[str, Any]) -> nn.Module:
+    """The model with the weights of --pretrained-path, which timm loads."""
+    try:
+        return create_timm_model(flags.model, '--pretrained-path', pretrained=True, **kwargs)
+    except UsageError as e:
+        if not isinstance(e.__cause__, RuntimeError):
+            raise
+        raise UsageError(
+            f"--pretrained-path: '{flags.pretrained_path}' does not fit {flags.model} ({one_line(e.__cause__)})"
+        ) from e
 
 
 def _default_classes(name: str) -> int | None:
