@@ -4,6 +4,7 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+import json
 import logging
 from pathlib import Path
 
@@ -51,3 +52,26 @@ def small_run(image_folder, tmp_path) -> list[str]:
         *('--epochs', '2', '--warmup-epochs', '0', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'),
         *('--scale', '0.5', '1.0', '--log-interval', '2'),
     ]
+
+
+@pytest.fixture
+def uneven_shards(image_folder, tmp_path):
+    """A `wds/` data set of 36 and 12 images with targets of several kinds, in shards of several lengths."""
+    webdataset = pytest.importorskip('webdataset')
+    info = {}
+    for split, name, lengths in (('train', 'train', [9, 9, 9, 9]), ('validation', 'val', [10, 2])):
+        images, files = sorted((image_folder / name).rglob('*.png')), []
+        for length in lengths:
+            files.append(f'x-{split}-{len(files):04d}.tar')
+            (tmp_path / 'wds').mkdir(exist_ok=True)
+            with webdataset.TarWriter(str(tmp_path / 'wds' / files[-1])) as tar:
+                for i, path in enumerate(images[:length]):
+                    label = ('ant', 'bee', 'cat').index(path.parent.name)
+                    vector = [int(c == label) for c in range(3)]
+                    targets = {'several': [label, 0], 'vector': vector, 'one': label, 'none': 'ant'}
+                    tar.write({'__key__': f'{i:04d}', 'png': path.read_bytes(), 'cls': label, 'json': targets})
+            images = images[length:]
+        number = sum(lengths)
+        info[split] = {'name': split, 'filenames': files, 'shard_lengths': lengths, 'num_samples': number}
+    (tmp_path / 'wds' / '_info.json').write_text(json.dumps({'splits': info}))
+    return tmp_path / 'wds'

@@ -16,7 +16,7 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.errors import UsageError
 from timm_pe.report import write_report
 from timm_pe.runs import compare, plots
-from timm_pe.runs.compare import command, describe_method, format_command, group_seeds, read_runs
+from timm_pe.runs.compare import command, confidence_interval, describe_method, format_command, group_seeds, read_runs
 
 NAME = f'{HOSTILE} & "b" \'c\' $x_$'
 
@@ -211,6 +211,55 @@ def test_runs_of_one_method_are_shown_as_mean_and_standard_deviation(seeds):
     difference = taught - alone
     assert seeds.column('means', 'Difference') == ['–', '–', f'+{difference.mean():.2f} ± {difference.std(ddof=1):.2f}']
     assert 'better in 3 of 3' in seeds.text
+
+
+def test_a_difference_over_seeds_has_its_interval_in_the_first_tiles(tmp_path):
+    html = report.render(read_runs(make_family(tmp_path, seeds=3)))
+    tile = html.split('<li class="tile')[3].split('</li>')[0]
+    # +6, +7 and +8: 7 ± 4.303 · 1 / √3
+    assert '+7.00 points' in tile
+    assert '95 % interval +4.52 to +9.48, better in 3 of 3' in tile
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    assert confidence_interval([1.0]) is None
+    assert '95 % interval' not in report.render(read_runs(make_family(tmp_path)))
+
+
+def test_a_role_has_one_colour_in_whatever_order_the_runs_come(tmp_path):
+    runs = read_runs(make_family(tmp_path, seeds=2))
+    for order in (runs, runs[::-1]):
+        groups = group_seeds(order)
+        report.color_by_role(groups, order)
+        by_name = {group.name: group.color for group in groups}
+        assert by_name == {'teacher': plots.TEACHER, 'student': plots.ALONE, 'student_pe': plots.TAUGHT}
+
+
+def test_two_runs_of_one_role_have_two_colours(tmp_path):
+    runs = read_runs([make_run(tmp_path, name, model=name) for name in ('test_vit', 'test_resnet', 'test_convnext')])
+    groups = group_seeds(runs)
+    report.color_by_role(groups, runs)
+    colors = [group.color for group in groups]
+    assert colors[0] == plots.ALONE
+    assert len({*colors, plots.TAUGHT, plots.TEACHER}) == 5
+
+
+def test_each_measure_that_has_a_better_side_says_which(tmp_path):
+    html = report.render(read_runs(make_family(tmp_path)))
+    for title, side in (
+        ('Linear probe', '↑ higher'),
+        ('Generalization gap', '↓ lower'),
+        ('Calibration error', '↓ lower'),
+    ):
+        assert re.search(rf'<figcaption>{title} <span class="better">{side} is better</span>', html)
+    assert '<figcaption>Projector similarity<small>' in html
+
+
+def test_commands_of_further_seeds_are_folded_away(tmp_path):
+    html = report.render(read_runs(make_family(tmp_path, seeds=3)))
+    commands = html.split('id="commands-h"')[1].split('All settings')[0]
+    assert commands.count('<summary>2 more seeds</summary>') == 2
+    assert commands.split('<details>')[0].count('<pre') == 2  # the teacher's, and that of the first seed
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_no_group(tmp_path):
@@ -410,7 +459,7 @@ def test_curves_are_drawn_of_top1_and_of_each_loss_term(family):
 
 def test_a_student_alone_has_a_line_among_the_task_losses(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, 'mean_curves', lambda groups, column: drawn.update({column: groups}) or Figure())
+    monkeypatch.setattr(plots, 'mean_curves', lambda groups, column, colors: drawn.update({column: groups}) or Figure())
     report.draw_curves(group_seeds(read_runs(make_family(tmp_path))))
     alone = drawn['train_task_loss'][1][0]
     assert [row['train_task_loss'] for row in alone] == [2.0, 1.0, 2 / 3, 0.5]

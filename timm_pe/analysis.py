@@ -188,8 +188,9 @@ def _draw(
 ) -> None:
     from .runs import plots
 
+    color = plots.TAUGHT if result['teacher'] else plots.ALONE
     figures = {
-        'reliability': plots.reliability(result['calibration']['bins'], result['calibration']['ece']),
+        'reliability': plots.reliability(result['calibration']['bins'], result['calibration']['ece'], color),
         'class_cosine': plots.class_cosine(cast(torch.Tensor, matrices['class_cosine']).tolist(), names),
     }
     if matrices['projector_similarity'] is not None and result['projectors']['q'] > 1:
@@ -197,7 +198,7 @@ def _draw(
     rows = folder.rows() if folder.summary_file.is_file() else []
     if rows:
         shown = [c for c in rows[0] if c.startswith(('train_', 'eval_')) and c != 'train_images_per_s']
-        figures['curves'] = plots.learning_curves({result['run']: rows}, shown)
+        figures['curves'] = plots.learning_curves({result['run']: rows}, shown, [color])
     folder.figures.mkdir(exist_ok=True)
     for name, figure in figures.items():
         plots.save_png(figure, folder.figures / f'{name}.png')

@@ -26,6 +26,7 @@ from .errors import UsageError
 from .method.weights import STUDENT as STUDENT_FILE
 from .report import write_report
 from .run_folder import RunFolder
+from .runs.compare import confidence_interval
 from .train.main import main as train
 from .version import __version__
 
@@ -116,7 +117,11 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             'command': of_kind[0]['command'],
         }
     differences = [b['top1'] - a['top1'] for a, b in zip(runs['student'], runs['student_pe'], strict=True)]
-    results['difference'] = {'top1': statistics.mean(differences), 'top1_of_seeds': differences}
+    results['difference'] = {
+        'top1': statistics.mean(differences),
+        'top1_interval': confidence_interval(differences),
+        'top1_of_seeds': differences,
+    }
     results['versions'] = {
         'timm_pe': __version__,
         'torch': torch.__version__,
@@ -138,39 +143,30 @@ def format_table(results: Mapping[str, Any]) -> str:
     lines = [f'{a:<19}{b:>12}{c:>18}{d:>10}' for a, b, c, d in rows]
     d = results['difference']
     better = sum(x > 0 for x in d['top1_of_seeds'])
-    lines.append(f'The teacher adds {d["top1"]:+.2f} points (mean of {seeds} seeds, better in {better} of {seeds}).')
+    interval = d['top1_interval']
+    of = f'95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}, {seeds} seeds' if interval else '1 seed'
+    lines.append(f'The teacher adds {d["top1"]:+.2f} points ({of}, better in {better}).')
     return '\n'.join(lines)
 
 
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Validation top-1 by epoch: mean and range over the seeds, and where the teacher ended."""
-    import matplotlib
+    from .runs import plots
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
-    for kind, label, color in (
-        ('student', 'student alone', '#c25b2a'),
-        ('student_pe', 'student + teacher', '#1f6fb2'),
-    ):
-        curves = [r['curve'] for r in runs[kind]]
-        epochs = list(curves[0])
-        by_epoch = [[curve[epoch] for curve in curves] for epoch in epochs]
-        axes.plot(
-            epochs, [statistics.mean(v) for v in by_epoch], color=color, label=f'{label} (mean of {len(curves)} seeds)'
-        )
-        axes.fill_between(epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=color, alpha=0.2, lw=0)
-    axes.axhline(runs['teacher'][0]['top1'], color='0.4', ls='--', lw=1, label='teacher')
-    axes.set(
-        xlabel='epoch',
-        ylabel='validation top-1 (%)',
-        title='Handwritten digits: one student, without and with a teacher',
-    )
-    axes.legend(loc='lower right')
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    groups = [
+        [[{'epoch': epoch, 'eval_top1': top1} for epoch, top1 in r['curve'].items()] for r in runs[kind]]
+        for kind in ('student', 'student_pe')
+    ]
+    figure = plots.mean_curves(groups, 'eval_top1', [plots.ALONE, plots.TAUGHT])
+    figure.set_size_inches(7, 4.2)
+    axes, seeds = figure.axes[0], len(groups[0])
+    axes.axhline(runs['teacher'][0]['top1'], color=plots.COLORS[plots.TEACHER], linestyle='--', linewidth=1)
+    axes.set(ylabel='validation top-1, %')
+    axes.set_title('Handwritten digits: one student, without and with a teacher', color=plots.INK, fontsize=10)
+    of = f' (mean of {seeds} seeds)' if seeds > 1 else ''
+    names = [f'student alone{of}', f'student + teacher{of}', 'teacher']
+    axes.legend(axes.lines, names, loc='lower right', frameon=False, labelcolor=plots.INK)
+    plots.save_png(figure, path)
 
 
 def add_report(output: Path, names: list[str]) -> None:

@@ -10,6 +10,7 @@ import base64
 import errno
 import importlib.util
 import io
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from .runs.compare import (
     Run,
     baseline,
     command,
+    confidence_interval,
     describe_method,
     difference,
     format_command,
@@ -57,18 +59,20 @@ _CURVES = {
     'train_pe_loss': ('Projector loss', 'Raw, on training batches: what the teacher asks for, through the projectors.'),
     'lr': ('Learning rate', ''),
 }
-# heading, where it is in analysis.json, digits, unit, end of the scale (None: the highest value), what it means
+# heading, where it is in analysis.json, digits, unit, end of the scale (None: the highest value), what it means, and what is
+# better: more ('↑'), less ('↓'), or neither ('')
 _MEASURES = (
-    ('Agreement with the teacher', 'agreement.validation', 1, ' %', 100, 'Validation images of which both name the same class.'),
-    ('CKA with the teacher', 'cka.validation', 3, '', 1, 'How alike the two feature spaces are: 0 unrelated, 1 equal up to rotation and scale.'),
-    ('Projection along the teacher', 'cosine.validation', 3, '', 1, "Mean cosine between averaged projection and teacher's feature: what the loss asks for."),
-    ('Linear probe', 'discriminability.linear_probe_top1', 2, ' %', 100, "Top-1 of a linear classifier fitted on the student's own features."),
-    ('Classes apart', 'discriminability.between_over_within', 2, '', None, 'Scatter of the own features between classes over that within. Higher is clearer.'),
-    ('Learned by heart', 'gap_top1', 2, ' points', None, 'Top-1 on training images less top-1 on validation images.'),
-    ('Calibration error', 'calibration.ece', 3, '', None, 'How far confidence is from being right (ECE, 15 bins). Lower is better.'),
-    ('Likeness of the projectors', 'projectors.output_cosine', 3, '', 1, 'Mean cosine between the outputs of two of them: at 1 they would be copies of one.'),
-    ('Gain of the ensemble', 'projectors.ensemble_gain', 3, '', 1, "Cosine of the averaged projection with the teacher's feature, less the best single one's."),
+    ('Agreement with the teacher', 'agreement.validation', 1, ' %', 100, 'Validation images for which both predict the same class.', '↑'),
+    ('CKA with the teacher', 'cka.validation', 3, '', 1, 'Similarity of the two feature spaces: 0 unrelated, 1 equal up to rotation and scale.', ''),
+    ('Projection along the teacher', 'cosine.validation', 3, '', 1, "Mean cosine between averaged projection and teacher's feature: what the loss asks for.", '↑'),
+    ('Linear probe', 'discriminability.linear_probe_top1', 2, ' %', 100, "Top-1 of a linear classifier fitted on the student's own features.", '↑'),
+    ('Classes apart', 'discriminability.between_over_within', 2, '', None, 'Between-class over within-class scatter of the own features.', '↑'),
+    ('Generalization gap', 'gap_top1', 2, ' points', None, 'Top-1 on training images minus top-1 on validation images.', '↓'),
+    ('Calibration error', 'calibration.ece', 3, '', None, 'Mean distance between confidence and accuracy (ECE, 15 bins).', '↓'),
+    ('Projector similarity', 'projectors.output_cosine', 3, '', 1, 'Mean cosine between the outputs of two projectors: at 1 they would be copies of one.', ''),
+    ('Gain of the ensemble', 'projectors.ensemble_gain', 3, '', 1, "Cosine of the averaged projection with the teacher's feature, minus that of the best single projector.", '↑'),
 )  # fmt: skip
+_BETTER = {'↑': '↑ higher is better', '↓': '↓ lower is better', '': ''}
 _WITH_TEACHER = ('agreement', 'cka', 'cosine')
 # smaller pictures are enlarged without smoothing
 _FEW_PIXELS = 64
@@ -132,7 +136,8 @@ def draw_curves(groups: Sequence[Group]) -> list[dict[str, Any]]:
     shown = [c for c in [*list(_CURVES)[:-1], *terms, 'lr'] if c in columns]
     curves = []
     for i, column in enumerate(shown):
-        figure = plots.mean_curves([[_with_task_loss(run) for run in group.runs] for group in groups], column)
+        rows = [[_with_task_loss(run) for run in group.runs] for group in groups]
+        figure = plots.mean_curves(rows, column, [group.color for group in groups])
         words = column.removeprefix('train_').replace('_', ' ').capitalize()
         title, note = _CURVES.get(column, (words, 'Raw, on training batches.'))
         curves.append({'title': title, 'note': note, 'svg': inline_svg(figure, f'curve{i}-', f'{title} by epoch')})
@@ -149,9 +154,9 @@ def draw_reliability(groups: Sequence[Group]) -> list[dict[str, Any]]:
     from .runs import plots
 
     found = []
-    for i, run in enumerate(_analysed(groups)):
+    for i, (group, run) in enumerate(_analysed(groups)):
         calibration = _dig(run.analysis, 'calibration')
-        figure = plots.reliability(calibration['bins'])
+        figure = plots.reliability(calibration['bins'], color=group.color)
         figure.set_size_inches(3.7, 3.5)
         figure.axes[0].set_title('')
         for legend in [*figure.legends, figure.axes[0].get_legend()]:
@@ -162,20 +167,22 @@ def draw_reliability(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def _analysed(groups: Sequence[Group]) -> list[Run]:
-    """The first run of each group that is analysed."""
-    first = [next((run for run in group.runs if run.analysis), None) for group in groups]
-    return [run for run in first if run is not None]
+def _analysed(groups: Sequence[Group]) -> list[tuple[Group, Run]]:
+    """Each group with its first run that is analysed."""
+    first = [(group, next((run for run in group.runs if run.analysis), None)) for group in groups]
+    return [(group, run) for group, run in first if run is not None]
 
 
 def projector_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The analysis' picture of how alike the projectors are, for each group that has several: run, image."""
+    """The analysis' picture of how alike the projectors are, for each group that has several: run, image, width in rem."""
     found = []
-    for run in _analysed(groups):
+    for _, run in _analysed(groups):
         path = run.folder.figures / 'projector_similarity.png'
         if (_dig(run.analysis, 'projectors.q') or 0) > 1 and path.is_file():
             image = 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
-            found.append({'run': run, 'image': image})
+            # a cell of three projectors is as large as one of eight
+            width = min(24.0, 7 + 2.25 * _dig(run.analysis, 'projectors.q'))
+            found.append({'run': run, 'image': image, 'width': width})
     return found
 
 
@@ -210,13 +217,15 @@ def draw_bars(groups: Sequence[Group], path: str, end: float | None = None) -> l
 
 
 def draw_measures(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Bars of each number of the analyses that some group has: title, note, digits, unit, bars."""
+    """Bars of each number of the analyses that some group has: title, note, digits, unit, which way is better, bars."""
     students = [group for group in groups if not any(teaches(run, runs) for run in group.runs)]
     found = []
-    for title, path, digits, unit, end, note in _MEASURES:
+    for title, path, digits, unit, end, note, better in _MEASURES:
         bars = draw_bars(students if path.split('.')[0] in _WITH_TEACHER else groups, path, end)
         if bars:
-            found.append({'title': title, 'note': note, 'digits': digits, 'unit': unit, 'bars': bars})
+            found.append(
+                {'title': title, 'note': note, 'digits': digits, 'unit': unit, 'better': _BETTER[better], 'bars': bars}
+            )
     return found
 
 
@@ -255,6 +264,21 @@ def _is_small(data_uri: str) -> bool:
     return max(image.size) < _FEW_PIXELS
 
 
+def color_by_role(groups: Sequence[Group], runs: Sequence[Run]) -> None:
+    """Give the first teacher, student alone and taught student the colours of their roles, and others what is left."""
+    from .runs import plots
+
+    left = iter(c for c in itertools.count() if c not in (plots.ALONE, plots.TAUGHT, plots.TEACHER))
+    taken: set[int] = set()
+    for group in groups:
+        taught = bool(group.runs[0].teacher)
+        role = (
+            plots.TEACHER if any(teaches(run, runs) for run in group.runs) else plots.TAUGHT if taught else plots.ALONE
+        )
+        group.color = next(left) if role in taken else role
+        taken.add(role)
+
+
 def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     """What the result table says of a run."""
     other = baseline(run, runs)
@@ -283,6 +307,7 @@ def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
         'loss': group.mean(lambda run: shown_epoch(run, runs).get('eval_loss')),
         'seconds': group.mean(lambda run: run.seconds)[0],
         'difference': group.mean(lambda run: difference(run, runs) if paired else None),
+        'interval': confidence_interval(differences) if paired else None,
         'why': '; '.join(filter(None, (why_no_difference(run, runs) for run in group.runs))),
         'better': sum(d > 0 for d in differences),
         'compared': len(differences),
@@ -303,6 +328,7 @@ def render(runs: Sequence[Run]) -> str:
     from .runs import plots
 
     groups = group_seeds(runs)
+    color_by_role(groups, runs)
     colors = {run.name: group.color for group in groups for run in group.runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -329,6 +355,7 @@ def render(runs: Sequence[Run]) -> str:
         reliability=draw_reliability(groups),
         projectors=projector_pictures(groups),
         samples=collect_samples(groups, runs),
+        groups_of_runs=groups,
         commands={run.name: format_command(command(run)) for run in runs},
         configs={run.name: yaml.safe_dump(run.args, default_flow_style=False, allow_unicode=True) for run in runs},
     )

@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
 from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
+from timm_pe.method import losses
 from timm_pe.train.start import check_projectors_optimized
 
 
@@ -376,3 +377,63 @@ def test_the_loss_compares_with_the_normalized_feature_of_the_teacher():
 def test_the_activation_follows_the_feature_that_the_loss_sees(norm, act):
     task = make_task(teacher='test_resnet', teacher_norm=norm)  # its own features are all >= 0
     assert task.resolve_act(batch()[0]) == act
+
+
+class OwnLoss(nn.Module):
+    """A loss that a user might bring: the mean distance, and what `how` adds."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        if how == 'parameter':
+            self.w = nn.Parameter(torch.ones(()))
+        if how == 'buffer':
+            self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, projected, teacher):
+        if self.how == 'buffer':
+            self.calls += 1
+            return self.calls * (projected - teacher).abs().mean()
+        projected = projected.detach() if self.how == 'no gradient' else projected
+        distance = (projected - teacher).abs()
+        return distance.mean(1) if self.how == 'vector' else distance.mean()
+
+
+@pytest.fixture
+def own_loss(monkeypatch):
+    def use(how):
+        monkeypatch.setitem(losses._FEATURE_LOSSES, 'direction', lambda: OwnLoss(how))
+
+    return use
+
+
+def test_a_feature_loss_with_parameters_is_refused_because_nothing_would_train_them(own_loss):
+    own_loss('parameter')
+    with pytest.raises(UsageError, match='has parameters, which no optimizer trains'):
+        make_task()
+
+
+@pytest.mark.parametrize(
+    ('how', 'message'), [('vector', r'gives \[4\], it must give one number'), ('no gradient', 'has no gradient')]
+)
+def test_a_feature_loss_that_cannot_teach_is_refused_at_the_first_step(how, message, own_loss):
+    own_loss(how)
+    task = make_task()
+    with pytest.raises(UsageError, match=message):
+        task(*batch())
+    with torch.no_grad():  # nothing is learnt here
+        assert how == 'vector' or task(*batch())['pe_loss'] > 0
+
+
+def test_what_a_feature_loss_has_counted_goes_on_after_a_resume(own_loss):
+    own_loss('buffer')
+    task, other = make_task(), make_task()
+    for _ in range(3):
+        task(*batch())
+    state = task.get_task_state()
+    other.load_task_state(state)
+    assert other.feature_loss.calls == 3
+    own_loss('plain')
+    with pytest.raises(UsageError, match="the checkpoint's feature loss is not 'direction'"):
+        make_task().load_task_state(state)
+    assert 'feature_loss' not in make_task().get_task_state()

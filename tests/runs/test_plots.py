@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from timm_pe.runs import plots
@@ -14,7 +15,7 @@ ROWS = [{'epoch': str(e), 'train_loss': str(1 / (e + 1)), 'eval_top1': '' if e %
 
 
 def a_figure():
-    return plots.metric_bars({'student': 50.0, 'student with a teacher': 61.5}, 'top-1')
+    return plots.learning_curves({'student': ROWS, 'student with a teacher': ROWS[:3]}, ['eval_top1'])
 
 
 def lines(figure):
@@ -89,10 +90,19 @@ def test_class_names_are_drawn_where_they_can_be_read():
     assert len(axes.get_yticks()) < 20
 
 
-def test_a_bar_says_its_number_and_a_missing_one_says_so():
-    axes = plots.metric_bars({'a': 1.234, 'b': None, 'c': float('nan')}, 'x', fmt='{:.1f}').axes[0]
-    assert [t.get_text() for t in axes.texts] == ['1.2', 'none', 'none']
-    assert [t.get_text() for t in axes.get_yticklabels()] == ['a', 'b', 'c']
+def test_class_names_that_the_font_cannot_draw_are_shown_by_their_index():
+    axes = plots.class_cosine(np.eye(3), ['ant', '蜂', 'Übung']).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ['ant', '1', 'Übung']
+
+
+def test_the_colour_is_that_of_the_role_and_the_gaps_are_hatched():
+    bins = [{'low': 0.5, 'high': 1.0, 'count': 3, 'confidence': 0.9, 'accuracy': 0.6}]
+    top, _ = plots.reliability(bins, color=plots.TAUGHT).axes
+    accuracy, over = (bars[0] for bars in top.containers)
+    assert to_hex(accuracy.get_facecolor()) == plots.COLORS[plots.TAUGHT]
+    assert (over.get_facecolor()[3], over.get_hatch()) == (0, '////')
+    line = lines(plots.learning_curves({'a': ROWS}, ['eval_top1'], [plots.TEACHER]))[0]
+    assert line.get_color() == plots.COLORS[plots.TEACHER]
 
 
 def test_a_picture_is_read_on_a_white_and_on_a_black_page(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import summary, tensorboard_curves
+from helpers import run, summary, tensorboard_curves
 from PIL import Image
 
 import train_distill
@@ -254,6 +254,21 @@ agreement.compare = telling(agreement.compare, 1)
     assert out.returncode == 0, out.stderr
     curves, _ = tensorboard_curves(tmp_path / 'run')
     assert [value for _, value in curves['eval_teacher_agreement']] == pytest.approx([100 * 10 / 11] * 2)
+
+
+@pytest.mark.parametrize('task', ['classification', 'multilabel'])
+def test_a_stream_is_validated_on_each_image_once_however_its_shards_are_shared(
+    task, uneven_shards, small_run, tmp_path, capsys
+):
+    argv = [str(uneven_shards), *small_run[1:], '--dataset', 'wds/x', '--model', 'test_vit', '--epochs', '1', '-j', '2']
+    argv += ['--task', 'multilabel', '--target-key', 'several'] if task == 'multilabel' else []
+    out = launch(argv, tmp_path)
+    assert out.returncode == 0, out.stderr
+    trained = summary(tmp_path / 'run')[0]
+    said = run(['--evaluate', str(tmp_path / 'run'), '--device', 'cpu', '-j', '0'], capsys)
+    metric, name = ('map', 'mAP') if task == 'multilabel' else ('top1', 'top-1')
+    assert f'{name} {float(trained[f"eval_{metric}"]):.3f} %' in said
+    assert f'val loss {float(trained["eval_loss"]):.4f} on 12 images' in said
 
 
 def test_ranks_that_find_other_classes_are_refused(small_run, tmp_path):

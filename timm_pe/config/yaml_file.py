@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..method.plugins import Names
 from .declare import annotations_of, declared_in, default_of, value_type
 from .recipes import find_config
 
@@ -117,7 +118,8 @@ def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -
         except (TypeError, ValueError, OverflowError):
             expect(f'of type {kind.__name__}')
         if declared.choices is not None and result not in declared.choices:
-            expect(f'one of {", ".join(map(str, declared.choices))}')
+            of_plugins = ' or of an installed plugin' if isinstance(declared.choices, Names) else ''
+            expect(f'one of {", ".join(map(str, declared.choices))}{of_plugins}')
         return result
 
     if value is None:  # as if the flag had not been given; without a strength there is no color jitter, as in timm

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.utils import natural_key
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
 from ..config.flags import DataFlags
@@ -310,6 +310,22 @@ def class_sizes(dataset: Any) -> dict[str, int] | None:
     return None
 
 
+def read_whole_on_each_rank(dataset: IterableDataset[Any]) -> None:
+    """Let a stream give all of its images on each rank, in place of a share that repeats some and leaves others out.
+
+    timm's readers cut the share of a rank at the mean length: shards are of several lengths, and all ranks must come to the
+    same number of training batches. A validation has no such need, its metrics must be those of each image once.
+    """
+    reader = cast(Any, dataset).reader
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+
+def count_images(dataset: Any) -> int:
+    """Number of images of a data set; of a stream as its description says, which its length rounds for loader processes."""
+    described = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
+    return int(described) if described and isinstance(dataset, IterableDataset) else len(dataset)
+
+
 def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
     """What a start table says of the data: how much there is of it, and what was left out.
 
@@ -318,7 +334,7 @@ def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[s
         evaluation: Validation split.
     """
     sizes = class_sizes(train)
-    images = f'{len(cast(Sized, train))} training, {len(cast(Sized, evaluation))} validation images'
+    images = f'{count_images(train)} training, {count_images(evaluation)} validation images'
     rows = [('data', f'{images} of {len(sizes)} classes' if sizes else images)]
     if sizes:
         (small, least), (large, most) = next(iter(sizes.items())), list(sizes.items())[-1]

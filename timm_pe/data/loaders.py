@@ -13,7 +13,6 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.model_config import resolve_input_data_config
 from timm.data.naflex_loader import create_naflex_loader
 from timm.data.naflex_mixup import NaFlexMixup
-from timm.data.target_transforms import MultiLabelTarget
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import Dataset, IterableDataset
@@ -24,8 +23,9 @@ from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..process.runtime import Runtime
 from ..process.signals import ignore_in_worker
-from .datasets import check_num_classes, class_map_of
+from .datasets import check_num_classes, class_map_of, count_classes, read_whole_on_each_rank
 from .epochs import plain_loader, seed_loader
+from .targets import ClassTarget, MultiLabelTargets
 from .unreadable import forget_unreadable
 
 _logger = logging.getLogger(__name__)
@@ -90,11 +90,14 @@ def create_data(
     num_classes = cast(int, student.num_classes)
     if config.task == 'multilabel':
         for dataset in filter(None, datasets):
-            target = MultiLabelTarget(num_classes, dense=config.target_format == 'multihot')
+            target = MultiLabelTargets(num_classes, dense=config.target_format == 'multihot')
             cast(Any, dataset).target_transform = target
             _check_target(dataset)
     else:
         check_num_classes(datasets, num_classes, given=given_classes(config) is not None)
+        for dataset in filter(None, datasets):
+            if count_classes(dataset) is None:
+                cast(Any, dataset).target_transform = ClassTarget(num_classes)
     try:
         data_config = resolve_input_data_config(student, args=config.as_dict())
     except ValueError as e:
@@ -123,13 +126,10 @@ def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
 
 
 def _check_target(dataset: Dataset[Any]) -> None:
-    if isinstance(dataset, IterableDataset):
-        return
-    try:
+    # a stream that is read here would be read by no loader process: its first images show it
+    if not isinstance(dataset, IterableDataset):
         dataset[0]
-    except (ValueError, TypeError) as e:
-        raise UsageError(f'--task multilabel: the targets of the data set do not fit: {one_line(e)}') from e
-    forget_unreadable(dataset)
+        forget_unreadable(dataset)
 
 
 def _check_sizes(config: RunConfig, student: nn.Module, data_config: dict[str, Any]) -> None:
@@ -341,6 +341,8 @@ def create_eval_loader(config: RunConfig, dataset: Dataset[Any], data_config: di
         data_config: timm's data config of its images.
         runtime: Device and ranks.
     """
+    if isinstance(dataset, IterableDataset) and runtime.distributed:
+        read_whole_on_each_rank(dataset)
     loader = create_loader(
         cast(Any, dataset),
         input_size=data_config['input_size'],

@@ -17,7 +17,7 @@ from timm.task.classification import resolve_classification_loss
 from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .losses import TEACHER_NORMS, KlLoss, create_feature_loss, kd_loss, normalize_teacher
 from .names import TARGETS
 from .projectors import ProjectorEnsemble
@@ -175,6 +175,11 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         task_weight, distill_weight, loss = TARGETS[target]
         self.feature_loss_name = feature_loss or loss
         self.feature_loss = create_feature_loss(self.feature_loss_name).to(self.device)
+        if any(p.requires_grad for p in self.feature_loss.parameters()):
+            raise UsageError(
+                f"feature loss '{self.feature_loss_name}' has parameters, which no optimizer trains: freeze them, or make "
+                f'them part of a projector'
+            )
         if isinstance(self.feature_loss, KlLoss):
             self.feature_loss.temperature = kd_temperature
         self.target, self.teacher_norm = target, teacher_norm
@@ -243,8 +248,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The projectors with what is needed to build them again."""
         state = super().get_task_state(module=module, ema=ema)
+        of_loss = self.feature_loss.state_dict()
         return state and {
             **state,
+            **({'feature_loss': of_loss} if of_loss else {}),
             'target': self.target,
             'projector': self.projection.projector,
             'num_projectors': self.projection.num_projectors,
@@ -275,6 +282,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
                 raise UsageError(f"the checkpoint's projectors have act={state['act']}, this run act={own.act}")
             self._set_act(state['act'])
         try:
+            self.feature_loss.load_state_dict(state.get('feature_loss', {}))
+        except RuntimeError as e:
+            raise UsageError(f"the checkpoint's feature loss is not '{self.feature_loss_name}': {one_line(e)}") from e
+        try:
             super().load_task_state(state, strict=strict, module=module, ema=ema)
         except RuntimeError as e:
             raise UsageError(f"the checkpoint's projectors are not those of {own.extra_repr()}: {e}") from e
@@ -302,6 +313,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         logits, projected = self.trainable_module(input)
         aim = teacher.logits if self.target == 'logits' else normalize_teacher(teacher.feature, self.teacher_norm)
         terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, aim)}
+        self._check_feature_loss(terms['pe_loss'], projected)
         loss = self.task_loss_weight * terms['task_loss'] + self.distill_loss_weight * terms['pe_loss']
         if self.kd_loss_weight:
             if teacher.logits is None or logits.shape != teacher.logits.shape:
@@ -312,6 +324,16 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             terms['logit_loss'] = kd_loss(logits, teacher.logits, self.kd_temperature)
             loss = loss + self.kd_loss_weight * terms['logit_loss']
         return {'loss': loss, 'output': logits, **terms}
+
+    def _check_feature_loss(self, value: torch.Tensor, projected: torch.Tensor) -> None:
+        if value.ndim:
+            raise UsageError(
+                f"feature loss '{self.feature_loss_name}' gives {list(value.shape)}, it must give one number"
+            )
+        if projected.requires_grad and not value.requires_grad:
+            raise UsageError(
+                f"feature loss '{self.feature_loss_name}' has no gradient: the projectors would learn nothing"
+            )
 
 
 def _resolve_teacher(

@@ -280,6 +280,16 @@ def difference(run: Run, runs: Sequence[Run]) -> float | None:
     return None if with_it is None or without is None else with_it - without
 
 
+def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of the mean of `values`; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean, half = statistics.mean(values), t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return float(mean - half), float(mean + half)
+
+
 def why_no_difference(run: Run, runs: Sequence[Run]) -> str:
     """What keeps a run with a teacher from having a `baseline`: the run that comes nearest, and what differs.
 

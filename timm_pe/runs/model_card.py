@@ -99,6 +99,7 @@ def _usage(student: Student, num_classes: int, onnx: bool) -> str:
         scores='sigmoid()' if student.run.args['task'] == 'multilabel' else 'softmax(dim=1)',
         number=min(5, num_classes),
     )
+    many = 'some of them, or none,' if student.run.args['task'] == 'multilabel' else 'one of them'
     notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
     if need:
         notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
@@ -108,7 +109,7 @@ def _usage(student: Student, num_classes: int, onnx: bool) -> str:
         notes,
         *(['In ONNX:', _block(_PREDICT_ONNX, 'python')] if onnx else []),
         '## Limitations',
-        'It knows its own classes alone and gives one of them for any image. Its accuracy was measured on one split of one data '
+        f'It knows its own classes alone and gives {many} for any image. Its accuracy was measured on one split of one data '
         'set; on images of other origin it may be lower. What its teacher and its data have of bias, it may have too.',
         f'## Training\n{_block(format_command(chunks), "sh")}',
         'Absolute paths are shown by their last part.',

@@ -4,6 +4,7 @@ Backgrounds are transparent and the ink is of middle tone, so that a picture can
 Nothing here touches pyplot or the global style: a figure depends on what it is given alone.
 """
 
+import functools
 import io
 import math
 import os
@@ -13,26 +14,34 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 # as far from white as from black: text, axes and grid
 INK = '#7a7a7a'
 COLORS = ('#3b82c4', '#e07b1a', '#3a9d5d', '#c9485b', '#9467bd', '#1f9e9e', '#b8860b', '#8c6d5a')
+# places in COLORS of the roles that a run can have, the same in every picture
+ALONE, TAUGHT, TEACHER = 0, 1, 4
 _DASHES = ('-', '--', ':', '-.')
 # more labels than this on the sides of a matrix cannot be read
 _MAX_LABELS = 100
 
 
-def learning_curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> Figure:
+def learning_curves(
+    summaries: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str], colors: Sequence[int] | None = None
+) -> Figure:
     """Columns of summary.csv by epoch: a panel a column, a line a run.
 
     Args:
         summaries: Name of a run -> its rows; values may be numbers, their text, or None or '' for an epoch without one.
         columns: Which to draw, e.g. 'eval_top1'. One that no run has is left out.
+        colors: Place of each run in the palette; None takes them in order.
     """
+    colors = colors or range(len(summaries))
     columns = [c for c in columns if any(_points(rows, c) for rows in summaries.values())]
     across = 2 if len(columns) == 4 else max(1, min(len(columns), 3))
     down = max(1, math.ceil(len(columns) / across))
@@ -41,7 +50,7 @@ def learning_curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], column
     figure = Figure(figsize=(3.6 * across, 2.7 * down + 0.25 * legend_rows), layout='constrained')
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, column in zip(panels, columns, strict=False):
-        for i, rows in enumerate(summaries.values()):
+        for i, rows in zip(colors, summaries.values(), strict=True):
             points = _points(rows, column)
             # one epoch alone would be a line without length
             axes.plot([x for x, _ in points], [y for _, y in points], **_line(i), marker='o' * (len(points) == 1))
@@ -51,7 +60,7 @@ def learning_curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], column
         axes.set_axis_off()
     _ink(figure)
     if legend_rows:
-        handles = [Line2D([], [], **_line(i), label=name) for i, name in enumerate(summaries)]
+        handles = [Line2D([], [], **_line(i), label=name) for i, name in zip(colors, summaries, strict=True)]
         figure.legend(handles=handles, loc='outside lower left', frameon=False, labelcolor=INK, ncols=legend_columns)
     return figure
 
@@ -64,12 +73,13 @@ def _line(i: int) -> dict[str, Any]:
     return {'color': _color(i), 'linestyle': _DASHES[i // len(COLORS) % len(_DASHES)], 'linewidth': 1.5}
 
 
-def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None = None) -> Figure:
+def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None = None, color: int = ALONE) -> Figure:
     """Reliability diagram: accuracy by confidence, and below it how many images have that confidence.
 
     Args:
         bins: Dicts of low, high, count, confidence and accuracy, all in [0, 1] but the count; empty bins are left out.
         ece: Expected calibration error, for the title.
+        color: Place in the palette of the network's role.
     """
     figure = Figure(figsize=(4.6, 4.8), layout='constrained')
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -84,16 +94,17 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None = None) -> 
         'linewidth': 0.5,
     }
     over, under = np.clip(confidence - accuracy, 0, None), np.clip(accuracy - confidence, 0, None)
-    top.bar(height=accuracy, color=COLORS[0], label='accuracy', **place)
+    top.bar(height=accuracy, color=_color(color), label='accuracy', **place)
+    # the hatches are ink: the colour is that of the network alone
     if over.any():
-        top.bar(height=over, bottom=accuracy, color=COLORS[1], alpha=0.6, label='over-confident by', **place)
+        top.bar(height=over, bottom=accuracy, color='none', hatch='////', label='over-confident by', **place)
     if under.any():
-        top.bar(height=under, bottom=confidence, color=COLORS[2], label='under-confident by', **place)
+        top.bar(height=under, bottom=confidence, color='none', hatch='....', label='under-confident by', **place)
     top.plot([0, 1], [0, 1], color=INK, linestyle='--', linewidth=1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy', title='Reliability')
     if ece is not None:
         top.set_title(f'Reliability, ECE {ece:.3f}')
-    bottom.bar(height=[b['count'] / total for b in filled], color=COLORS[0], **place)
+    bottom.bar(height=[b['count'] / total for b in filled], color=_color(color), **place)
     bottom.set(xlabel='confidence', ylabel='share', ylim=(0, None))
     _ink(figure)
     figure.legend(loc='outside lower center', frameon=False, labelcolor=INK, fontsize='small', ncols=3)
@@ -121,7 +132,7 @@ def class_cosine(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
     """Cosines between the mean features of classes, `[c, c]`; names are drawn where there is room for them."""
     values = np.asarray(matrix, dtype=float)
     c = len(values)
-    labels = [n if len(n) <= 22 else n[:21] + '…' for n in names] if c <= _MAX_LABELS else []
+    labels = [_label(name, i) for i, name in enumerate(names)] if c <= _MAX_LABELS else []
     side = min(max(3.6, 2.2 + 0.15 * c), 17.5) if labels else 7.0
     figure = Figure(figsize=(side + 0.8, side), layout='constrained')
     axes = figure.subplots()
@@ -136,28 +147,21 @@ def class_cosine(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
     return figure
 
 
-def metric_bars(values: Mapping[str, float | None], title: str = '', fmt: str = '{:.2f}') -> Figure:
-    """One number a run as horizontal bars, with the number written at the end of each.
+def _label(name: str, index: int) -> str:
+    """A name as far as there is room, or its index where the font has not all of its letters."""
+    if not _has_letters(name):
+        return str(index)
+    return name if len(name) <= 22 else name[:21] + '…'
 
-    Args:
-        values: Name of a run -> its number; None leaves the bar out and says so.
-        title: Title of the figure.
-        fmt: How a number is written.
-    """
-    figure = Figure(figsize=(5.2, 0.8 + 0.36 * max(len(values), 1)), layout='constrained')
-    axes = figure.subplots()
-    widths = [0.0 if v is None or not math.isfinite(v) else v for v in values.values()]
-    bars = axes.barh(range(len(values)), widths, height=0.7, color=[_color(i) for i in range(len(values))])
-    texts = ['none' if v is None or not math.isfinite(v) else fmt.format(v) for v in values.values()]
-    axes.bar_label(bars, texts, padding=3, color=INK, fontsize=9)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
-    if title:
-        axes.set_title(title)
-    _ink(figure)
-    axes.grid(visible=False, axis='y')
-    return figure
+
+def _has_letters(text: str) -> bool:
+    return {ord(c) for c in text} <= _letters()
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """The characters of the font that pictures are written in."""
+    return frozenset(get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
@@ -212,7 +216,9 @@ def _ink(figure: Figure) -> None:
 # the report's own
 
 
-def mean_curves(groups: Sequence[Sequence[Sequence[Mapping[str, Any]]]], column: str) -> Figure:
+def mean_curves(
+    groups: Sequence[Sequence[Sequence[Mapping[str, Any]]]], column: str, colors: Sequence[int] | None = None
+) -> Figure:
     """A column of summary.csv by epoch: a line a group of runs, their mean, in a band from the lowest to the highest.
 
     No title and no legend: the page around it has both, as text that keeps its size on a phone. A column of positive
@@ -221,11 +227,12 @@ def mean_curves(groups: Sequence[Sequence[Sequence[Mapping[str, Any]]]], column:
     Args:
         groups: For each group the rows of each of its runs, as in `learning_curves`.
         column: Which to draw. A group without it has no line and keeps its colour.
+        colors: Place of each group in the palette; None takes them in order.
     """
     figure = Figure(figsize=(3.7, 2.5), layout='constrained')
     axes = figure.subplots()
     drawn = []
-    for i, runs in enumerate(groups):
+    for i, runs in zip(colors or range(len(groups)), groups, strict=True):
         curves = [dict(points) for rows in runs if (points := _points(rows, column))]
         if not curves:
             continue

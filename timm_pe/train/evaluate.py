@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator, evaluation_sample_limit
+from torch.utils.data import IterableDataset
 
 from ..config.flags import LossFlags
 from ..config.run_config import RunConfig
+from ..data.datasets import count_images
+from ..data.epochs import plain_loader
 from ..data.loaders import Data
 from ..data.unreadable import describe_unreadable, describe_warnings
 from ..errors import UsageError
@@ -89,7 +92,9 @@ def evaluate(
         evaluator.update(output, target)
         progress.update(i + 1)
         after_batch()
-    return evaluator.compute(distributed=runtime.distributed)
+    # of a stream each rank has seen all: see read_whole_on_each_rank
+    shared = runtime.distributed and not isinstance(plain_loader(loader).dataset, IterableDataset)
+    return evaluator.compute(distributed=shared)
 
 
 def validate(
@@ -138,4 +143,6 @@ def evaluate_checkpoint(parts: Parts) -> None:
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()
     metrics = validate(student, parts.data, parts.runtime, config, 'Evaluate')
-    _logger.info(f"'{path}': {format_metrics(metrics, parts.num_classes)} on {len(parts.data.eval.dataset)} images.")
+    _logger.info(
+        f"'{path}': {format_metrics(metrics, parts.num_classes)} on {count_images(parts.data.eval.dataset)} images."
+    )

@@ -78,12 +78,18 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
 
     Returns:
         The number; None where neither tells, which leaves the model its own.
+
+    Raises:
+        UsageError: Nothing tells the number of labels of multi-label data.
     """
     given = given_classes(config)
     if given is not None:
         return given
     classes = classes_in_checkpoint(config.model, read_state_dict(weights, flag)) if weights else None
-    return classes or count_classes(dataset)
+    classes = classes or count_classes(dataset)
+    if classes is None and config.task == 'multilabel':
+        raise UsageError('--task multilabel needs --num-classes: this data set does not tell how many labels there are')
+    return classes
 
 
 def _model_args(config: RunConfig, overlay: Mapping[str, Any]) -> dict[str, Any]:
