@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -10,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results' / 'accuracy.json'
+RESULTS = ROOT / 'benchmarks' / 'results'
 # readable on a light and on a dark page
 INK, LINE, DOT = '#7a7a7a', '#3b82c4', '#e07b1a'
 
@@ -19,12 +20,15 @@ def on_config(config: Any) -> Any:
     """Drop entries of the navigation whose page is not there, and draw the figures that pages show."""
     docs = Path(config['docs_dir'])
     config['nav'] = _without_missing(docs, config['nav'])
-    draw_accuracy(json.loads(RESULTS.read_text()), docs / 'figures' / 'accuracy.svg')
+    draw_accuracy(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'accuracy.svg')
+    draw_step_time(json.loads((RESULTS / 'step_time.json').read_text()), docs / 'figures' / 'step_time.svg')
     return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show the YAML files themselves below the table of recipes."""
+    """Show the YAML files themselves below the table of recipes, and fold the tables of a step's cost."""
+    if page.file.src_uri == 'benchmarks/results/step_time.md':
+        return fold_tables(markdown)
     if page.file.src_uri != 'recipes.md':
         return markdown
     recipes = sorted((ROOT / 'hparams').glob('*.yaml'))
@@ -46,15 +50,16 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     """What each method adds to the student alone: one panel per suite, the mean with its 95 % interval, one dot per seed.
 
+    A column that a phone shows at its own size: the label of a row stands above it.
+
     Args:
         results: The content of benchmarks/results/accuracy.json.
         path: The SVG to write; one that would not change is left alone.
     """
     suites = [s for s in results['suites'].values() if any(m['minus_alone'] for m in s['methods'].values())]
     rows = [[m for m in s['methods'].values() if m['minus_alone']] for s in suites]
-    figure = Figure(figsize=(8, 0.8 * len(suites) + 0.27 * sum(map(len, rows))), layout='constrained')
-    panels = figure.subplots(len(suites), 1, squeeze=False, sharex=True, height_ratios=[len(r) + 1 for r in rows])
-    for axes, suite, methods in zip(panels[:, 0], suites, rows, strict=True):
+    figure, panels = _column([s['title'] for s in suites], [[m['label'] for m in r] for r in rows])
+    for axes, methods in zip(panels, rows, strict=True):
         for y, method in enumerate(methods):
             difference = method['minus_alone']
             if difference.get('low') is not None:
@@ -62,13 +67,57 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
             axes.plot(difference['of_seeds'], [y] * len(difference['of_seeds']), '.', color=DOT, markersize=5)
             axes.plot(difference['mean'], y, 'o', color=LINE, markersize=5)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(methods)), [m['label'] for m in methods])
-        axes.set_ylim(len(methods) - 0.5, -0.5)
-        axes.set_title(fill(suite['title'], 75), fontsize=9, color=INK, loc='left')
+    panels[-1].set_xlabel('points of top-1 over the student alone', color=INK, fontsize=9)
+    _write(figure, path)
+
+
+# variant of a step -> its label; its median is compared with that of timm's own distillation task
+STEPS = {'ours': 'as it comes', 'ours_bf16': 'bfloat16 teacher', 'ours_cached': "the teacher's features cached"}
+
+
+def draw_step_time(results: dict[str, Any], path: Path) -> None:
+    """What a step costs beside timm's feature distillation: one panel per pair, the ratio with its 95 % interval.
+
+    Args:
+        results: The content of benchmarks/results/step_time.json.
+        path: The SVG to write.
+    """
+    titles, rows = [], []
+    for pair, of_batches in results['steps'].items():
+        batch, measured = max(of_batches.items(), key=lambda item: int(item[0]))
+        teacher, student, size = pair.replace('@', ':').split(':')
+        titles.append(f'{teacher} -> {student}, {size} px, batch {batch}')
+        folded = {'ours_folded': 'batch norms of the teacher folded'} if 'ours_folded' in measured['ratios'] else {}
+        variants = {'ours': STEPS['ours'], **folded, **STEPS}
+        rows.append([(label, measured['ratios'][name]['timm']) for name, label in variants.items()])
+    figure, panels = _column(titles, [[label for label, _ in r] for r in rows])
+    for axes, of_pair in zip(panels, rows, strict=True):
+        for y, (_, ratio) in enumerate(of_pair):
+            axes.plot([0, ratio['ratio']], [y, y], color=LINE, linewidth=6, solid_capstyle='butt')
+            axes.plot([ratio['low'], ratio['high']], [y, y], color=DOT, linewidth=2)
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.set_xlim(0, 1.15)
+    panels[-1].set_xlabel("time of a step, that of timm's own distillation = 1", color=INK, fontsize=9)
+    _write(figure, path)
+
+
+def _column(titles: list[str], labels: list[list[str]]) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(4.4, 0.62 * len(titles) + 0.4 * sum(map(len, labels)) + 0.4), layout='constrained')
+    heights = [len(of_panel) + 0.7 for of_panel in labels]
+    panels = figure.subplots(len(titles), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for axes, title, of_panel in zip(panels, titles, labels, strict=True):
+        axes.set_title(fill(title, 52), fontsize=9, color=INK, loc='left', fontweight='bold')
+        for y, label in enumerate(of_panel):
+            axes.text(0, y - 0.28, label, transform=axes.get_yaxis_transform(), color=INK, fontsize=9, va='bottom')
+        axes.set_ylim(len(of_panel) - 0.6, -1)
+        axes.set_yticks([])
         axes.tick_params(colors=INK, labelsize=8)
         for side in axes.spines.values():
             side.set_visible(False)
-    panels[-1, 0].set_xlabel('points of top-1 over the student alone', color=INK, fontsize=9)
+    return figure, list(panels)
+
+
+def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix('.tmp')
     with matplotlib.rc_context({'svg.hashsalt': 'timm_pe', 'svg.fonttype': 'none'}):
@@ -77,3 +126,15 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
         partial.unlink()  # a changed file would have `mkdocs serve` build again, and again
     else:
         os.replace(partial, path)
+
+
+def fold_tables(markdown: str) -> str:
+    """The chart of a step's cost first, then each wide table folded under its heading."""
+    chart = '![Time of a step beside that of timm\'s own distillation, by pair](../../figures/step_time.svg){ .column }\n\n'
+    head, *sections = re.split(r'(?=^## )', markdown, flags=re.MULTILINE)
+    folded = [re.sub(r'(?:^\|.*\n)+', _fold, section, flags=re.MULTILINE) for section in sections]
+    return head + chart + ''.join(folded)
+
+
+def _fold(table: re.Match[str]) -> str:
+    return '??? note "Table"\n\n' + ''.join(f'    {line}\n' for line in table[0].splitlines()) + '\n'

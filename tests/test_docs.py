@@ -309,7 +309,7 @@ def test_the_page_of_recipes_shows_each_file(hooks):
 
 
 def test_the_chart_of_the_results_page_shows_every_method_that_is_compared_with_the_student_alone(hooks, tmp_path):
-    results = json.loads(hooks.RESULTS.read_text())
+    results = json.loads((hooks.RESULTS / 'accuracy.json').read_text())
     path = tmp_path / 'figures' / 'accuracy.svg'
     hooks.draw_accuracy(results, path)
     drawn = path.read_bytes()
@@ -321,3 +321,19 @@ def test_the_chart_of_the_results_page_shows_every_method_that_is_compared_with_
     hooks.draw_accuracy(results, path)
     assert path.stat().st_mtime == 0  # the same numbers give the same file, which is left alone
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_chart_of_a_steps_cost_has_each_pair_and_comes_before_the_folded_tables(hooks, tmp_path):
+    results = json.loads((hooks.RESULTS / 'step_time.json').read_text())
+    hooks.draw_step_time(results, tmp_path / 'step_time.svg')
+    drawn = (tmp_path / 'step_time.svg').read_text()
+    for pair in results['steps']:
+        assert pair.split(':')[0] in drawn
+    page = SimpleNamespace(file=SimpleNamespace(src_uri='benchmarks/results/step_time.md'))
+    given = (hooks.RESULTS / 'step_time.md').read_text()
+    shown = hooks.on_page_markdown(given, page)
+    assert shown.index('step_time.svg') < shown.index('## ')
+    tables = re.findall(r'^\|.*', given, re.MULTILINE)
+    assert len(tables) > 20
+    assert not re.search(r'^\|', shown, re.MULTILINE)  # none stands open
+    assert all(f'    {line}\n' in shown for line in tables)

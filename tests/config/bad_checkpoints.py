@@ -168,7 +168,7 @@ def _zip_of_a_text() -> bytes:
     return file.getvalue()
 
 
-NO_TORCH = 'is no file of torch.save'
+NO_TORCH = 'is not a PyTorch checkpoint'
 LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 46830571\n'
 # name -> bytes of the .pth.tar, and what the error says
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {

@@ -89,7 +89,7 @@ _FLAGS = [
     ('--epochs 99999999999999999999', '--epochs must be'),
     ('--batch-size 0', '--batch-size must be 1 or more'),
     ('--batch-size -8', '--batch-size must be 1 or more'),
-    ('--batch-size 9999999', 'make no batch of 9999999'),
+    ('--batch-size 9999999', 'are fewer than one batch of 9999999'),
     ('-vb 0', '--validation-batch-size must be 1 or more'),
     ('--lr nan', '--lr must be a finite number'),
     ('--lr inf', '--lr must be'),

@@ -105,7 +105,7 @@ def bad_checkpoint(kind, model, tmp_path):
         return path, r'holds code \(posix.mkdir\)'
     if kind == 'bare pickle':
         path.write_bytes(pickle.dumps(Evil(str(tmp_path / 'owned'))))
-        return path, 'is no file of torch.save'
+        return path, 'is not a PyTorch checkpoint'
     if kind == 'other architecture':
         torch.save(timm.create_model('test_resnet').state_dict(), path)
         return path, 'does not fit VisionTransformer: .* missing keys .* unexpected keys'
@@ -119,7 +119,7 @@ def bad_checkpoint(kind, model, tmp_path):
         return path, 'is empty'
     if kind == 'text file':
         path.write_text('hello')
-        return path, 'is no file of torch.save'
+        return path, 'is not a PyTorch checkpoint'
     if kind == 'truncated':
         torch.save(model.state_dict(), path)
         path.write_bytes(path.read_bytes()[:1000])

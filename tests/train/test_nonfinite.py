@@ -50,7 +50,7 @@ def test_a_run_stops_at_a_loss_that_is_not_finite_and_saves_nothing_of_it(comman
     poison(13)
     error = refused(command, capsys, code=1)
     assert 'not finite at batch 4 of the epoch' in error
-    assert 'checkpoints written before are good' in error
+    assert 'earlier checkpoints are intact' in error
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0']
     student = safetensors.torch.load_file(tmp_path / 'run' / 'student.safetensors')
     assert all(torch.isfinite(v).all() for v in student.values() if v.is_floating_point())

@@ -679,7 +679,7 @@ def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, caps
         (['--pe-projector', 'identity', '--pe-projectors', '1'], 'the student has 96 and the teacher 64'),
         (['--data-dir', '/no/such/folder'], "no data folder '/no/such/folder'"),
         (['--train-crop-mode', 'rkrc', '--aa', 'nonsense'], 'training augmentation: '),
-        (['-b', '64'], 'make no batch of 64'),
+        (['-b', '64'], 'are fewer than one batch of 64'),
         (['--resume', '/no/last.pth.tar'], "--resume: no file '/no/last.pth.tar'"),
         (['--model-kwargs', 'depht=3'], 'depht'),
         (['--opt-kwargs', 'nosuch=3'], "cannot make optimizer 'sgd'"),

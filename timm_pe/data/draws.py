@@ -119,7 +119,7 @@ class DrawBatchSampler(Sampler[Batch]):
             self.sampler.generator = torch.Generator()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Say which epoch the next iteration is, and its first batch; without a word it is the one after the last."""
+        """Set the epoch of the next iteration, and its first batch; if it is not set, it is the one after the last."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:

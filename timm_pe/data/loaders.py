@@ -205,7 +205,7 @@ def _create_train_loader(
         loader = seed_loader(loader, config, runtime)
         if not len(loader):
             raise UsageError(
-                f'{len(images)} training images on {runtime.world_size} rank(s) make no batch of {config.batch_size} (an '
+                f'{len(images)} training images on {runtime.world_size} rank(s) are fewer than one batch of {config.batch_size} (an '
                 f'incomplete one is dropped): lower --batch-size'
             )
     return loader, mixup

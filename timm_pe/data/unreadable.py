@@ -187,5 +187,5 @@ def describe_unreadable(dataset: Any, images: int, distributed: bool) -> tuple[i
         return 0, ''
     return (
         number,
-        f"{number} of {images} images could not be read, the first is '{first}': others were taken in their place.",
+        f"{number} of {images} images could not be read and were replaced by other images, the first is '{first}'.",
     )

@@ -157,7 +157,7 @@ def _check_file(file: Path, what: str) -> None:
     if not start.startswith(_ZIP):
         if _OLD_MAGIC not in start:
             raise UsageError(
-                f"{what}: '{file}' is no file of torch.save, it starts with {start[:16]!r} (a safetensors file must be "
+                f"{what}: '{file}' is not a PyTorch checkpoint, it starts with {start[:16]!r} (a safetensors file must be "
                 f'called .safetensors)'
             )
         return

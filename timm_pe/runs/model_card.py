@@ -78,7 +78,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         **_beside_the_student_alone(run),
         'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
     }
-    taught = ', taught by another network' if run.teacher else ''
+    taught = ', distilled from another network' if run.teacher else ''
     card = {
         'license': license,
         # timm writes this line as it is, and knows no field for what follows it

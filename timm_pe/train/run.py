@@ -73,7 +73,7 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
     except NonFiniteLoss as e:
         leave_ranks()
         exit_with_error(
-            f'{e}: the run stops, checkpoints written before are good; a lower --lr, --clip-grad 1 or no --amp may '
+            f'{e}: the run stops, earlier checkpoints are intact; a lower --lr, --clip-grad 1 or no --amp may '
             f'help, --nonfinite skip leaves such updates out',
             1,
             prog,

@@ -194,7 +194,7 @@ class Trackers:
     A tracker that fails while the run goes on is named once and left out. Used as a context it closes them all.
 
     Args:
-        trackers: They.
+        trackers: The trackers to write to.
         show_samples: Whether to keep a picture of the first batch; a resumed run has it already.
     """
 
