@@ -50,7 +50,7 @@ soak: $(VENV)/.test
 
 # needs Debian's chromium (apt-get install chromium), so it is not part of `make test`
 test-report: $(VENV)/.browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 # the site, into site/; a warning is an error
 docs: $(VENV)/.docs

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
-# readable on a light and on a dark page
-INK, LINE, DOT = '#7a7a7a', '#3b82c4', '#e07b1a'
+# a chart brings its ink for a dark page along: no one grey has enough contrast to both
+INK, DARK_INK, LINE, DOT = '#565d6b', '#b3bac7', '#3b82c4', '#e07b1a'
+DARK = '<style>@media (prefers-color-scheme: dark) {{ text, tspan {{ fill: {ink} !important }} [style*="stroke: {was}"] {{ stroke: {ink} !important }} }}</style>'
 
 
 def on_config(config: Any) -> Any:
@@ -28,7 +29,7 @@ def on_config(config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Show the YAML files themselves below the table of recipes, and fold the tables of a step's cost."""
     if page.file.src_uri == 'benchmarks/results/step_time.md':
-        return fold_tables(markdown)
+        return fold_tables((RESULTS / 'step_time.md').read_text())  # what the page includes
     if page.file.src_uri != 'recipes.md':
         return markdown
     recipes = sorted((ROOT / 'hparams').glob('*.yaml'))
@@ -122,6 +123,8 @@ def _write(figure: Figure, path: Path) -> None:
     partial = path.with_suffix('.tmp')
     with matplotlib.rc_context({'svg.hashsalt': 'timm_pe', 'svg.fonttype': 'none'}):
         figure.savefig(partial, format='svg', transparent=True, metadata={'Date': None})
+    text = partial.read_text()
+    partial.write_text(text.replace('<defs>', DARK.format(ink=DARK_INK, was=INK) + '<defs>', 1))
     if path.exists() and path.read_bytes() == partial.read_bytes():
         partial.unlink()  # a changed file would have `mkdocs serve` build again, and again
     else:
@@ -130,7 +133,9 @@ def _write(figure: Figure, path: Path) -> None:
 
 def fold_tables(markdown: str) -> str:
     """The chart of a step's cost first, then each wide table folded under its heading."""
-    chart = '![Time of a step beside that of timm\'s own distillation, by pair](../../figures/step_time.svg){ .column }\n\n'
+    chart = (
+        "![Time of a step beside that of timm's own distillation, by pair](../../figures/step_time.svg){ .column }\n\n"
+    )
     head, *sections = re.split(r'(?=^## )', markdown, flags=re.MULTILINE)
     folded = [re.sub(r'(?:^\|.*\n)+', _fold, section, flags=re.MULTILINE) for section in sections]
     return head + chart + ''.join(folded)

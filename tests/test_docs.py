@@ -331,7 +331,7 @@ def test_the_chart_of_a_steps_cost_has_each_pair_and_comes_before_the_folded_tab
         assert pair.split(':')[0] in drawn
     page = SimpleNamespace(file=SimpleNamespace(src_uri='benchmarks/results/step_time.md'))
     given = (hooks.RESULTS / 'step_time.md').read_text()
-    shown = hooks.on_page_markdown(given, page)
+    shown = hooks.on_page_markdown('--8<-- "benchmarks/results/step_time.md"', page)
     assert shown.index('step_time.svg') < shown.index('## ')
     tables = re.findall(r'^\|.*', given, re.MULTILINE)
     assert len(tables) > 20

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from report_runs import HOSTILE, make_family
 
+import train_distill
 from timm_pe.report import write_report
 
 if TYPE_CHECKING:
@@ -36,6 +39,15 @@ def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('report')
     write_report(make_family(folder / 'runs', seeds=3, class_names=(HOSTILE, 'bee', 'cat')), folder / 'report.html')
     return folder / 'report.html'
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory) -> Path:
+    """The documents as `make docs` builds them."""
+    folder = tmp_path_factory.mktemp('site')
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', str(folder)]
+    subprocess.run(command, cwd=Path(train_distill.__file__).parent, check=True)
+    return folder
 
 
 class Visit:

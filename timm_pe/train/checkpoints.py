@@ -337,7 +337,9 @@ def resume(
                 loss_scaler=None if config.no_resume_opt else runtime.scaler,
             )
     except UsageError as e:
-        raise UsageError(f"--resume '{path}': {e}") from e
+        raise UsageError(
+            f"--resume '{path}': {e}; for a new run on the student's weights alone give --initial-checkpoint in place of --resume"
+        ) from e
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
     if epoch is not None and not _is_of_whole_epoch(checkpoint, path):
