@@ -473,6 +473,8 @@ def test_mean_curves_are_the_mean_over_seeds_with_their_range():
     band = axes.collections[0].get_paths()[0].vertices
     assert {(x, y) for x, y in band.tolist()} >= {(0, 1), (0, 3), (1, 2), (1, 5), (2, 4), (2, 8)}
     assert axes.get_yscale() == 'linear'
+    top1 = plots.mean_curves([[[{'epoch': 0, 'eval_top1': 1}, {'epoch': 1, 'eval_top1': 99}]]], 'eval_top1')
+    assert top1.axes[0].get_yscale() == 'linear'
     wide = plots.mean_curves([[[{'epoch': 0, 'x': 1}, {'epoch': 1, 'x': 100}]]], 'x')
     assert wide.axes[0].get_yscale() == 'log'
 

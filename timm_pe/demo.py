@@ -158,7 +158,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for kind in ('student', 'student_pe')
     ]
     figure = plots.mean_curves(groups, 'eval_top1', [plots.ALONE, plots.TAUGHT])
-    figure.set_size_inches(7, 4.2)
+    figure.set_size_inches(6, 3.8)
     axes, seeds = figure.axes[0], len(groups[0])
     axes.axhline(runs['teacher'][0]['top1'], color=plots.COLORS[plots.TEACHER], linestyle='--', linewidth=1)
     axes.set(ylabel='validation top-1, %')

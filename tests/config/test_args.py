@@ -9,13 +9,13 @@ from torch.utils.data import IterableDataset
 
 from timm_pe.config import cli, rules
 from timm_pe.config.declare import declared_in
-from timm_pe.config.derive import learning_rate, loader_workers
+from timm_pe.config.derive import learning_rate, loader_workers, pins_memory
 from timm_pe.config.run_config import RunConfig, create_parser, parse_config
 
 FACTS = json.loads((Path(__file__).parents[1] / 'fixtures' / 'timm_train_flags.json').read_text())
 ACTIONS = {s: a for a in create_parser()._actions for s in (a.option_strings or [a.dest])}
 DATA = ['--dataset', 'sklearn/digits']
-OURS = {'--workers': None}  # that of loader_workers
+OURS = {'--workers': None, '--pin-mem': True}  # see loader_workers and pins_memory
 TYPES = {'str': str, 'int': int, 'float': float}
 
 
@@ -280,3 +280,21 @@ def test_what_a_flag_is_idle_without_are_flags():
     conditions = {c for d in declared.values() for c in d.idle_without}
     assert conditions
     assert {c.partition('=')[0] for c in conditions} <= set(declared)
+
+
+@pytest.mark.parametrize('mode', ['reduce-overhead', 'max-autotune'])
+def test_cuda_graphs_are_refused_beside_accumulated_gradients(mode, capsys):
+    argv = [*DATA, '--torchcompile', 'eager', '--torchcompile-mode', mode, '--grad-accum-steps', '2']
+    assert 'use max-autotune-no-cudagraphs' in refused(argv, capsys)
+    for allowed in (
+        ['--grad-accum-steps', '1'],
+        ['--device', 'cpu'],
+        ['--torchcompile-mode', 'max-autotune-no-cudagraphs'],
+    ):
+        parse_config([*argv, *allowed])
+
+
+def test_memory_is_pinned_with_cuda_alone_unless_switched_off():
+    assert pins_memory(parse_config(DATA), 'cuda')
+    assert not pins_memory(parse_config(DATA), 'cpu')
+    assert not pins_memory(parse_config([*DATA, '--no-pin-mem']), 'cuda')

@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 
@@ -5,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn as nn
 from timm.task import DistillationTeacher
 
 from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
@@ -419,3 +421,58 @@ def test_a_mean_of_other_channels_than_the_teachers_own_is_refused():
         create_teacher(timm.create_model('test_resnet'), mean=(0.5, 0.5))
     with pytest.raises(UsageError, match='the std of the teacher has 2 values'):
         create_teacher(timm.create_model('test_resnet'), std=(0.5, 0.5))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet'])
+def test_under_autocast_weights_are_cast_once_and_nothing_else_changes(name):
+    model = (
+        timm.create_model(name, num_classes=5, img_size=64) if 'vit' in name else timm.create_model(name, num_classes=5)
+    )
+    plain, once = (create_teacher(copy.deepcopy(model), autocast_dtype=dtype) for dtype in (None, torch.bfloat16))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = plain(x)
+    layers = [m for m in once.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    assert layers
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    for found in (once(x), torch.autocast('cpu', torch.bfloat16)(once)(x)):  # inside of an autocast region and outside
+        assert torch.equal(found.feature, expected.feature)
+        assert torch.equal(found.logits, expected.logits)
+    assert once.size_for(torch.randn(1, 3, 96, 96)) == plain.size_for(torch.randn(1, 3, 96, 96))
+
+
+class ReadsAWeight(nn.Module):
+    """A network that uses the weight of a layer outside of the layer, in full precision."""
+
+    num_classes = 5
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3)).float() * self.conv.weight.float().pow(2).sum((1, 2, 3)).sqrt()
+        return self.fc(x)
+
+
+def test_a_network_that_reads_a_weight_outside_of_its_layer_keeps_them_all():
+    teacher = create_teacher(ReadsAWeight(), tap='fc', autocast_dtype=torch.bfloat16)
+    assert {p.dtype for p in teacher.model.parameters()} == {torch.float32}
+    assert teacher(torch.randn(2, 3, 32, 32)).feature.shape == (2, 8)
+
+
+def test_validating_a_compiled_teacher_leaves_its_training_graph_alone():
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    teacher = create_teacher(timm.create_model('test_resnet', num_classes=5)).compile(backend=record)
+    x = torch.randn(4, 3, 64, 64)
+    teacher(x)
+    made = len(graphs)
+    teacher.forward_logits(torch.randn(3, 3, 64, 64))
+    teacher.forward_logits(x)
+    teacher(x)
+    assert len(graphs) == made > 0

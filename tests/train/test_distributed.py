@@ -123,6 +123,15 @@ def test_repeated_augmentation_works_over_ranks(small_run, tmp_path):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
+def test_a_rank_without_a_cuda_device_stops_in_place_of_training_on_the_cpu(small_run, tmp_path):
+    argv = [word for word in small_run if word not in ('--device', 'cpu')]
+    out = launch([*argv, *PAIR], tmp_path)
+    assert out.returncode != 0
+    assert "no CUDA device for this rank, 'cuda' needs one on each: --device cpu needs none" in out.stderr
+    assert not (tmp_path / 'run').exists()
+
+
 def test_synchronized_batch_norm_on_the_cpu_is_refused(small_run, tmp_path):
     out = launch([*small_run, *PAIR, '--sync-bn'], tmp_path)
     assert out.returncode != 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .flags import AugmentationFlags, LossFlags, ModelFlags
+from .flags import AugmentationFlags, LoaderFlags, LossFlags, ModelFlags
 from .rules import loss_type as loss_type
 from .run_config import RunConfig
 
@@ -54,6 +54,11 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype called `name`."""
     dtype: torch.dtype | None = getattr(torch, name) if name else None
     return dtype
+
+
+def pins_memory(flags: LoaderFlags, device_type: str) -> bool:
+    """Whether loaders pin host memory: with CUDA alone, unless switched off."""
+    return flags.pin_mem and device_type == 'cuda'
 
 
 def loader_workers(config: RunConfig, dataset: Dataset[Any]) -> tuple[int, str]:

@@ -131,7 +131,7 @@ class LoaderFlags:
 
     worker_seeding: str = flag('all', 'seeding of loader workers, for data without an index', allowed=('all', 'part'))
     workers: int | None = flag(None, 'loader processes on each rank', unset="this rank's share of the cores, from 1 to 4; for streams and NaFlex, whose draws depend on the number, 4", metavar='N', also=('-j',), at_least=0, at_most=MAX_WORKERS)
-    pin_mem: bool = switch('pin host memory for faster copies')
+    pin_mem: bool = switch('with CUDA: pin host memory, so that copies run beside the computation', default=True, off='--no-pin-mem')
     no_prefetcher: bool = switch('plain DataLoader, no prefetching to the device')
     use_multi_epochs_loader: bool = switch('keep the iterator of the training loader between epochs')
     persistent_workers: bool = switch('keep loader processes between epochs', default=True, off='--no-persistent-workers')

@@ -183,6 +183,12 @@ def _check_compile(config: 'RunConfig', refuse: Refuse) -> None:
     if config.torchcompile_mode not in modes:
         known = ', '.join(filter(None, modes))
         refuse(f'--torchcompile-mode must be one of {known}, got {config.torchcompile_mode!r}')
+    graphs = ('reduce-overhead', 'max-autotune')
+    if config.torchcompile_mode in graphs and config.grad_accum_steps > 1 and config.device.startswith('cuda'):
+        refuse(
+            f'--torchcompile-mode {config.torchcompile_mode} keeps gradients in the memory of CUDA graphs, which the next of '
+            f'--grad-accum-steps {config.grad_accum_steps} overwrites: use max-autotune-no-cudagraphs'
+        )
     if config.torchscript and config.torchcompile:
         refuse('--torchscript does not go with --torchcompile')
     if config.torchcompile:

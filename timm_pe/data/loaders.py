@@ -18,7 +18,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
-from ..config.derive import given_classes, label_smoothing, loader_workers, mixing_active, torch_dtype
+from ..config.derive import given_classes, label_smoothing, loader_workers, mixing_active, pins_memory, torch_dtype
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..process.runtime import Runtime
@@ -280,7 +280,7 @@ def _create_naflex_data(
         'rank': runtime.rank,
         'world_size': runtime.world_size,
         'seed': config.seed,
-        'pin_memory': config.pin_mem,
+        'pin_memory': pins_memory(config, runtime.device.type),
         'img_dtype': torch_dtype(config.model_dtype) or torch.float32,
         'device': runtime.device,
         'use_prefetcher': not config.no_prefetcher,
@@ -367,7 +367,7 @@ def _common_loader_args(
         'std': data_config['std'],
         'num_workers': loader_workers(config, dataset)[0],
         'distributed': runtime.distributed,
-        'pin_memory': config.pin_mem,
+        'pin_memory': pins_memory(config, runtime.device.type),
         'device': runtime.device,
         'img_dtype': torch_dtype(config.model_dtype) or torch.float32,
         'use_prefetcher': not config.no_prefetcher,

@@ -61,6 +61,8 @@ class Teacher(nn.Module):
         fold: Fold batch norms into the layers before them (see `fold_batch_norm`), in float32 before any cast to `dtype`.
             Where that is not exact to rounding, the network stays as it is.
         fingerprint: See the attribute.
+        autocast_dtype: Compute under autocast in this dtype, with convolutions and linear layers cast once, not in every
+            step. Only without a `dtype`.
 
     Attributes:
         model: The network.
@@ -95,6 +97,7 @@ class Teacher(nn.Module):
         needs_logits: bool = True,
         fold: bool = False,
         fingerprint: Mapping[str, str] | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.fingerprint = dict(fingerprint or {})
@@ -131,6 +134,38 @@ class Teacher(nn.Module):
         self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
         self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
         self.eval()
+        # a low dtype of its own needs no autocast, and a wrapper may keep weights of its own
+        self.autocast_dtype = autocast_dtype if dtype is None and model is network else None
+        if self.autocast_dtype is not None:
+            self._cast_for_autocast(self.autocast_dtype)
+
+    @torch.no_grad()
+    def _cast_for_autocast(self, dtype: torch.dtype) -> None:
+        """Cast once what autocast would cast in every step, as it remembers only weights that require a gradient.
+
+        A network that reads a weight outside of its layer would compute with another one: it keeps all its weights.
+        """
+        height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
+        device = next(self.model.parameters()).device
+        if self._try_size((height, width), device):
+            return
+        x = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0)).to(device)
+        layers = [m for m in self.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+        kept = [(p, p.data) for layer in layers for p in layer.parameters(recurse=False)]
+        with torch.autocast(device.type, dtype=dtype):
+            before = self._logits_and_feature(x)
+            for parameter, value in kept:
+                parameter.data = value.to(dtype)
+            try:
+                equal = all(map(torch.equal, before, self._logits_and_feature(x)))
+            except RuntimeError:
+                equal = False
+        if not equal:
+            for parameter, value in kept:
+                parameter.data = value
+
+    def _logits_and_feature(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model(x), self.tap.pop()
 
     def set_input_norm(
         self,
@@ -219,7 +254,7 @@ class Teacher(nn.Module):
         """Why the network can't take images of `size`, None where it can."""
         x = torch.zeros(1, len(self.mean), *size, device=device, dtype=self.input_dtype)
         try:
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            with torch.no_grad(), self._autocast(device):
                 unwrap_model(self.model)(x)
                 self.tap.pop()
         except UsageError:  # of the tap, whatever the size
@@ -246,12 +281,17 @@ class Teacher(nn.Module):
         """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
-            logits = self.model(x)
+            # a compiled network would meet other shapes here, and its graphs would become dynamic for training too
+            logits = unwrap_model(self.model)(x)
         self.tap.pop()
         return logits
 
     def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast(device.type, enabled=False)
+        return nullcontext() if self.dtype is None and self.autocast_dtype is None else self._autocast(device)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        dtype = self.autocast_dtype
+        return torch.autocast(device.type, enabled=dtype is not None, dtype=dtype)
 
     def _run_to_pre_logits(self, x: torch.Tensor) -> torch.Tensor:
         network = unwrap_model(self.model)

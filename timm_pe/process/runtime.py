@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, random_seed, set_jit_fuser
+from timm.utils import NativeScaler, random_seed, set_jit_fuser, world_info_from_env
 from timm.utils.distributed import init_distributed_device_so
 
 from ..config.derive import torch_dtype
@@ -55,7 +55,7 @@ class Runtime:
 def setup_runtime(config: RunConfig) -> Runtime:
     """Choose the device, join the other ranks, seed, and set the precision.
 
-    `--device cuda` where there is none falls back to the CPU and says so.
+    Without CUDA, `--device cuda` falls back to the CPU and says so; one of several ranks stops.
 
     Raises:
         UsageError: A device that does not exist, or a precision that does not work.
@@ -69,6 +69,10 @@ def setup_runtime(config: RunConfig) -> Runtime:
         set_jit_fuser(config.fuser)
     name = config.device
     if name.startswith('cuda') and not torch.cuda.is_available():
+        if world_info_from_env()[2] > 1:  # the other ranks may have one: they would wait for this one for hours
+            raise UsageError(
+                f"--device: no CUDA device for this rank, '{name}' needs one on each: --device cpu needs none"
+            )
         _logger.warning(f"No CUDA device here: '--device {name}' falls back to the CPU.")
         name = 'cpu'
     try:

@@ -222,7 +222,7 @@ def mean_curves(
     """A column of summary.csv by epoch: a line a group of runs, their mean, in a band from the lowest to the highest.
 
     No title and no legend: the page around it has both, as text that keeps its size on a phone. A column of positive
-    numbers that spans more than a factor of 20 is drawn on a logarithmic axis.
+    numbers that spans more than a factor of 20, and is no percentage, is drawn on a logarithmic axis.
 
     Args:
         groups: For each group the rows of each of its runs, as in `learning_curves`.
@@ -242,7 +242,8 @@ def mean_curves(
         if len(curves) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=_color(i), alpha=0.18, linewidth=0)
         drawn += values.ravel().tolist()
-    if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+    percent = column.startswith('eval_') and 'loss' not in column
+    if drawn and not percent and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         axes.set_yscale('log')
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(drawn) < 200 * min(drawn) else (1,)))
         axes.yaxis.set_major_formatter('{x:g}')

@@ -16,7 +16,7 @@ from timm.utils import setup_default_logging, world_info_from_env
 from tqdm import tqdm
 
 from ..config.declare import default_of
-from ..config.derive import given_classes, label_smoothing, loader_workers
+from ..config.derive import given_classes, label_smoothing, loader_workers, pins_memory
 from ..config.rules import without_effect
 from ..config.run_config import RunConfig
 from ..data.datasets import count_classes, describe_data
@@ -213,7 +213,8 @@ def _run_rows(
     rows.append(('weight average', average))
     rows.append(('seed', str(config.seed)))
     rows += describe_data(data.train.dataset, data.eval.dataset)
-    rows.append(('loader workers', '{} ({})'.format(*loader_workers(config, data.train.dataset))))
+    pinned = ', pinned memory' if pins_memory(config, runtime.device.type) else ''
+    rows.append(('loader workers', '{} ({}){}'.format(*loader_workers(config, data.train.dataset), pinned)))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
     python = platform.python_version()
     rows.append(

@@ -55,7 +55,6 @@ def _on_device(value: Any, device: torch.device, dtype: torch.dtype | None = Non
     return value.to(device=device, dtype=dtype) if isinstance(value, torch.Tensor) else value
 
 
-@torch.inference_mode()
 def evaluate(
     model: Callable[[torch.Tensor], torch.Tensor],
     loader: Any,
@@ -78,9 +77,11 @@ def evaluate(
         UsageError: Labels that the model has no class for.
     """
     evaluator = create_evaluator(config, runtime, loader)
+    # CUDA graphs of a compiled model that has run under inference mode fail in training (pytorch#135892)
+    without_gradients = torch.no_grad if config.torchcompile else torch.inference_mode
     for i, (input, target) in enumerate(loader):
         input, target = batch_to_device(config, runtime, input, target)
-        with runtime.autocast():
+        with without_gradients(), runtime.autocast():
             output = model(input)
         if isinstance(output, (tuple, list)):
             output = output[0]

@@ -71,6 +71,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         tap=config.teacher_tap,
         device=runtime.device,
         dtype=torch_dtype(config.teacher_dtype),
+        autocast_dtype=torch_dtype(config.amp_dtype) if config.amp and not config.teacher_dtype else None,
         # a CPU runs convolutions up to a third faster so, and the rest no slower (benchmarks/step_time.py)
         channels_last=config.channels_last or runtime.device.type == 'cpu',
         fold=config.teacher_fold,
