@@ -1,0 +1,246 @@
+"""What a CUDA device would stumble over, seen without one: training on fake tensors that say they are on it.
+
+A fake tensor knows shape, dtype and device and has no numbers. To ask it for one, as `.item()` or an `if` do, raises: on a
+device the host would wait there. So does an operation of tensors on two devices. A forward pass runs on `cuda`, with its
+autocast; a backward pass would ask the driver for the device, so whole epochs run on `meta`.
+"""
+
+import dataclasses
+import shutil
+from collections import OrderedDict
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from helpers import run
+from timm.utils import unwrap_model
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from timm_pe import ProjectorEnsembleTask, create_teacher
+from timm_pe.train import trainer as trainers
+from timm_pe.train.meters import LossMeter
+from timm_pe.train.nonfinite import UpdateGuard
+from timm_pe.train.trainer import Trainer
+
+PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--teacher-num-classes', '3']
+CUDA, META = torch.device('cuda'), torch.device('meta')
+FLAGS = [
+    '',
+    '--pe-projector mlp --pe-loss logsum --distill-loss-weight 1',
+    '--pe-projector linear_bn --pe-teacher-norm batch',
+    '--pe-projector orthogonal --pe-teacher-norm layer',
+    '--pe-loss mse --distill-loss-weight 1 --pe-act relu --pe-projectors 1',
+    '--pe-target logits --kd-loss-weight 0.5',
+    '--kd-loss-weight 0.5 --grad-accum-steps 2 --nonfinite skip',
+    '--model-ema --model-ema-decay 0.9 --channels-last --opt adamw --clip-grad 1',
+    '--opt lookahead_adamw --clip-grad 0.05 --clip-mode agc',
+    '--opt lamb --clip-grad 0.1 --clip-mode value --sched-on-updates --drop 0.2',
+    '--loss bce --smoothing 0.1',
+]
+
+
+@pytest.fixture(autouse=True)
+def autocasts(monkeypatch) -> None:
+    """Autocast for `cuda` as if there were one, and none for `meta`, which knows of no autocast."""
+    real = torch.autocast
+    monkeypatch.setattr('torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args: True)
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == 'meta' else real(device_type, *args, **kwargs)
+
+    monkeypatch.setattr(torch, 'autocast', autocast)
+
+
+def make_trainer(argv: list[str], monkeypatch) -> Trainer:
+    """The trainer of a run, as it is before the first epoch."""
+    made: list[Trainer] = []
+    monkeypatch.setattr(Trainer, 'fit', lambda self: made.append(self))
+    run(argv)
+    assert made[0].task is not None
+    teacher = getattr(made[0].task, 'teacher', None)
+    if teacher is not None:  # what it finds out once, on a batch of the run, needs numbers
+        with torch.no_grad():
+            teacher(torch.randn(8, 3, 32, 32))
+    return made[0]
+
+
+def put_on(device: torch.device, trainer: Trainer) -> None:
+    """Put all that a step touches on a device; in a fake mode."""
+    task: Any = trainer.task
+    moved: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in moved:
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            parameter = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if parameter else twin
+        return moved[id(tensor)]
+
+    roots = [task, unwrap_model(task.get_trainable_module()), task.get_trainable_module(ema=True)]
+    for module in {m for root in roots if root is not None for m in root.modules()}:
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(t) for name, t in tensors.items() if t is not None})
+    for group in trainer.optimizer.param_groups:
+        group['params'] = [fake(p) for p in group['params']]
+    if trainer.guard is not None:
+        trainer.guard = UpdateGuard(task.get_trainable_module(), scales=False)
+    trainer.runtime = dataclasses.replace(trainer.runtime, device=device)
+    trainer.frees_late = False
+
+
+def fake_epoch(trainer: Trainer, monkeypatch, soft: bool = False) -> None:
+    """An epoch of the real loop on batches of the device; reading the meter, where a run does wait, is left out."""
+    batches = len(trainer.data.train)
+
+    def epoch_batches(loader: Any, number: int, start: int) -> Any:
+        for i in range(batches):
+            target = torch.rand(8, 3, device=META) if soft else torch.randint(3, (8,), device=META)
+            yield i, (torch.randn(8, 3, 32, 32, device=META), target)
+
+    monkeypatch.setattr(trainers, 'epoch_batches', epoch_batches)
+    monkeypatch.setattr(LossMeter, 'read', lambda self: OrderedDict(loss=1.0))
+    monkeypatch.setattr(UpdateGuard, 'say', lambda self, why: None)
+    trainer.train_epoch(0)
+
+
+@pytest.mark.parametrize('flags', FLAGS)
+def test_an_epoch_never_waits_for_the_device_and_never_leaves_it(flags, small_run, monkeypatch):
+    trainer = make_trainer([*small_run, *PAIR, '--epochs', '1', *flags.split()], monkeypatch)
+    with FakeTensorMode():
+        put_on(META, trainer)
+        fake_epoch(trainer, monkeypatch)
+
+
+def test_soft_labels_do_not_wait_either(small_run, monkeypatch):
+    trainer = make_trainer([*small_run, *PAIR, '--epochs', '1', '--mixup', '0.2'], monkeypatch)
+    with FakeTensorMode():
+        put_on(META, trainer)
+        fake_epoch(trainer, monkeypatch, soft=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['float16', 'bfloat16'])
+@pytest.mark.parametrize('flags', FLAGS)
+def test_under_cudas_autocast_a_forward_stays_on_the_device_and_its_losses_are_float32(
+    flags, dtype, small_run, monkeypatch
+):
+    trainer = make_trainer([*small_run, *PAIR, '--epochs', '1', *flags.split()], monkeypatch)
+    with FakeTensorMode():
+        put_on(CUDA, trainer)
+        with torch.autocast('cuda', dtype):
+            result = trainer.task(torch.randn(8, 3, 32, 32, device=CUDA), torch.randint(3, (8,), device=CUDA))
+    assert result['output'].dtype == dtype  # autocast was on
+    terms = {value for name, value in result.items() if name != 'output'}
+    assert {(t.dtype, t.device.type) for t in terms} == {(torch.float32, 'cuda')}
+
+
+class Waits(nn.Module):
+    """A feature loss that asks for a number."""
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        loss = (projected - teacher).square().mean()
+        return loss * loss.item()
+
+
+class Leaves(nn.Module):
+    """A feature loss with a tensor of the host."""
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return ((projected - teacher).square().mean(0) * torch.ones(projected.shape[1], device='cpu')).mean()
+
+
+@pytest.mark.parametrize(('loss', 'error'), [(Waits(), DataDependentOutputException), (Leaves(), RuntimeError)])
+def test_a_step_that_waits_or_leaves_the_device_is_found(loss, error, small_run, monkeypatch):
+    trainer = make_trainer([*small_run, *PAIR, '--epochs', '1'], monkeypatch)
+    trainer.task.feature_loss = loss
+    with FakeTensorMode(), pytest.raises(error):
+        put_on(META, trainer)
+        fake_epoch(trainer, monkeypatch)
+
+
+class CastsOf(TorchDispatchMode):
+    """Counts how often one of some tensors is cast."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        super().__init__()
+        self.watched, self.casts = {id(t) for t in tensors}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and id(args[0]) in self.watched:
+            self.casts += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('teacher', ['test_resnet', 'test_vit', 'test_efficientnet'])
+def test_under_amp_the_teachers_weights_are_not_cast_again_and_losses_are_float32(teacher, small_run, monkeypatch):
+    argv = [*small_run, '--model', 'test_resnet', '--teacher', teacher, *PAIR[4:], '--kd-loss-weight', '0.5']
+    trainer = make_trainer([*argv, '--amp', '--amp-dtype', 'bfloat16', '--epochs', '1'], monkeypatch)
+    task: Any = trainer.task
+    with FakeTensorMode():
+        put_on(CUDA, trainer)
+        task.teacher.autocast_dtype = None  # else its own region ends with the cache of casts, and hides nothing
+        layers = [m for m in task.teacher.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        watch = CastsOf([p for layer in layers for p in layer.parameters()])
+        with watch, torch.autocast('cuda', torch.bfloat16):
+            result = task(torch.randn(8, 3, 32, 32, device=CUDA), torch.randint(3, (8,), device=CUDA))
+    assert result['output'].dtype == torch.bfloat16
+    assert watch.casts == 0
+    terms = {name: value.dtype for name, value in result.items() if name != 'output'}
+    assert set(terms) == {'loss', 'task_loss', 'pe_loss', 'logit_loss'}
+    assert set(terms.values()) == {torch.float32}
+
+
+def compiled_task(backend: Any, **kwargs: Any) -> ProjectorEnsembleTask:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    student = timm.create_model('test_resnet', num_classes=3)
+    teacher = create_teacher(timm.create_model('test_vit', num_classes=3, img_size=32), **kwargs)
+    task = ProjectorEnsembleTask(student, teacher, act='none', kd_loss_weight=0.5, verbose=False).train()
+    if backend is not None:
+        task.compile(backend=backend)
+    return task
+
+
+def steps(task: ProjectorEnsembleTask, number: int) -> list[float]:
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05)
+    losses = []
+    for i in range(number):
+        g = torch.Generator().manual_seed(i)
+        result = task(torch.randn(8, 3, 32, 32, generator=g), torch.randint(3, (8,), generator=g))
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        losses.append(result['loss'].item())
+    return losses
+
+
+def test_what_is_compiled_is_one_graph_each_and_nothing_is_compiled_after_the_first_epoch():
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    task = compiled_task(record)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        steps(task, 3)
+        assert len(graphs) == 2  # student with projectors, teacher
+        task.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                task.get_eval_model()(torch.randn(8, 3, 32, 32))
+                task.teacher.forward_logits(torch.randn(5, 3, 32, 32))
+        made = len(graphs)
+        task.train()
+        steps(task, 2)
+    assert made == len(graphs) == 3  # and the student's in validation
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs g++')
+def test_inductor_equals_eager():
+    eager, compiled = steps(compiled_task(None), 3), steps(compiled_task('inductor'), 3)
+    assert compiled == pytest.approx(eager, rel=1e-4)
