@@ -195,6 +195,7 @@ REFUSALS = [
         'built for one size',
     ),
     Refusal({'kd': ('yes',), 'teacher': ('name', 'no classes')}, 'compares logits of equal classes', ''),
+    Refusal({'kd': ('yes',), 'teacher': ('run',), 'data': ('alike',)}, 'has learnt other classes', 'of the folder'),
     Refusal({'target': ('logits',), 'teacher': ('no classes',)}, 'has no logits to project', ''),
     Refusal({'class-weights': ('given',), 'loss': ('ce', 'poly')}, 'only supported by bce', "timm's losses"),
     # in the array identity has features of width 64 alone
@@ -426,7 +427,10 @@ def a_cache_gives_what_the_teacher_says(runs: Runs, data: Path) -> Iterator[str]
     if different:
         yield f'read from the cache differs from filled: {different[:8]}'
     low = runs.row['teacher-dtype'] != 'none' or runs.row['amp'] != 'no' or runs.row['model-dtype'] != 'float32'
-    for a, b in zip(*(summary(runs.folder / name) for name in ('whole', 'online')), strict=True):
+    # in low precision later epochs tell nothing: noise of 1e-4 in what the teacher says, which is less than a cache's
+    # rounding, moved a loss of epoch 1 by 6 %, and noise of 5e-4 by 9 %
+    epochs = 1 if low else None
+    for a, b in zip(*(summary(runs.folder / name)[:epochs] for name in ('whole', 'online')), strict=True):
         for name in (n for n in a if n.startswith('train_') and n.endswith('loss')):
             if not np.isclose(float(a[name]), float(b[name]), rtol=0.05 if low else 0.01, atol=1e-3):
                 yield f'{name} of epoch {a["epoch"]} with the cache {a[name]}, without {b[name]}'

@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_pe import ProjectorEnsembleTask, create_teacher
+from timm_pe.config.run_config import parse_config
+from timm_pe.process.runtime import Runtime
 from timm_pe.train import trainer as trainers
-from timm_pe.train.meters import LossMeter
+from timm_pe.train.meters import LossMeter, batch_scale
 from timm_pe.train.nonfinite import UpdateGuard
 from timm_pe.train.trainer import Trainer
 
@@ -136,6 +138,15 @@ def test_under_cudas_autocast_a_forward_stays_on_the_device_and_its_losses_are_f
     assert result['output'].dtype == dtype  # autocast was on
     terms = {value for name, value in result.items() if name != 'output'}
     assert {(t.dtype, t.device.type) for t in terms} == {(torch.float32, 'cuda')}
+
+
+def test_ranks_of_naflex_batches_share_without_waiting(monkeypatch):
+    config = parse_config(['--dataset', 'sklearn/digits', '--naflex-loader', '--naflex-loss-scale', 'none', '-b', '8'])
+    runtime = Runtime(META, True, 0, 2, nullcontext, None, None)
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda sizes: sizes.add_(4))
+    assert batch_scale(config, runtime, 8).device == META  # a tensor of it has no number to wait for
+    host = dataclasses.replace(runtime, device=torch.device('cpu'))
+    assert batch_scale(config, host, 8) == pytest.approx(2 * 8 / 12)
 
 
 class Waits(nn.Module):

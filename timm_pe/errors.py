@@ -19,6 +19,11 @@ class RunError(RuntimeError):
     """
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory; PyTorch has a type for it on a device alone."""
+    return type(error).__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error)
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The message of `error` on one line, cut to `limit` characters; of an error in a loader's worker, its own words."""
     text = str(error)

@@ -121,6 +121,8 @@ _FLAGS = [
     ('--epoch-repeats 2', '--epoch-repeats has no effect'),
     ('--split-bn --sync-bn --resplit', '--split-bn does not go with --sync-bn'),
     ('--split-bn --resplit -b 7', '--batch-size must be even'),
+    ('--split-bn --resplit --train-img-sizes 32 48 --train-batch-sizes 8 7', '--train-batch-sizes must be even, got 7'),
+    ('--teacher test_vit --sync-bn --pe-projector linear_bn', 'normalizes over the batch of one rank'),
     ('--kd-temperature 2', '--kd-temperature has no effect without --kd-loss-weight'),
     ('--in-chans 7', 'the student has 7 input channels'),
     ('--mean 0.5 0.5', 'mean'),

@@ -437,3 +437,32 @@ def test_what_a_feature_loss_has_counted_goes_on_after_a_resume(own_loss):
     with pytest.raises(UsageError, match="the checkpoint's feature loss is not 'direction'"):
         make_task().load_task_state(state)
     assert 'feature_loss' not in make_task().get_task_state()
+
+
+def test_a_student_that_is_its_own_teacher_is_refused_before_it_is_frozen():
+    student = timm.create_model('test_resnet', num_classes=5)
+    for teacher in (student, nn.Sequential(student)):
+        with pytest.raises(UsageError, match='share parameters'):
+            ProjectorEnsembleTask(student, teacher, verbose=False)
+    assert all(p.requires_grad for p in student.parameters())
+    ProjectorEnsembleTask(student, copy.deepcopy(student), verbose=False)
+
+
+def test_a_task_follows_to_another_dtype_as_timms_does_and_the_normalization_stays_exact():
+    torch.manual_seed(0)
+    task = make_task(act='none', input_mean=(0.1, 0.2, 0.3), input_std=(0.3, 0.2, 0.1)).train()
+    shift = task.teacher.shift.clone()
+    x, y = batch()
+    expected = task(x, y)['loss'].item()
+    task.to(torch.bfloat16)
+    result = task(x.bfloat16(), y)
+    result['loss'].backward()
+    assert result['loss'].item() == pytest.approx(expected, rel=0.05)
+    assert torch.equal(task.teacher.shift, shift)
+
+
+def test_a_task_can_be_saved_whole(tmp_path):
+    task = make_task(act='none')
+    torch.save(task, tmp_path / 'task.pt')
+    again = torch.load(tmp_path / 'task.pt', weights_only=False)
+    assert torch.equal(again(*batch())['loss'], task(*batch())['loss'])

@@ -476,3 +476,16 @@ def test_validating_a_compiled_teacher_leaves_its_training_graph_alone():
     teacher.forward_logits(x)
     teacher(x)
     assert len(graphs) == made > 0
+
+
+def test_too_little_memory_says_nothing_of_the_size_that_a_teacher_takes(monkeypatch):
+    teacher = create_teacher(timm.create_model('test_resnet', num_classes=5))
+
+    def full(x):
+        raise torch.OutOfMemoryError('out of memory')
+
+    monkeypatch.setattr(teacher.model, 'forward', full)
+    with pytest.raises(torch.OutOfMemoryError):
+        teacher.size_for(torch.randn(1, 3, 48, 48))
+    monkeypatch.undo()
+    assert teacher.size_for(torch.randn(1, 3, 48, 48)) == (48, 48)

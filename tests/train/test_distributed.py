@@ -114,6 +114,25 @@ def test_two_ranks_with_batch_norm_average_accumulation_and_workers(small_run, t
         assert torch.equal(first[name], second[name]), name
 
 
+def test_the_average_begins_equal_on_all_ranks_at_any_epoch(small_run, tmp_path):
+    dump_average = """
+fit_and_dump = Trainer.fit if 'RANK' in os.environ else None
+
+def fit_with_average(trainer):
+    fit_and_dump(trainer)
+    state = unwrap_model(trainer.task.get_trainable_module(ema=True)).state_dict()
+    torch.save(state, os.path.join(os.environ['TIMM_PE_DUMP'], 'ema' + os.environ['RANK'] + '.pt'))
+
+if fit_and_dump is not None:
+    Trainer.fit = fit_with_average
+"""
+    argv = [*small_run, *PAIR, '--model-ema', '--model-ema-decay', '0.99', '--epochs', '3', '--start-epoch', '2']
+    out = launch(argv, tmp_path, also=dump_average)
+    assert out.returncode == 0, out.stderr
+    first, second = (torch.load(tmp_path / f'ema{r}.pt', weights_only=True) for r in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_repeated_augmentation_works_over_ranks(small_run, tmp_path):
     more = ['--model', 'test_resnet', '--teacher', 'test_vit', '--aug-repeats', '2', '-b', '4', '--mixup', '0.3']
     out = launch([*small_run, *PAIR, *more], tmp_path)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from helpers import refused, run, summary, tensorboard_curves
 from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+from timm.utils import NativeScaler
 from torch.nn.utils import get_total_norm
 
 from timm_pe import ProjectorEnsembleTask
@@ -476,3 +477,24 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_written(
 
 def test_evaluation_is_no_run_to_track(small_run, capsys):
     assert '--evaluate is none' in refused([*small_run, '--evaluate', 'x', '--log-tb'], capsys)
+
+
+def test_the_norm_is_that_of_the_gradient_where_a_step_writes_into_it():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    task = SimpleNamespace(
+        get_clip_parameters=lambda exclude_head: model.parameters(), get_trainable_module=lambda: model
+    )
+    for scaler in (None, NativeScaler('cpu')):
+        trainer = SimpleNamespace(
+            config=parse_config(['--dataset', 'sklearn/digits']), optimizer=optimizer, task=task, guard=None
+        )
+        trainer.runtime = SimpleNamespace(scaler=scaler)
+        for _ in range(2):  # the first step has no momentum yet
+            optimizer.zero_grad()
+            loss = model(x).pow(2).sum()
+            expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
+            curves = curves_of(Trackers([Recorder()]), optimizer=optimizer)
+            Trainer._backward(trainer, model(x).pow(2).sum(), steps=True, measure=curves.measure_norm)
+            assert curves.norm.item() == pytest.approx(expected.item(), rel=1e-4)

@@ -59,7 +59,7 @@ class ProjectorFlags:
     pe_act: str = flag('auto', "activation of the projectors: 'relu', 'none', or 'auto', which is 'relu' exactly when the teacher's features on the first batch are all >= 0", choices=('auto', 'relu', 'none'), needs='teacher', added=True)
     pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSS_NAMES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
     pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=tuple(TARGETS), needs='teacher', added=True)
-    pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
+    pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss; batch and whiten are over the batch of one rank, whiten waits for the device in each step", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
     kd_loss_weight: float = flag(0.0, 'weight of plain logit distillation next to the projectors; needs equal classes', metavar='R', at_least=0, needs='teacher', added=True)
     distill_loss_weight: float | None = flag(None, 'weight of the distillation loss', unset='with --teacher 25, for --pe-target logits 0.9', at_least=0, needs=('teacher', 'kd_model_name'))
     task_loss_weight: float | None = flag(None, 'weight of the task loss', unset='with --teacher 1, for --pe-target logits 0.1', at_least=0, needs=('teacher', 'kd_model_name'))

@@ -228,6 +228,8 @@ def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
         over_batch = f'--pe-teacher-norm {config.pe_teacher_norm}'
     if over_batch and 1 in (config.train_batch_sizes or [config.batch_size]):
         refuse(f'{over_batch} normalizes over the images of a batch, a batch of 1 has no spread: use 2 or more')
+    if config.sync_bn and config.pe_projector == 'linear_bn':
+        refuse('--pe-projector linear_bn normalizes over the batch of one rank, --sync-bn over all: leave one out')
     if config.aug_splits:
         refuse('--aug-splits does not go with --teacher')
     if config.torchscript:
@@ -328,8 +330,9 @@ def _check_mixing(config: 'RunConfig', refuse: Refuse) -> None:
         refuse('the jsd loss needs --aug-splits')
     if config.split_bn and config.sync_bn:
         refuse('--split-bn does not go with --sync-bn, which would replace the split norms by others')
-    if config.split_bn and not config.aug_splits and config.batch_size % 2:
-        refuse(f'--split-bn splits a batch in two: --batch-size must be even, got {config.batch_size}')
+    if config.split_bn and not config.aug_splits and odd:
+        flag = '--train-batch-sizes' if config.train_batch_sizes else '--batch-size'
+        refuse(f'--split-bn splits a batch in two: {flag} must be even, got {odd[0]}')
     if config.split_bn and not (config.aug_splits or config.resplit):
         refuse('--split-bn needs --aug-splits or --resplit')
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from ..errors import is_out_of_memory
 from .tap import FeatureTap
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,7 +50,9 @@ def fold_batch_norm(model: nn.Module, example: torch.Tensor, tap: str | None = N
             _fold(folded, norm, layer)
         results = _run(folded, example, tap)
         exact = all(equal_to_rounding(a, b) for a, b in zip(results, expected, strict=True))
-    except _FAILURES:
+    except _FAILURES as e:
+        if is_out_of_memory(e):
+            raise
         return None
     return folded.to(next(model.parameters()).device) if layer_of and exact else None
 

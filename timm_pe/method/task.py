@@ -63,8 +63,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     loss = task_loss_weight * criterion + distill_loss_weight * feature loss + kd_loss_weight * T^2 KL(teacher || student)
 
     It takes every keyword of `timm.task.FeatureDistillationTask` and returns what that returns (`loss`, `output`, named
-    terms), so it can stand in its place. One difference: weights that are not given mean 1 and 25, each on its own,
-    where timm would take one from the other.
+    terms), so it can stand in its place. Three differences: weights that are not given mean 1 and 25, each on its own, where timm
+    would take one from the other; the term is called `pe_loss`, not `kd_loss`; a teacher given by name keeps its own
+    classes.
 
     Args:
         student_model: Student model to train, on its device.
@@ -144,6 +145,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         if kd_temperature <= 0:
             raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
         student = unwrap_model(student_model)
+        _check_apart(student, teacher_model)
         tap = FeatureTap(student, student_tap, before_dropout=True)
         self.teacher = _resolve_teacher(
             teacher_model,
@@ -367,6 +369,14 @@ def _resolve_teacher(
         device=device,
         needs_logits=needs_logits,
     )
+
+
+def _check_apart(student: nn.Module, teacher: str | nn.Module) -> None:
+    parameters = set() if isinstance(teacher, str) else {id(p) for p in teacher.parameters()}
+    if any(id(p) in parameters for p in student.parameters()):
+        raise UsageError(
+            'student and teacher share parameters, and a teacher is frozen: give copy.deepcopy(student) as the teacher'
+        )
 
 
 def _check_dim(name: str, given: int | None, measured: int) -> None:

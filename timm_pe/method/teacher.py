@@ -1,6 +1,6 @@
 """The teacher: any model, found, loaded, frozen and fed as it was trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
-from ..errors import UsageError, one_line
+from ..errors import UsageError, is_out_of_memory, one_line
 from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
 from .tap import FeatureTap
 from .weights import (
@@ -125,8 +125,8 @@ class Teacher(nn.Module):
         if fold and model is network:
             model = network = self._fold(model, tap)
         self.tap = FeatureTap(network, tap)
-        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]  # takes all three together
+        self.channels_last = channels_last
+        self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self._memory_format)  # type: ignore[call-overload]  # takes all three together
         self.dtype = dtype
         self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.width = self.tap.width
@@ -158,7 +158,9 @@ class Teacher(nn.Module):
                 parameter.data = value.to(dtype)
             try:
                 equal = all(map(torch.equal, before, self._logits_and_feature(x)))
-            except RuntimeError:
+            except RuntimeError as e:
+                if is_out_of_memory(e):
+                    raise
                 equal = False
         if not equal:
             for parameter, value in kept:
@@ -205,6 +207,18 @@ class Teacher(nn.Module):
         self.register_buffer('scale', scale.float().to(device), persistent=False)
         self.register_buffer('shift', shift.float().to(device), persistent=False)
 
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> 'Teacher':
+        """Follow `.to()` and `.half()`; what normalizes the batch stays in float32."""
+        scale, shift = self.scale, self.shift
+        super()._apply(fn, recurse)
+        self.scale, self.shift = scale.to(self.scale.device), shift.to(self.shift.device)
+        self.input_dtype = fn(torch.empty(0, dtype=self.input_dtype)).dtype
+        return self
+
     def _fold(self, model: nn.Module, tap: str | None) -> nn.Module:
         """`model` with its batch norms folded, or as it is where that can't be."""
         height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
@@ -228,7 +242,7 @@ class Teacher(nn.Module):
             x = (x.sum(1, keepdim=True) if self.to_grey else x) + self.shift
         if size != x.shape[-2:]:
             x = F.interpolate(x.float(), size, mode='bicubic', antialias=True)
-        return x.to(self.input_dtype, memory_format=self.memory_format)
+        return x.to(self.input_dtype, memory_format=self._memory_format)
 
     def size_for(self, x: torch.Tensor) -> tuple[int, int]:
         """Height and width in which the teacher sees a batch of the size of `x`; decided once for each size.
@@ -260,6 +274,8 @@ class Teacher(nn.Module):
         except UsageError:  # of the tap, whatever the size
             raise
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
+            if is_out_of_memory(e):  # it says nothing of the size
+                raise
             return e
         return None
 
@@ -305,7 +321,9 @@ class Teacher(nn.Module):
             rtol = max(1e-4, 4 * torch.finfo(feature.dtype).eps)
             try:
                 self._has_pre_logits = equal_to_rounding(self._run_to_pre_logits(x), feature, rtol)
-            except (AttributeError, TypeError, RuntimeError, ValueError):
+            except (AttributeError, TypeError, RuntimeError, ValueError) as e:
+                if is_out_of_memory(e):
+                    raise
                 self._has_pre_logits = False
         return self._has_pre_logits
 

@@ -250,7 +250,7 @@ def batch_size(input: torch.Tensor | dict[str, torch.Tensor]) -> int:
     return len(input['patches'] if isinstance(input, dict) else input)
 
 
-def batch_scale(config: RunConfig, runtime: Runtime, size: int) -> float:
+def batch_scale(config: RunConfig, runtime: Runtime, size: int) -> float | torch.Tensor:
     """Weight of a batch of another size than --batch-size; ranks whose batches differ share by their images.
 
     Args:
@@ -263,7 +263,7 @@ def batch_scale(config: RunConfig, runtime: Runtime, size: int) -> float:
     if config.naflex_loader and runtime.distributed:
         sizes = torch.tensor(float(size), device=runtime.device)
         dist.all_reduce(sizes)
-        scale *= runtime.world_size * size / sizes.item()
+        return scale * runtime.world_size * size / sizes  # stays on the device: nobody waits for the number
     return scale
 
 

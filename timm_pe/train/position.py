@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 
@@ -258,9 +257,14 @@ def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) ->
     return own['losses']
 
 
+def is_plateau(scheduler: Any) -> bool:
+    """Whether a schedule is timm's plateau one, which timm has deprecated: by its name, as an import may fail one day."""
+    return type(scheduler).__name__ == 'PlateauLRScheduler'
+
+
 def take_schedule(scheduler: Any) -> dict[str, Any]:
     """State of a plateau schedule; the values of any other are a function of the epoch or the update."""
-    if not isinstance(scheduler, PlateauLRScheduler):
+    if not is_plateau(scheduler):
         return {}
     return {
         'plateau': scheduler.lr_scheduler.state_dict(),
@@ -271,7 +275,7 @@ def take_schedule(scheduler: Any) -> dict[str, Any]:
 
 def restore_schedule(scheduler: Any, schedule: Mapping[str, Any]) -> None:
     """Put back what `take_schedule` took."""
-    if not schedule or not isinstance(scheduler, PlateauLRScheduler):
+    if not schedule or not is_plateau(scheduler):
         return
     scheduler.lr_scheduler.load_state_dict(schedule['plateau'])
     scheduler.restore_lr = schedule['restore_lr']

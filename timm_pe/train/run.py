@@ -14,7 +14,7 @@ from timm.utils import world_info_from_env
 from .. import zoo  # noqa: F401  registers the CIFAR networks, which a command has left for later
 from ..config.cli import exit_after_signal, exit_with_error
 from ..config.run_config import RunConfig
-from ..errors import RunError, UsageError, one_line
+from ..errors import RunError, UsageError, is_out_of_memory, one_line
 from ..process.signals import Interrupted, stopping_at_once
 from .build import build
 from .console import setup_logging
@@ -23,7 +23,7 @@ from .nonfinite import NonFiniteLoss
 from .start import start
 
 OUT_OF_MEMORY = (
-    'out of memory: a smaller --batch-size (with --grad-accum-steps the same updates), a smaller --img-size, --amp, '
+    'out of memory: a smaller --batch-size (with --grad-accum-steps updates over as many images), a smaller --img-size, --amp, '
     '--grad-checkpointing, --teacher-dtype bfloat16 or a --teacher-cache need less'
 )
 NOT_BEGUN = 'the same command starts again'
@@ -84,7 +84,7 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as e:
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except RuntimeError as e:
-        if "can't allocate memory" not in str(e):  # torch has no type of its own for this on a CPU
+        if not is_out_of_memory(e):
             raise
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except Interrupted as e:

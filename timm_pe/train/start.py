@@ -13,7 +13,6 @@ import torch.nn as nn
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import TrainingTask
@@ -29,7 +28,7 @@ from ..data.fingerprint import hash_names
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
 from ..method.task import ProjectorEnsembleTask
-from ..process.runtime import prepare_task, ranks_together
+from ..process.runtime import Runtime, prepare_task, ranks_together
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
 from . import checkpoints
 from .build import Parts
@@ -39,7 +38,7 @@ from .console import start_table, warn_of_settings
 from .first_look import check_teacher, look_at_first_batch
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
-from .position import RunState, Span, check_rank_state, restore_schedule, run_meaning, run_settings
+from .position import RunState, Span, check_rank_state, is_plateau, restore_schedule, run_meaning, run_settings
 from .run_cache import allocate_cache, open_teacher_cache
 from .trackers import Trackers, start_trackers
 from .trainer import Trainer
@@ -94,7 +93,7 @@ def start(parts: Parts) -> Trainer | None:
         else (lr, config.weight_decay)
     )
     if config.model_ema:
-        _set_up_average(config, task, found.path, meaning)
+        _set_up_average(config, task, found.path, meaning, runtime)
     if isinstance(task, ProjectorEnsembleTask):
         look_at_first_batch(task, data, runtime, cache)
     prepare_task(task, config, runtime)
@@ -243,7 +242,12 @@ def _number(value: Any) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
-def _set_up_average(flags: AverageFlags, task: TrainingTask, path: str, meaning: Mapping[str, Any]) -> None:
+def _set_up_average(
+    flags: AverageFlags, task: TrainingTask, path: str, meaning: Mapping[str, Any], runtime: Runtime
+) -> None:
+    if runtime.distributed:  # DDP, which makes the ranks equal, comes later: each would average from its own start
+        for tensor in cast(nn.Module, task.get_trainable_module()).state_dict().values():
+            dist.broadcast(tensor, src=0)
     device = torch.device('cpu') if flags.model_ema_force_cpu else None
     task.setup_ema(decay=flags.model_ema_decay, use_warmup=flags.model_ema_warmup, device=device)
     if path:
@@ -292,7 +296,7 @@ def _resume_schedule(
         batches = state.batch if state and not state.validated else 0
         before = span.first * accumulation.updates_after(accumulation.num_batches)
         scheduler.step_update(before + accumulation.updates_after(batches))
-    elif not isinstance(scheduler, PlateauLRScheduler):
+    elif not is_plateau(scheduler):
         scheduler.step(span.first)
     elif not state or state.validated:
         scheduler.step(span.first, metric)

@@ -123,8 +123,6 @@ class Trainer:
         """An epoch's training, or the rest of it; gives where the run is after it."""
         num_batches = len(self.data.train)
         metrics = self.train_epoch(number, start, losses)
-        images = (num_batches - start) * self.config.batch_size * self.runtime.world_size
-        say_unreadable(self.data.train, images, self.runtime)
         self._share_running_statistics()
         state = self.state(number, num_batches, train_metrics=dict(metrics))
         if self.config.recovery_interval:
@@ -179,6 +177,7 @@ class Trainer:
             epoch.progress.close()
         if self.cache is not None:
             self.cache.flush()
+        say_unreadable(self.data.train, epoch.images, self.runtime)
         metrics = epoch.meter.read()
         metrics['images_per_s'] = epoch.images_per_s
         return metrics
@@ -236,12 +235,16 @@ class Trainer:
         config, optimizer, scaler = self.config, self.optimizer, self.runtime.scaler
         second_order = getattr(optimizer, 'is_second_order', False)
         guard = self.guard if steps else None
+        clip_grad = config.clip_grad
         parameters: Iterable[torch.Tensor] | None = None
-        if config.clip_grad is not None:
+        if clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
             if measure is not None:
                 # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
                 parameters = _after(measure, parameters)
+        elif measure is not None and scaler is not None:
+            # a step may write into its gradients (foreach Nesterov does): look at them where a scaler would clip them
+            clip_grad, parameters = float('inf'), _after(measure, self.task.get_clip_parameters(exclude_head=False))
         if scaler is not None:
             if guard is not None and parameters is not None:
                 # the scaler clips by itself, and clipping by value would make an infinite gradient finite: look before it
@@ -249,8 +252,8 @@ class Trainer:
             scaler(
                 loss,
                 optimizer,
-                clip_grad=config.clip_grad,
-                clip_mode=config.clip_mode,
+                clip_grad=clip_grad,
+                clip_mode=config.clip_mode if config.clip_grad is not None else 'norm',
                 parameters=parameters,
                 create_graph=second_order,
                 need_update=steps,
@@ -262,11 +265,11 @@ class Trainer:
             if steps:
                 if guard is not None:
                     guard.after_backward()  # before clipping, for the same reason
-                if parameters is not None and config.clip_grad is not None:
-                    dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+                if parameters is not None and clip_grad is not None:
+                    dispatch_clip_grad(parameters, clip_grad, mode=config.clip_mode)
+                elif measure is not None:
+                    measure()
                 optimizer.step()
-        if measure is not None and config.clip_grad is None:
-            measure()
 
     def _begin_epoch(self, number: int, start: int, losses: Mapping[str, Any]) -> EpochCount:
         num_batches, runtime, config = len(self.data.train), self.runtime, self.config
