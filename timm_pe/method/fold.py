@@ -60,7 +60,7 @@ def count_batch_norms(model: nn.Module) -> int:
 
 
 def equal_to_rounding(x: torch.Tensor, y: torch.Tensor, rtol: float = 1e-4) -> bool:
-    """Whether two tensors of one shape differ by less than `rtol` times the largest value of `y`. It reads the device."""
+    """Whether two tensors of one shape differ by less than `rtol` times the largest of `y`. Waits for the device."""
     if x.shape != y.shape:
         return False
     x, y = x.detach().double(), y.detach().double()
