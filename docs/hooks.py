@@ -1,4 +1,4 @@
-"""What a build of the documents does beside rendering them: draws the figures, leaves out pages that are not there."""
+"""Hooks of the docs build: they draw the figures and leave out pages that do not exist."""
 
 import json
 import os
@@ -17,7 +17,7 @@ INK, LINE, DOT = '#7a7a7a', '#3b82c4', '#e07b1a'
 
 
 def on_config(config: Any) -> Any:
-    """Drop entries of the navigation whose page is not there, and draw the figures that pages show."""
+    """Drop entries of the navigation whose page does not exist, and draw the figures of the pages."""
     docs = Path(config['docs_dir'])
     config['nav'] = _without_missing(docs, config['nav'])
     draw_accuracy(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'accuracy.svg')
@@ -50,11 +50,11 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     """What each method adds to the student alone: one panel per suite, the mean with its 95 % interval, one dot per seed.
 
-    A column that a phone shows at its own size: the label of a row stands above it.
+    One column, readable on a phone at full size: the label of a row stands above it.
 
     Args:
         results: The content of benchmarks/results/accuracy.json.
-        path: The SVG to write; one that would not change is left alone.
+        path: The SVG to write; an unchanged one is not rewritten.
     """
     suites = [s for s in results['suites'].values() if any(m['minus_alone'] for m in s['methods'].values())]
     rows = [[m for m in s['methods'].values() if m['minus_alone']] for s in suites]
@@ -123,13 +123,13 @@ def _write(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({'svg.hashsalt': 'timm_pe', 'svg.fonttype': 'none'}):
         figure.savefig(partial, format='svg', transparent=True, metadata={'Date': None})
     if path.exists() and path.read_bytes() == partial.read_bytes():
-        partial.unlink()  # a changed file would have `mkdocs serve` build again, and again
+        partial.unlink()  # rewriting it would make `mkdocs serve` rebuild endlessly
     else:
         os.replace(partial, path)
 
 
 def fold_tables(markdown: str) -> str:
-    """The chart of a step's cost first, then each wide table folded under its heading."""
+    """Put the chart of a step's cost first, and fold each wide table under its heading."""
     chart = '![Time of a step beside that of timm\'s own distillation, by pair](../../figures/step_time.svg){ .column }\n\n'
     head, *sections = re.split(r'(?=^## )', markdown, flags=re.MULTILINE)
     folded = [re.sub(r'(?:^\|.*\n)+', _fold, section, flags=re.MULTILINE) for section in sections]
