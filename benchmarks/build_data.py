@@ -99,7 +99,7 @@ ARTISTS = {
 EMOJI_SIZE = 64  # pixels
 VALIDATION_SHARE = 0.2
 MIN_EMOJIS, MIN_PICTURES = 12, 60  # of a class
-# classes made of several sub-categories, where a picture does not show which of them it belongs to
+# classes made of several sub-categories, if a picture does not show which of them it belongs to
 MERGED = {
     'animal-face': ('cat-face', 'monkey-face'),
     'animal-reptile': ('animal-reptile', 'animal-amphibian'),
@@ -451,7 +451,7 @@ def emoji_licenses(infos: dict[str, dict[str, bytes]], paths: Iterable[Path]) ->
     """LICENSES.md of the pictures.
 
     Args:
-        infos: By artist, the package's package.json and (where it has one) info.json.
+        infos: By artist, the package's package.json and (if it has one) info.json.
         paths: The pictures.
     """
     number = Counter(path.stem.partition('_')[2] for path in paths)

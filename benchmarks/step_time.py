@@ -540,7 +540,7 @@ def plain_student(student: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], 
 
 
 def measure_loader(case: Case, rounds: int, number: int, workers: int) -> dict[str, Any]:
-    """Images a second of whole epochs, and what seeded draws add to an image's decoding and transforms."""
+    """Images per second of whole epochs, and the time that seeded draws add to an image's decoding and transforms."""
     flags = ['--model', case.student, '--teacher', case.teacher, '--no-teacher-pretrained', '--num-classes', '4']
     flags += ['--img-size', str(case.image_size), '-b', str(case.batch_size), '-j', str(workers), '--smoothing', '0']
     flags += ['--opt', 'momentum', '--lr', '0.01', '--epochs', '1000', '--warmup-epochs', '0', '--device', case.device]

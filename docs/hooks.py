@@ -130,7 +130,9 @@ def _write(figure: Figure, path: Path) -> None:
 
 def fold_tables(markdown: str) -> str:
     """Put the chart of a step's cost first, and fold each wide table under its heading."""
-    chart = '![Time of a step beside that of timm\'s own distillation, by pair](../../figures/step_time.svg){ .column }\n\n'
+    chart = (
+        "![Time of a step beside that of timm's own distillation, by pair](../../figures/step_time.svg){ .column }\n\n"
+    )
     head, *sections = re.split(r'(?=^## )', markdown, flags=re.MULTILINE)
     folded = [re.sub(r'(?:^\|.*\n)+', _fold, section, flags=re.MULTILINE) for section in sections]
     return head + chart + ''.join(folded)

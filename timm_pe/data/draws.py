@@ -82,7 +82,7 @@ class IndexedTarget(NamedTuple):
     """
 
     target: torch.Tensor
-    index: np.ndarray  # type: ignore[assignment]  # in the place of tuple.index, which has no use here
+    index: np.ndarray  # type: ignore[assignment]  # replaces tuple.index, which has no use here
     view: int
     sources: np.ndarray | None = None
 
@@ -170,7 +170,7 @@ class ViewBatches(Sampler[Batch]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A map-style data set whose random transforms depend on the draw alone."""
+    """A map-style data set whose random transforms depend only on the draw."""
 
     def __init__(self, dataset: Dataset[Any], seed: int):
         self.dataset, self.seed = dataset, seed
@@ -197,7 +197,7 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """A collate function whose draws (mixup, cutmix) depend on the batch alone; mixing ends at `mixup_off_epoch`.
+    """A collate function whose draws (mixup, cutmix) depend only on the batch; mixing ends at `mixup_off_epoch`.
 
     With `indexed` its targets are `IndexedTarget`s.
     """
@@ -223,7 +223,7 @@ class SeededCollate:
 
 
 class SeededErasing:
-    """timm's RandomErasing on the device, with draws that depend on the batch alone.
+    """timm's RandomErasing on the device, with draws that depend only on the batch.
 
     The prefetcher erases batch n + 1 before it hands out batch n, so the count is kept here.
     """

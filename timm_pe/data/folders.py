@@ -39,7 +39,7 @@ def find_split(root: str, split: str) -> str | None:
         Its path, or None if there is none.
 
     Raises:
-        UsageError: Several folders differ from it in letter case alone.
+        UsageError: Several folders differ from it only in letter case.
     """
     name = split.split('[')[0]
     names = [name, *next((names for names in _SAME_SPLIT if name.lower() in names), ())]
@@ -67,7 +67,7 @@ class FolderReader(Reader):
     Args:
         root: The folder.
         class_map: File with the classes in their order, '' for the order of their names.
-        class_depth: Level of the folder below `root` that is the class; None is the innermost.
+        class_depth: Level of the folder below `root` that is the class; None means the innermost.
         endings: Endings of images, with their dots.
 
     Attributes:

@@ -48,7 +48,7 @@ class MultiLabelTargets(MultiLabelTarget):
         """The vector.
 
         Raises:
-            UsageError: Labels that do not fit, or a vector of 0 and 1 where indices are expected.
+            UsageError: Labels that do not fit, or a vector of 0 and 1 instead of indices.
         """
         try:
             found: torch.Tensor = super().__call__(target)

@@ -1,4 +1,4 @@
-"""Batch norms of a frozen network, folded into the layers before them where that is exact to rounding."""
+"""Batch norms of a frozen network, folded into the layers before them if that is exact to rounding."""
 
 import copy
 import weakref

@@ -74,15 +74,15 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         criterion_kwargs: Arguments for it.
         teacher_pretrained_path: Checkpoint for a teacher given by name.
         teacher_pretrained_cfg_overlay: timm's pretrained cfg overrides for a teacher given by name.
-        distill_loss_weight: Weight of the projectors' loss, None is 25 (0.9 for logits).
-        task_loss_weight: Weight of the task loss, None is 1 (0.1 for logits).
+        distill_loss_weight: Weight of the projectors' loss, None means 25 (0.9 for logits).
+        task_loss_weight: Weight of the task loss, None means 1 (0.1 for logits).
         student_feature_dim: Checked against the measured width d if given.
         teacher_feature_dim: Checked against the measured width m if given.
         num_projectors: q.
         projector: Kind of projector, see `list_projectors`.
         act: Activation of the projectors: 'relu' (the paper's), 'none', or 'auto': relu exactly when the features of
             the teacher on the first batch (rank 0's) are all >= 0.
-        feature_loss: See `list_feature_losses`; None is 'direction' for features and 'kl' for logits.
+        feature_loss: See `list_feature_losses`; None means 'direction' for features and 'kl' for logits.
         target: 'feature': the projectors map the student's feature to the teacher's; 'logits': its logits to the
             teacher's (kd1proj with one projector, arXiv 2310.17183), whose classes may differ. 'auto' then means no
             activation.

@@ -269,7 +269,7 @@ class Teacher(nn.Module):
                 self._has_pre_logits = False
         return self._has_pre_logits
 
-    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # gives itself, where nn.Module gives nothing
+    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # returns itself, nn.Module's nothing
         """Compile the network (arguments of torch.compile). The tap is attached already, as it must be."""
         self._compiled = True
         self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
@@ -297,7 +297,7 @@ def create_teacher(
         checkpoint: Weights in a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then.
         pretrained: Without a checkpoint: load the pretrained weights of the name, or keep random ones.
         num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
-        in_chans: Its own number of input channels; None is the architecture's default.
+        in_chans: Its own number of input channels; None means the architecture's default.
         use_ema: Prefer a checkpoint's EMA weights.
         needs_logits: If False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
             classifier does not match `num_classes` is accepted: the teacher's stays random.

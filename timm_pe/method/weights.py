@@ -31,7 +31,7 @@ def check_model_name(name: str, what: str) -> None:
 
     Args:
         name: A name of timm's registry (with or without a pretrained tag), `hf-hub:...` or `local-dir:...`.
-        what: What the name was given for ('--teacher'), for the message.
+        what: The flag that gave the name ('--teacher'), for the message.
 
     Raises:
         UsageError: Unknown name (with near ones), unknown pretrained tag (with the known ones), or no such folder.

@@ -35,7 +35,7 @@ class Runtime:
         world_size: Number of ranks.
         autocast: Context of a forward pass.
         scaler: Loss scaler of float16 AMP, else None.
-        model_dtype: Dtype of the parameters, None is float32.
+        model_dtype: Dtype of the parameters, None means float32.
     """
 
     device: torch.device
@@ -150,7 +150,7 @@ def describe_precision(flags: DeviceFlags) -> str:
 
 
 def describe_teacher_precision(config: RunConfig, dtype: torch.dtype) -> str:
-    """Precision of a teacher of this dtype in words; AMP applies to student and teacher, --model-dtype to the student only."""
+    """Precision of a teacher of this dtype in words; AMP is for student and teacher, --model-dtype for the student only."""
     return describe_precision(config) if config.amp and not config.teacher_dtype else str(dtype).removeprefix('torch.')
 
 

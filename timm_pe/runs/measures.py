@@ -43,7 +43,7 @@ def hsic1(gram_x: torch.Tensor, gram_y: torch.Tensor) -> torch.Tensor:
         gram_y: Gram matrix `[n, n]` of the same n samples.
 
     Returns:
-        A scalar. Its expectation is 0 where the two are independent, so single values can be negative.
+        A scalar. Its expectation is 0 if the two are independent, so single values can be negative.
     """
     n = len(gram_x)
     x, y = (gram - gram.diagonal().diag() for gram in (gram_x, gram_y))
@@ -90,7 +90,7 @@ def class_statistics(feature: torch.Tensor, labels: torch.Tensor) -> tuple[dict[
     within_scatter is the mean squared distance of a feature to the mean of its class, between_scatter that of the class
     means (weighted by their images) to the mean of all: the traces of the two matrices of Fisher's discriminant. Cosines
     between the means of classes are centred (the mean of all taken off); as centred means sum up to about 0, their mean
-    cosine is -1 / (c - 1) where classes are as far apart as can be.
+    cosine is -1 / (c - 1) if classes are as far apart as possible.
 
     Args:
         feature: `[n, d]`.

@@ -38,7 +38,7 @@ def learning_curves(
 
     Args:
         summaries: Name of a run -> its rows; values may be numbers, their text, or None or '' for an epoch without one.
-        columns: Which to draw, e.g. 'eval_top1'. One that no run has is left out.
+        columns: Columns to draw, e.g. 'eval_top1'. One that no run has is left out.
         colors: Place of each run in the palette; None takes them in order.
     """
     colors = colors or range(len(summaries))
@@ -95,7 +95,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None = None, col
     }
     over, under = np.clip(confidence - accuracy, 0, None), np.clip(accuracy - confidence, 0, None)
     top.bar(height=accuracy, color=_color(color), label='accuracy', **place)
-    # the hatches are ink: the colour is that of the network alone
+    # the hatches are in INK: colour is for the network only
     if over.any():
         top.bar(height=over, bottom=accuracy, color='none', hatch='////', label='over-confident by', **place)
     if under.any():

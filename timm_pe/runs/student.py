@@ -30,7 +30,7 @@ _REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
 
 @dataclass
 class Student:
-    """What is exported of a run.
+    """The exported parts of a run.
 
     Attributes:
         run: The run, as the report knows it.

@@ -57,13 +57,13 @@ class _View:
 
 
 class TeacherCache:
-    """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled on demand.
+    """Features and logits of a teacher for n images in K views, in memory-mapped files filled on demand.
 
     Rows are float16, each with its own scale. A row has the same numbers when it is computed and when it is read later.
 
     Args:
         folder: Where the files are, or will be.
-        manifest: What the rows depend on, JSON values by name; a folder made with others is refused.
+        manifest: All that the rows depend on, JSON values by name; a folder made with others is refused.
         num_images: n.
         widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
         num_views: K. Views do not depend on each other: a folder may have more, or get more later.

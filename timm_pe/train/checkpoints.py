@@ -198,9 +198,7 @@ class Saver(CheckpointSaver):
         state_dict = (checkpoint.get('state_dict_ema') if averaged else None) or checkpoint['state_dict']
         _save_weights(model, state_dict, self.folder.student_file)
         at = os.stat(path).st_mtime_ns
-        os.utime(
-            self.folder.student_file, ns=(at, at)
-        )  # as old as its weights: see `_student_is_newer`
+        os.utime(self.folder.student_file, ns=(at, at))  # as old as its weights: see `_student_is_newer`
 
 
 def save_student(model: nn.Module, path: str | os.PathLike[str]) -> None:

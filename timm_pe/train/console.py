@@ -271,7 +271,7 @@ class Progress:
 
 
 def say_epoch(head: Sequence[str], train_metrics: Mapping[str, float], lr: float, seconds: float, left: float) -> None:
-    """Log the final line of an epoch; on a narrow terminal it is wrapped between its parts.
+    """Log the final line of an epoch; on a narrow terminal it wraps between its parts.
 
     Args:
         head: Its number and, if it was validated, its metrics, in words.

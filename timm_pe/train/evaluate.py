@@ -71,7 +71,7 @@ def evaluate(
         loader: Validation loader.
         runtime: Device, ranks, precision.
         config: Run settings.
-        progress: Where to show it.
+        progress: Shows the progress.
         after_batch: Called after each batch.
 
     Raises:

@@ -84,7 +84,7 @@ def fill_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that an evaluation takes from the run of its checkpoint; none without --evaluate.
 
     Args:
-        given: What the command line and YAML say.
+        given: Settings of the command line and YAML.
 
     Raises:
         UsageError: See `read_settings`.
@@ -157,7 +157,7 @@ def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
     """The name of the teacher, from the run folder that gives its weights.
 
     Args:
-        given: What the command line and YAML say.
+        given: Settings of the command line and YAML.
 
     Raises:
         UsageError: See `read_settings`.

@@ -36,7 +36,7 @@ class LossMeter:
 
     Attributes:
         count: Images of all ranks in the means, as of the last reading.
-        bad: With `skip`, what was not finite and where first, as of the last reading.
+        bad: With `skip`, which terms were not finite, and at which batch first, as of the last reading.
     """
 
     def __init__(self, device: torch.device, distributed: bool, skip: bool = False):

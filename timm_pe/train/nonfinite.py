@@ -46,10 +46,10 @@ def describe_nonfinite(names: Sequence[str], batch: int) -> str:
 class UpdateGuard:
     """Zeroes the gradients of an update if they are not finite, on the device and without waiting for it.
 
-    Momentum and weight decay go on as after any other batch; running statistics of the batches are restored.
+    Momentum and weight decay continue as after any other batch; running statistics of the batches are restored.
 
     Args:
-        module: What is trained.
+        module: The trained module.
         scales: Whether the optimizer steps through a loss scaler, which itself skips such updates.
     """
 

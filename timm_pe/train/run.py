@@ -61,9 +61,10 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
 
     Args:
         prog: Command to name before it.
-        resume: How to go on after a signal.
+        resume: How to continue after a signal, in words.
 
-    Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
+    Exit code 2 for a user's mistake, 1 for a run that cannot continue, 128 + the signal's number for one that was
+    stopped.
     """
     try:
         yield

@@ -220,7 +220,7 @@ def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str
 
 
 def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Learning rate and weight decay of a resumed optimizer, from its checkpoint; warns of flags that differ from it."""
+    """Learning rate and weight decay of a resumed optimizer, from its checkpoint; warns of flags that differ."""
     differences = checkpoints.describe_differences(config, path)
     if differences:
         _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')

@@ -33,7 +33,7 @@ _WEIGHTS = {
 
 
 class Tracker(Protocol):
-    """What a run needs of a tracker. Steps are optimizer updates since the start of the run."""
+    """The interface of a tracker. Steps are optimizer updates since the start of the run."""
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Keep the run's arguments."""
@@ -52,7 +52,7 @@ class TensorBoardTracker:
     """Event files in RUN/tensorboard.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
         resumed: Whether the run continues in this folder: old points from the first new step on are then dropped from
             the curves. A fresh run drops all of them.
@@ -96,7 +96,7 @@ class WandbTracker:
     """A Weights & Biases run whose files are in RUN/wandb; WANDB_MODE and WANDB_API_KEY of the environment apply.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
         resumed: Whether to continue the run that was last tracked in this folder.
     """
@@ -143,7 +143,7 @@ class TrackioTracker:
     """A trackio run of project timm_pe; its data base is in RUN/trackio, or in TRACKIO_DIR of the environment.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
         resumed: Whether to continue the run of this name.
     """

@@ -85,11 +85,11 @@ class Trainer:
     # The run ------------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train, validate and save, epoch by epoch; a resumed run goes on at the batch where it was.
+        """Train, validate and save, epoch by epoch; a resumed run continues at the batch where it was.
 
         Raises:
             Interrupted: A signal asked the run to stop; a checkpoint of that point is written.
-            RunError: It cannot go on; earlier checkpoints are intact.
+            RunError: It cannot continue; earlier checkpoints are intact.
         """
         config, span = self.config, self.span
         metric_name = ranked_by(config)
