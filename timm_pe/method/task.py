@@ -299,8 +299,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         Args:
             input: Batch `[b, ch, h, w]`, in the normalization `input_mean`, `input_std`; teacher and student see it.
             target: Labels `[b]`, or soft ones `[b, c]`.
-            teacher: The teacher's output for this batch, if known already (a cache): features `[b, m]`, logits `[b,
-                c]`; those that no loss reads may be None. The teacher does not run then.
+            teacher: The teacher's output for this batch, if known already (a cache): features `[b, m]`, logits
+                `[b, c]`; those that no loss reads may be None. The teacher does not run then.
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss`, `pe_loss`, and

@@ -308,7 +308,7 @@ def teaches(run: Run, runs: Sequence[Run]) -> bool:
 
 
 def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | None:
-    """The row of the epoch whose weights the first run that this one teaches has loaded; None if it teaches none.
+    """The row of the epoch whose weights another run (the first such) loaded as its teacher; None if none did.
 
     Empty if the epoch was not validated, or cannot be told from the file.
     """

@@ -3,7 +3,7 @@
 Augmentation is a function of (seed, view, image), so the outputs for K views of the images are computed once: epoch e
 trains on view e mod K. The folder holds `manifest.json` with all that the outputs depend on, and for each view
 
-    view-0.feature.npy float16 [n, m], times the row's scale; and view-0.logits.npy [n, c] if a loss compares logits
+    view-0.feature.npy         float16 [n, m], times the row's scale; view-0.logits.npy [n, c] if a loss compares logits
     view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
     view-0.source.npy          uint64 [n], hash of the image's file that the row was computed from
     view-0.done.npy            uint8 [n], 1 if the row is there
