@@ -48,7 +48,8 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
 
 
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
-    """What each method adds to the student alone: one panel per suite, the mean with its 95 % interval, one dot per seed.
+    """Draw each method's gain over the student alone: a panel per suite, the mean with its 95 % interval, a dot per
+    seed.
 
     One column, readable on a phone at full size: the label of a row stands above it.
 
@@ -76,7 +77,7 @@ STEPS = {'ours': 'as it comes', 'ours_bf16': 'bfloat16 teacher', 'ours_cached': 
 
 
 def draw_step_time(results: dict[str, Any], path: Path) -> None:
-    """What a step costs beside timm's feature distillation: one panel per pair, the ratio with its 95 % interval.
+    """Draw a step's cost relative to timm's feature distillation: a panel per pair, the ratio with its 95 % interval.
 
     Args:
         results: The content of benchmarks/results/step_time.json.

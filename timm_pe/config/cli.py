@@ -16,7 +16,7 @@ RANK_0_FIRST = 5
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, said once (by rank 0)."""
+    """An ArgumentParser whose errors are one line, printed once (by rank 0)."""
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(message, prog=self.prog)

@@ -84,7 +84,7 @@ class Span:
 
 
 def run_settings(config: RunConfig, num_batches: int, world_size: int) -> dict[str, Any]:
-    """What must be equal for batch k of an epoch to be the same batch."""
+    """The settings that must be equal for batch k of an epoch to be the same batch."""
     return {
         'ranks': world_size,
         'batch_size': config.batch_size,

@@ -127,7 +127,7 @@ def create_run_task(
     teacher: Teacher | None,
     runtime: Runtime,
 ) -> TrainingTask:
-    """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    """Make our task with --teacher, timm's distillation task with --kd-model-name, else timm's classification task."""
     criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
