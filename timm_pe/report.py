@@ -175,7 +175,7 @@ def _analysed(groups: Sequence[Group]) -> list[tuple[Group, Run]]:
 
 
 def projector_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The analysis' picture of projector similarity, for each group with several projectors: run, image, width in rem."""
+    """The analysis' picture of projector similarity, for groups with several projectors: run, image, width in rem."""
     found = []
     for _, run in _analysed(groups):
         path = run.folder.figures / 'projector_similarity.png'

@@ -133,7 +133,7 @@ def _check_target(dataset: Dataset[Any]) -> None:
 
 
 def _check_sizes(config: RunConfig, student: nn.Module, data_config: dict[str, Any]) -> None:
-    """Run the student on a blank image of each size, to refuse a size that it cannot take before anything is written."""
+    """Run the student on a blank image of each size, to refuse one that it cannot take before anything is written."""
     if config.naflex_loader:
         return
     channels, *size = data_config['input_size']

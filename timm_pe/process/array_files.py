@@ -35,7 +35,7 @@ def open_array(
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, made: list[Path]) -> None:
-    """Create a file of zeros in numpy's format with all blocks reserved: a full disk under a memory map raises SIGBUS."""
+    """Create a file of zeros in numpy's format, all blocks reserved: a full disk under a memory map raises SIGBUS."""
     beside = path.with_name(f'.{path.name}.tmp')
     made.append(beside)
     with open(beside, 'wb') as f:

@@ -31,5 +31,5 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def hash_content(content: bytes) -> int:
-    """64 bits of the SHA-256 of `content`, never 0. CPUs have instructions for it: decoding a JPEG takes 30 times longer."""
+    """64 bits of the SHA-256 of `content`, never 0. Fast (CPU instructions): decoding a JPEG takes 30 times longer."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') or 1

@@ -150,7 +150,7 @@ def describe_precision(flags: DeviceFlags) -> str:
 
 
 def describe_teacher_precision(config: RunConfig, dtype: torch.dtype) -> str:
-    """Precision of a teacher of this dtype in words; AMP is for student and teacher, --model-dtype for the student only."""
+    """Precision of a teacher of this dtype in words; AMP applies to it too, --model-dtype to the student only."""
     return describe_precision(config) if config.amp and not config.teacher_dtype else str(dtype).removeprefix('torch.')
 
 

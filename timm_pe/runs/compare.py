@@ -86,7 +86,7 @@ class Run:
 
     @property
     def exported(self) -> dict[str, float | None]:
-        """The row of the epoch in student.safetensors and model_best: the first best by --eval-metric; empty without one."""
+        """The row of student.safetensors and model_best: the first best by --eval-metric; empty without one."""
         metric = f'eval_{self.args.get("eval_metric") or "top1"}'
         sign = -1 if metric == 'eval_loss' else 1
         return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})

@@ -101,7 +101,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
 
 
 def _torchvision_name(flags: TeacherFlags) -> str:
-    """The torchvision classifier that fits the teacher's checkpoint; '' if none (of those that build on device meta)."""
+    """The torchvision classifier that fits the teacher's checkpoint; '' if none (of those that build on meta)."""
     names = read_state_dict(str(flags.teacher_checkpoint), '--teacher-checkpoint', flags.teacher_ema).keys()
     for other in torchvision.models.list_models(module=torchvision.models):
         with contextlib.suppress(Exception), torch.device('meta'):

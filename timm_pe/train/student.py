@@ -93,7 +93,7 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
 
 
 def _model_args(config: RunConfig, overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of timm's factory, model_name and pretrained_cfg included, for the flags that define the student."""
+    """The arguments of timm's factory, with model_name and pretrained_cfg, for the flags that define the student."""
     more = {'pretrained_cfg_overlay': dict(overlay)} if overlay else {}
     try:
         return resolve_model_input_args(config.model, config.as_dict(), **{**config.model_kwargs, **more})

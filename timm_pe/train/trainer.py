@@ -298,7 +298,7 @@ class Trainer:
         return input, target
 
     def _report(self, epoch: EpochCount, i: int, input: Any) -> None:
-        """Show and track the terms at the epoch's end and each log interval, the only times that wait for the device."""
+        """Show and track the terms at an epoch's end and each log interval, the only waits for the device."""
         if i + 1 != epoch.num_batches and (i + 1) % self.config.log_interval:
             epoch.progress.update(i + 1)
             return
