@@ -3,8 +3,9 @@
     python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
 
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
-a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. Each run is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a run that is finished is not
-run again, one that was interrupted goes on. The results so far go to RESULTS as JSON and as a table after every run.
+a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. Each run
+is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
+one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from environment import environment
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = ROOT.parent / 'train_distill.py'
-# what the analysis of a run says about the paper's claims, and how the table calls it
+# numbers of an analysis about the paper's claims, and their column headings
 ANALYSIS = {
     'gap_top1': 'train - val',
     'agreement.validation': 'agreement',
@@ -48,7 +49,7 @@ class Run:
     Attributes:
         name: METHOD-SEED, or 'teacher'.
         folder: Its run folder.
-        flags: What goes into its YAML.
+        flags: The content of its YAML.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Run:
         return self.folder / 'result.json'
 
     def result(self) -> dict[str, Any] | None:
-        """What came out, None where the run is missing, unfinished or was made with other flags."""
+        """The result, None if the run is missing, unfinished or was made with other flags."""
         if not self.result_file.exists():
             return None
         result = json.loads(self.result_file.read_text())
@@ -83,19 +84,19 @@ class Suite:
     rates: list[float] = field(default_factory=list)
 
     def tuning_runs(self) -> dict[float, Run]:
-        """The student alone at each of `rates`, with a seed that no method has. Empty where the suite fixes the rate."""
+        """The student alone at each of `rates`, with a seed that no method has. Empty if the suite fixes the rate."""
         flags = {**self.student, 'seed': max(self.seeds) + 1000}
         return {r: self._run(self.folder, f'tune-lr{r:g}', {**flags, 'lr': r}) for r in self.rates}
 
     def tuned(self) -> dict[float, float] | None:
-        """Top-1 of the student alone at each rate, best first; None where not all are known (and {} without `rates`)."""
+        """Top-1 of the student alone at each rate, best first; None if not all are known (and {} without `rates`)."""
         results = {rate: run.result() for rate, run in self.tuning_runs().items()}
         if not all(results.values()):
             return None
         return dict(sorted(((rate, r['top1']) for rate, r in results.items()), key=lambda rate_top1: -rate_top1[1]))
 
     def teacher_run(self) -> Run | None:
-        """The run that makes the teacher, under the name it has; None where the suite takes one as it is."""
+        """The run that trains the teacher; None if the suite takes an existing one."""
         if 'name' not in self.teacher:
             return None
         return self._run(self.folder.parent / 'teachers', self.teacher['name'], self.teacher)
@@ -147,7 +148,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     """Run train_distill, unless the run is finished already.
 
     Raises:
-        RuntimeError: It failed; the message is the end of its log.
+        RuntimeError: It failed (the message has the last line of its log), or its folder holds a run with other flags.
     """
     done = run.result()
     if done:
@@ -186,7 +187,7 @@ def read_summary(folder: Path) -> dict[str, float | int]:
 
 
 def export_for_timm(suite: Suite) -> None:
-    """The teacher as a `local-dir:` folder, which timm's own tasks can name."""
+    """Export the teacher as a `local-dir:` folder, which timm's own tasks can name."""
     from safetensors.torch import load_file
     from timm import create_model
     from timm.models import save_for_hf
@@ -229,7 +230,7 @@ def compare(values: dict[int, float], baseline: dict[int, float]) -> dict[str, A
 
 
 def summarize(suite: Suite) -> dict[str, Any]:
-    """What the finished runs of a suite say."""
+    """The results of the finished runs of a suite."""
     teacher_run = suite.teacher_run()
     teacher = teacher_run.result() if teacher_run else None
     tuned = suite.tuned()
@@ -272,7 +273,7 @@ def summarize(suite: Suite) -> dict[str, Any]:
 
 
 def mean_analysis(folders: list[Path]) -> dict[str, float]:
-    """Means over the seeds of what the analysis measured, where there is one."""
+    """Means over the seeds of the analysis' numbers, for runs that have an analysis."""
     found = [json.loads((f / 'analysis.json').read_text()) for f in folders if (f / 'analysis.json').exists()]
     means = {}
     for name in ANALYSIS:
@@ -283,7 +284,7 @@ def mean_analysis(folders: list[Path]) -> dict[str, float]:
 
 
 def dig(tree: Any, path: str) -> float | None:
-    """tree['a']['b'] for 'a.b', None where any of them is missing."""
+    """tree['a']['b'] for 'a.b', None if any of them is missing."""
     for key in path.split('.'):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
@@ -298,7 +299,7 @@ def format_difference(difference: dict[str, Any] | None) -> str:
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """The Markdown tables of one suite: accuracy, and what the analysis saw."""
+    """The Markdown tables of one suite: accuracy and analysis."""
     teacher = summary['teacher']
     of_teacher = f' (top-1 {teacher["top1"]:.2f})' if teacher['top1'] else ''
     lines = [f'## {summary["title"]}', '', f'Teacher {teacher["model"]}{of_teacher}, student {summary["student"]}.', '']
@@ -331,7 +332,7 @@ def write(path: Path, text: str) -> None:
 
 
 def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:
-    """Put what is known of these suites into RESULTS; suites that were not asked for stay as they are there."""
+    """Write the results of these suites into RESULTS; other suites there are kept."""
     known = json.loads(results.read_text()) if results.exists() else {}
     known.setdefault('suites', {})
     for suite in suites:
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
     writing = threading.Lock()
 
     def save() -> dict[str, Any]:
-        with writing:  # runs side by side end side by side
+        with writing:  # parallel runs may end at the same time
             return write_results(chosen, args.results, args.device)
 
     try:

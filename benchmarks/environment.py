@@ -1,4 +1,4 @@
-"""What a result was measured with."""
+"""The environment of a measured result."""
 
 import os
 import platform

@@ -16,7 +16,7 @@ from pathlib import Path
 SETTINGS = ('args', 'config', 'teacher_args')
 # names of a run's files
 RUN_FILES = ('args.yaml', 'summary.csv', 'student.safetensors', 'last.pth.tar', 'model_best.pth.tar', 'analysis.json')
-# stages of a run: where two or more of them are called, their order is written down
+# stages of a run: a function that calls three or more of them defines their order
 STAGES = ('create_student', 'create_datasets', 'create_data', 'create_run_teacher', 'create_run_task')
 
 
@@ -73,7 +73,7 @@ def file_names(tree: ast.AST) -> bool:
 
 
 def writes_stages(tree: ast.AST) -> bool:
-    """Whether a function of a module calls two stages or more in an order."""
+    """Whether a function of a module calls three or more stages."""
     for function in functions(tree):
         called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
         if len(called & set(STAGES)) > 2:

@@ -95,7 +95,7 @@ class Case:
         return model.to(self.device)
 
     def create_teacher(self, **kwargs: Any) -> Teacher:
-        """A teacher whose logits nobody needs; the batch is in the student's normalization."""
+        """A teacher without logits; batches are in the student's normalization."""
         cfg = timm.get_pretrained_cfg(self.student)
         model = self.create_model(self.teacher)
         return Teacher(model, cfg.mean, cfg.std, device=self.device, needs_logits=False, **kwargs)
@@ -105,11 +105,11 @@ class Case:
         return {'fold': True, 'channels_last': self.device == 'cpu', **kwargs}
 
     def size(self) -> dict[str, int]:
-        """How big its batches are."""
+        """Its batch size and image size."""
         return {'batch_size': self.batch_size, 'image_size': self.image_size}
 
     def variants(self) -> list[str]:
-        """What is measured of this pair; nothing is said of a folded teacher that has nothing to fold."""
+        """The variants measured for this pair; folded ones are omitted if the teacher has nothing to fold."""
         folds = self.create_teacher(fold=True).folded > 0
         return [name for name in VARIANTS if folds or not name.endswith('_folded')]
 
@@ -123,12 +123,12 @@ class Case:
 
 
 def create_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    """The same for every variant."""
+    """The optimizer of every variant."""
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
 
 
 def student_alone(case: Case) -> Step:
-    """Forward, cross-entropy, backward and optimizer: half of the floor."""
+    """Forward, cross-entropy, backward and optimizer: one part of the floor."""
     student, batches = case.create_model(case.student).train(), case.batches
     optimizer = create_optimizer(student.parameters())
 
@@ -143,7 +143,7 @@ def student_alone(case: Case) -> Step:
 
 
 def teacher_alone(case: Case) -> Step:
-    """The bare network up to its feature, without any wrapper: the other half."""
+    """The bare network up to its feature, without any wrapper: the other part of the floor."""
     network, batches = case.create_model(case.teacher).eval().requires_grad_(False), case.batches
 
     @torch.no_grad()
@@ -184,12 +184,12 @@ def task_step(task: TrainingTask, case: Case, teacher: Callable[[int], TeacherOu
 
 
 def ours(case: Case, **teacher_kwargs: Any) -> Step:
-    """A step of ours with the teacher online."""
+    """Our step with the teacher's forward in it."""
     return task_step(our_task(case, **teacher_kwargs), case)
 
 
 def ours_cached(case: Case) -> Step:
-    """A step of ours with features from a float16 file, mapped into memory, in the place of the teacher's forward."""
+    """Our step with features from a memory-mapped float16 file instead of the teacher's forward."""
     task, batches = our_task(case), case.batches
     task.resolve_act(batches[0][0])
     features = torch.cat([task.teacher(input).feature for input, _ in batches]).cpu().numpy()
@@ -206,7 +206,7 @@ def ours_cached(case: Case) -> Step:
 
 
 def ours_as_many(case: Case) -> Step:
-    """A step of ours with as many projectors as timm's task has: one where the widths differ, else none."""
+    """Our step with as many projectors as timm's task has: one if the widths differ, else none."""
     teacher, student = case.create_teacher(), case.create_model(case.student)
     equal = teacher.model.head_hidden_size == student.head_hidden_size
     kind = 'identity' if equal else 'linear'
@@ -215,7 +215,7 @@ def ours_as_many(case: Case) -> Step:
 
 
 def timm_task(case: Case) -> Step:
-    """timm's FeatureDistillationTask with PEFD's weights; it has one projector where the widths differ, and MSE."""
+    """timm's FeatureDistillationTask with PEFD's weights; it has one projector if the widths differ, and MSE."""
     task = FeatureDistillationTask(
         case.create_model(case.student),
         case.create_model(case.teacher),
@@ -228,7 +228,8 @@ def timm_task(case: Case) -> Step:
 
 
 class PaperLoop:
-    """A distillation loop as papers come with: projectors one by one, a cosine written out, `.item()` in every step.
+    """A distillation loop as published with papers: projectors one by one, a cosine written out, `.item()` in every
+    step.
 
     Args:
         student: Student.
@@ -311,10 +312,10 @@ def measure(
 
     Args:
         steps: What to run, called with the number of the call.
-        rounds: How often; two more that are not counted come first.
+        rounds: Number of rounds, after two that are not counted.
         device: CUDA is waited for before and after each measurement.
         repeats: Calls in one measurement.
-        seed: Of the orders.
+        seed: Seed of the orders.
     """
     wait = torch.cuda.synchronize if device.startswith('cuda') else (lambda: None)
     seconds = {name: [] for name in steps}
@@ -357,8 +358,8 @@ def floor_of(seconds: Mapping[str, Sequence[float]]) -> list[float]:
 def measure_steps(case: Case, rounds: int) -> dict[str, Any]:
     """Medians of all variants, and their ratios to floor, student, timm's task and the plain loop.
 
-    The variants are built several times, in another order each: where a network happens to lie in memory is worth a few percent
-    of its time, as long as it lives.
+    The variants are built several times, each time in another order: a network's place in memory changes its time by a
+    few percent, as long as it lives.
     """
     seconds: dict[str, list[float]] = {name: [] for name in case.variants()}
     for build, part in enumerate(np.array_split(np.arange(rounds), min(BUILDS, rounds))):
@@ -475,7 +476,7 @@ def write_pictures(folder: Path, number: int, size: tuple[int, int] = (500, 400)
 
 
 def create_run(argv: Sequence[str]) -> Trainer:
-    """All that train_distill makes of a command line before its first epoch; what it writes is in a folder that is gone."""
+    """The trainer that train_distill makes of a command line, before its first epoch; its output folder is deleted."""
     with tempfile.TemporaryDirectory() as output:
         eval_of_teacher = ['--no-teacher-eval'] if '--teacher' in argv else []
         config = parse_config([*argv, '--output', output, '--experiment', 'run', *eval_of_teacher])
@@ -539,7 +540,7 @@ def plain_student(student: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], 
 
 
 def measure_loader(case: Case, rounds: int, number: int, workers: int) -> dict[str, Any]:
-    """Images a second of whole epochs, and what seeded draws add to an image's decoding and transforms."""
+    """Images per second of whole epochs, and the time that seeded draws add to an image's decoding and transforms."""
     flags = ['--model', case.student, '--teacher', case.teacher, '--no-teacher-pretrained', '--num-classes', '4']
     flags += ['--img-size', str(case.image_size), '-b', str(case.batch_size), '-j', str(workers), '--smoothing', '0']
     flags += ['--opt', 'momentum', '--lr', '0.01', '--epochs', '1000', '--warmup-epochs', '0', '--device', case.device]
@@ -591,10 +592,10 @@ class _Same:
 
 
 def measure_seeding(trainer: Trainer, rounds: int) -> dict[str, Any]:
-    """Time that seeded draws take of an image, against decoding and transforming it.
+    """Time per image of seeded draws, compared with decoding and transforming it.
 
-    A difference of two loaders' times would drown in noise: the seeded path runs over images that cost nothing, with and
-    without its seeds, and the difference of these is set against the time of real images.
+    The difference of two loaders' times would be lost in noise: the seeded path runs over images that cost nothing,
+    with and without seeds, and this difference is compared with the time of real images.
     """
     loader = trainer.data.train.loader
     real, sampler = loader.dataset.dataset, loader.batch_sampler
@@ -752,7 +753,7 @@ _TABLES = {'steps': _steps_table, 'memory': _memory_table, 'projectors': _projec
 
 
 class Results:
-    """The results file; each entry is written as soon as it is there, the others stay.
+    """The results file; each entry is written as soon as it is measured, the others are kept.
 
     Args:
         path: JSON file; a table goes beside it.
@@ -801,7 +802,7 @@ def read_pair(pair: str, image_size: int) -> tuple[str, str, int]:
 
 
 def run(args: argparse.Namespace, pairs: Sequence[tuple[str, str, int]], results: Results) -> None:
-    """Measure what was asked for, part by part; projectors with the first pair alone."""
+    """Measure what was asked for, part by part; projectors with the first pair only."""
 
     def save(part: str, case: Case, entry: dict[str, Any], *more: str) -> None:
         results.add([part, f'{case.teacher}:{case.student}@{case.image_size}', *more], entry)

@@ -1,4 +1,4 @@
-"""What a build of the documents does beside rendering them: draws the figures, leaves out pages that are not there."""
+"""Hooks of the docs build: they draw the figures and leave out pages that do not exist."""
 
 import json
 import os
@@ -18,7 +18,7 @@ DARK = '<style>@media (prefers-color-scheme: dark) {{ text, tspan {{ fill: {ink}
 
 
 def on_config(config: Any) -> Any:
-    """Drop entries of the navigation whose page is not there, and draw the figures that pages show."""
+    """Drop entries of the navigation whose page does not exist, and draw the figures of the pages."""
     docs = Path(config['docs_dir'])
     config['nav'] = _without_missing(docs, config['nav'])
     draw_accuracy(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'accuracy.svg')
@@ -49,13 +49,14 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
 
 
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
-    """What each method adds to the student alone: one panel per suite, the mean with its 95 % interval, one dot per seed.
+    """Draw each method's gain over the student alone: a panel per suite, the mean with its 95 % interval, a dot per
+    seed.
 
-    A column that a phone shows at its own size: the label of a row stands above it.
+    One column, readable on a phone at full size: the label of a row stands above it.
 
     Args:
         results: The content of benchmarks/results/accuracy.json.
-        path: The SVG to write; one that would not change is left alone.
+        path: The SVG to write; an unchanged one is not rewritten.
     """
     suites = [s for s in results['suites'].values() if any(m['minus_alone'] for m in s['methods'].values())]
     rows = [[m for m in s['methods'].values() if m['minus_alone']] for s in suites]
@@ -77,7 +78,7 @@ STEPS = {'ours': 'as it comes', 'ours_bf16': 'bfloat16 teacher', 'ours_cached': 
 
 
 def draw_step_time(results: dict[str, Any], path: Path) -> None:
-    """What a step costs beside timm's feature distillation: one panel per pair, the ratio with its 95 % interval.
+    """Draw a step's cost relative to timm's feature distillation: a panel per pair, the ratio with its 95 % interval.
 
     Args:
         results: The content of benchmarks/results/step_time.json.
@@ -126,7 +127,7 @@ def _write(figure: Figure, path: Path) -> None:
     text = partial.read_text()
     partial.write_text(text.replace('<defs>', DARK.format(ink=DARK_INK, was=INK) + '<defs>', 1))
     if path.exists() and path.read_bytes() == partial.read_bytes():
-        partial.unlink()  # a changed file would have `mkdocs serve` build again, and again
+        partial.unlink()  # rewriting it would make `mkdocs serve` rebuild endlessly
     else:
         os.replace(partial, path)
 

@@ -33,7 +33,7 @@ __all__ = [
     'zoo',
 ]
 
-# importing it registers the CIFAR networks with timm, which takes seconds: a command does so once it has read its flags
+# importing zoo registers the CIFAR networks with timm, which takes seconds; a command does it after reading its flags
 if 'timm_pe_command' not in sys.modules:
     from . import zoo
 
@@ -41,7 +41,7 @@ if 'timm_pe_command' not in sys.modules:
 if not TYPE_CHECKING:  # else type checkers would accept every name
 
     def __getattr__(name: str) -> Any:
-        """A public name, imported where somebody first asks for it: most of them need torch."""
+        """A public name, imported on first access: most of them need torch."""
         if name in __all__:
             from .method import losses, projectors, tap, task, teacher
 

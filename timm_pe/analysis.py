@@ -2,8 +2,8 @@
 
     python -m timm_pe.analysis RUN [RUN ...]
 
-Writes RUN/analysis.json and pictures in RUN/figures/. A run without a teacher is compared with that of another RUN on the
-same data, so that a student alone and a distilled one are measured against the same teacher.
+Writes RUN/analysis.json and pictures in RUN/figures/. A run without a teacher is compared with the teacher of another
+RUN on the same data, so that a student alone and a distilled one are measured against the same teacher.
 """
 
 import contextlib
@@ -48,14 +48,14 @@ def analyze(
 
     Args:
         folder: Run folder.
-        options: What to look at; None is the defaults.
+        options: What to analyse; None means the defaults.
         others: More run folders, see `open_run`.
 
     Returns:
-        What is in analysis.json.
+        The content of analysis.json.
 
     Raises:
-        UsageError: A folder, file or package that is not there, or does not fit.
+        UsageError: A folder, file or package is missing or does not fit.
     """
     run_folder, options = RunFolder(folder), options or Options()
     _check_packages()
@@ -92,7 +92,7 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
     scores = {name: top_k(split.logits, split.labels) for name, split in splits.items()}
     apart, class_matrix = class_statistics(validation.feature, validation.labels)
     projectors, cosine, projector_matrix = _measure_projectors(run, splits)
-    # of student and teacher, where there is one; and where that has the same classes
+    # pairs (student, teacher): features if there is a teacher, logits if its classes are the same
     features = {n: (s.feature, s.teacher_feature) for n, s in splits.items() if s.teacher_feature is not None}
     logits = {n: (s.logits, s.teacher_logits) for n, s in splits.items() if s.teacher_logits is not None}
     same_width = all(own.shape[1] == of_teacher.shape[1] for own, of_teacher in features.values())
@@ -175,7 +175,7 @@ def _say_samples(samples: Sequence[tuple[int, str]], validation: Split) -> list[
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN: None where a number is not finite."""
+    """Replace numbers that are not finite by None: JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -206,7 +206,7 @@ def _draw(
 
 # Command line ----------------------------------------------------------------------------------------------------------
 
-# head of a column, where its number is, how it is written
+# column heading, path of its number in analysis.json, format
 _COLUMNS = (
     ('train', ('train', 'top1'), '{:.2f}'),
     ('val', ('validation', 'top1'), '{:.2f}'),
@@ -229,7 +229,7 @@ _LEGEND = (
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One row a run: the numbers that answer what a teacher and its projectors do."""
+    """A table with one row per run: the numbers that show what a teacher and its projectors do."""
     rows = [('run', *(head for head, _, _ in _COLUMNS))]
     for result in results:
         rows.append((result['run'], *(_cell(result, path, form) for _, path, form in _COLUMNS)))
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     setup_logging(logging.WARNING)
     try:
         options = Options(**options)
-        for run in runs:  # refuse the last one before the first is worked on
+        for run in runs:  # refuse a bad run before any run is analysed
             with _about(run):
                 read_run_config(RunFolder(run), options)
         results = []

@@ -2,7 +2,7 @@
 
     python -m timm_pe.demo [--output DIR] [--seeds N]
 
-Drives train_distill itself and leaves the runs, results.json, curves.png, report.html and the distilled student in DIR.
+Runs train_distill and leaves the runs, results.json, curves.png, report.html and the distilled student in DIR.
 """
 
 import json
@@ -56,7 +56,7 @@ STUDENT = [
     *('--epochs', '30', '--warmup-epochs', '3', '-b', '64', '--val-interval', '2'),
     *('--opt', 'adamw', '--lr', '2e-3', '--weight-decay', '0.05'),
 ]
-# what is left in the output folder, next to the runs; the pictures only where matplotlib is installed
+# files in the output folder, next to the runs; report and curves only if matplotlib is installed
 FILES = ('report.html', 'results.json', 'curves.png', STUDENT_FILE)
 
 
@@ -85,7 +85,7 @@ def run(name: str, argv: list[str], output: Path) -> dict[str, Any]:
 
 
 def run_all(output: Path, seeds: int) -> dict[str, list[dict[str, Any]]]:
-    """The teacher once, the student alone and with the teacher for each seed, with a line said after each."""
+    """Train the teacher once, and for each seed the student alone and with the teacher; print a line after each run."""
     total = 1 + 2 * seeds
     runs: dict[str, list[dict[str, Any]]] = {'teacher': [], 'student': [], 'student_pe': []}
 
@@ -133,7 +133,7 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """The table that the demo ends with."""
+    """The final table of the demo."""
     seeds = len(results['student']['top1_of_seeds'])
     rows = [('', 'parameters', 'top-1 %', 'seconds')]
     for kind, label in (('teacher', 'teacher'), ('student', 'student alone'), ('student_pe', 'student + teacher')):
@@ -150,7 +150,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Validation top-1 by epoch: mean and range over the seeds, and where the teacher ended."""
+    """Validation top-1 by epoch: mean and range over the seeds, and the teacher's final top-1."""
     from .runs import plots
 
     groups = [
@@ -170,7 +170,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def add_report(output: Path, names: list[str]) -> None:
-    """Write report.html over the runs of these names, or say in one line why there is none."""
+    """Write report.html on the runs of these names, or print in one line why it cannot be made."""
     print('\nLooking inside the networks for report.html', flush=True)
     try:
         write_report([output / 'runs' / name for name in names], output / 'report.html')

@@ -2,18 +2,18 @@
 
 
 class UsageError(ValueError):
-    """Bad input from the user: the message says what came, what is allowed and what to do.
+    """Bad input from the user: the message gives the value, what is allowed and what to do.
 
     The command line prints it as one line and exits with code 2; in Python it is an ordinary `ValueError`.
     """
 
 
 class NoPretrainedWeights(UsageError):
-    """The weights that belong to the name of a model can't be had."""
+    """The pretrained weights of a model name cannot be loaded."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though it was started right: the message says why, what is safe and what to do.
+    """A run that cannot continue although its input was valid: the message says why, what is intact and what to do.
 
     The command line prints it as one line and exits with code 1.
     """
@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of `error` on one line, cut to `limit` characters; of an error in a loader's worker, its own words."""
+    """The message of `error` on one line, cut to `limit` characters; of a loader worker's error, the original one."""
     text = str(error)
     if 'Original Traceback (most recent call last)' in text:
         text = text.rstrip().rsplit('\n', 1)[-1].split(': ', 1)[-1]

@@ -3,7 +3,8 @@
     python -m timm_pe.export RUN --output DIR [--onnx] [--push-to-hub OWNER/NAME]
 
 DIR holds model.safetensors, config.json (as timm writes it) and README.md, a model card. Plain timm loads it:
-`timm.create_model('local-dir:DIR', pretrained=True)`. What was written is loaded again and compared before DIR appears.
+`timm.create_model('local-dir:DIR', pretrained=True)`. The folder is loaded again and compared with the student before
+it becomes DIR.
 """
 
 import argparse
@@ -32,17 +33,18 @@ from .train.console import setup_logging
 
 PROG = 'python -m timm_pe.export'
 _ONNX = 'model.onnx'
-# a folder of these alone is an earlier export, which --overwrite may take away
+# a folder that holds only these is an earlier export, which --overwrite may replace
 _FILES = {'model.safetensors', 'config.json', 'README.md', _ONNX}
 _ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 _ONNX_TOLERANCE = 1e-4
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a place that holds something, before any work is done.
+    """Refuse an output path that is in use, before any work is done.
 
     Raises:
-        UsageError: A file; a folder that is not empty, and with `overwrite` one that is no earlier export.
+        UsageError: It is a file, a folder that is not empty, or with `overwrite` a folder that is not an earlier
+            export.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UsageError(f"--output: '{output}' is no folder: choose another place")
@@ -57,14 +59,14 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and is gone after an error."""
+    """A folder beside `output` that replaces it at the end, and is removed after an error."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
     except OSError as e:
         raise UsageError(f"--output: cannot write beside '{output}' ({e.strerror})") from e
     try:
-        folder = staging / 'new'  # of the usual permissions, mkdtemp's are the owner's alone
+        folder = staging / 'new'  # with the usual permissions: mkdtemp's are owner-only
         folder.mkdir()
         yield folder
         if output.exists():
@@ -79,7 +81,7 @@ def _staged(output: Path) -> Iterator[Path]:
 
 
 def _save_args(student: Student, license: str) -> dict[str, Any]:
-    # the tag and the licence that come with the architecture are those of other weights
+    # the architecture's own tag and licence belong to other weights
     model_config: dict[str, Any] = {'pretrained_cfg': {'tag': 'timm_pe', 'license': license}}
     if student.label_names:
         model_config['label_names'] = student.label_names
@@ -107,7 +109,7 @@ def write_folder(
             raise UsageError(f'timm cannot save {student.architecture}: {one_line(e)}') from e
         card = generate_readme(model_card(student, license, onnx), student.architecture)
         (folder / 'README.md').write_text(card, encoding='utf-8')
-        # safetensors writes for the owner alone
+        # safetensors makes its file readable by the owner only
         (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
         _check_folder(student, folder)
         if onnx:
@@ -116,12 +118,12 @@ def write_folder(
 
 @torch.inference_mode()
 def _check_folder(student: Student, folder: Path) -> None:
-    """Refuse a folder that timm does not make the same model of."""
+    """Refuse a folder from which timm does not build the same model."""
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
         images = _images(student, 2)
         same = torch.equal(model(images), student.model(images))
-    except Exception as e:  # whatever timm stumbles over
+    except Exception as e:  # timm may fail in any way
         raise UsageError(f'timm cannot load the exported {student.architecture}: {one_line(e)}') from e
     if not same:
         raise UsageError(f'timm makes another model of the exported {student.architecture}: it is not written')
@@ -140,10 +142,10 @@ def write_onnx(student: Student, path: Path) -> None:
     check_onnx_packages()
     import onnxruntime
 
-    batch = {0: torch.export.Dim('batch', min=1, max=2**20)}  # torch 2.7 asks for an end; ONNX itself knows none
+    batch = {0: torch.export.Dim('batch', min=1, max=2**20)}  # torch 2.7 requires a maximum; ONNX has none
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the exporter to those who work on it
+            warnings.simplefilter('ignore')  # the exporter's, for its developers
             torch.onnx.export(
                 student.model,
                 (_images(student, 2),),
@@ -164,20 +166,20 @@ def write_onnx(student: Student, path: Path) -> None:
             torch.testing.assert_close(logits, expected, rtol=_ONNX_TOLERANCE, atol=_ONNX_TOLERANCE)
     except AssertionError as e:
         raise UsageError(f'--onnx: {student.architecture} computes something else in ONNX: {one_line(e)}') from e
-    except Exception as e:  # of the exporter and of the runtime
+    except Exception as e:  # errors of exporter and runtime
         reason: BaseException = e
-        while reason.__cause__:  # the exporter puts pages of advice around it
+        while reason.__cause__:  # the exporter wraps it in pages of advice
             reason = reason.__cause__
         raise UsageError(f'--onnx: cannot export {student.architecture}: {one_line(reason)}') from e
 
 
 def check_onnx_packages() -> None:
-    """Refuse --onnx where a package for it is missing, or PyTorch is too old.
+    """Refuse --onnx if a package for it is missing, or PyTorch is too old.
 
     Raises:
         UsageError: With the command that installs it.
     """
-    # its exporter does not go with today's onnxscript
+    # the exporter of older versions does not work with current onnxscript
     if torch.__version__ < (2, 7):  # type: ignore[operator]  # a TorchVersion compares itself with tuples
         raise UsageError(f'--onnx needs torch 2.7 or newer, this is {torch.__version__}')
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -186,13 +188,13 @@ def check_onnx_packages() -> None:
 
 
 def push(student: Student, repo_id: str, license: str = 'unknown', private: bool = False) -> str:
-    """Upload weights, configuration and model card through timm. The token is huggingface_hub's to find (HF_TOKEN).
+    """Upload weights, configuration and model card through timm. huggingface_hub finds the token (HF_TOKEN).
 
     Args:
         student: What to upload.
-        repo_id: 'OWNER/NAME'; it is made where it does not exist. A model card that is there stays.
+        repo_id: 'OWNER/NAME', created if it does not exist. An existing model card is kept.
         license: Identifier of the licence of the weights.
-        private: A new repository is private.
+        private: Whether a new repository is private.
 
     Returns:
         Address of the commit.
@@ -208,7 +210,7 @@ def push(student: Student, repo_id: str, license: str = 'unknown', private: bool
             model_card=model_card(student, license),
             **_save_args(student, license),
         )
-    except Exception as e:  # of the network, of the hub, of its client
+    except Exception as e:  # errors of network, hub or client
         raise UsageError(
             f"--push-to-hub: '{repo_id}' could not be uploaded ({one_line(e)}): is there a connection, does HF_TOKEN hold a "
             f'token that may write there?'

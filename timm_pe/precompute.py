@@ -2,8 +2,8 @@
 
     python -m timm_pe.precompute DATA --model resnet18 --teacher resnet34 --teacher-cache DIR --teacher-cache-views 3
 
-The command line is that of train_distill, under torchrun too. Only what is missing is read and computed, so it goes on where
-it was stopped. Nothing is trained and no run folder is made.
+The command line is that of train_distill, under torchrun too. Only missing rows are read and computed, so a stopped
+command continues where it was. Nothing is trained and no run folder is made.
 """
 
 import logging
@@ -34,18 +34,18 @@ PROG = 'python -m timm_pe.precompute'
 def fill_view(
     config: RunConfig, cache: TeacherCache, teacher: Teacher, data: Data, runtime: Runtime, view: int
 ) -> None:
-    """Compute the rows of one view that are missing; each rank those of its share of the images.
+    """Compute the missing rows of one view; each rank computes those of its share of the images.
 
     Args:
         config: Run settings.
-        cache: Where they are kept, allocated.
-        teacher: What is asked.
+        cache: The cache, allocated.
+        teacher: The teacher.
         data: Its training loader gives the images.
         runtime: Device, ranks, precision.
         view: The view.
     """
     missing = cache.missing(view)
-    # shares by index, not by place in the list: another rank may be writing already when this one looks
+    # shares by index, not by position: another rank may already have written rows when this one looks
     missing = missing[missing % runtime.world_size == runtime.rank]
     if not len(missing):
         return
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
             allocate_cache(cache, teacher, runtime)
             for view in range(cache.num_views):
                 fill_view(config, cache, teacher, data, runtime, view)
-                # of all images: those whose rows are there could be read
+                # as a share of all images: those that have rows were readable
                 say_unreadable(data.train, cache.num_images, runtime)
             if runtime.distributed:
                 dist.barrier()

@@ -2,8 +2,8 @@
 
     python -m timm_pe.report RUN [RUN ...] [-o report.html]
 
-The file holds all that it shows, asks the network for nothing and runs no script. Runs without an analysis.json are analysed
-first (`python -m timm_pe.analysis`).
+The file is self-contained: it loads nothing from the network and runs no script. Runs without an analysis.json are
+analysed first (`python -m timm_pe.analysis`).
 """
 
 import base64
@@ -59,8 +59,8 @@ _CURVES = {
     'train_pe_loss': ('Projector loss', 'Raw, on training batches: what the teacher asks for, through the projectors.'),
     'lr': ('Learning rate', ''),
 }
-# heading, where it is in analysis.json, digits, unit, end of the scale (None: the highest value), what it means, and what is
-# better: more ('↑'), less ('↓'), or neither ('')
+# heading, path in analysis.json, digits, unit, end of the scale (None: the highest value), meaning, and what is better:
+# more ('↑'), less ('↓'), or neither ('')
 _MEASURES = (
     ('Agreement with the teacher', 'agreement.validation', 1, ' %', 100, 'Validation images for which both predict the same class.', '↑'),
     ('CKA with the teacher', 'cka.validation', 3, '', 1, 'Similarity of the two feature spaces: 0 unrelated, 1 equal up to rotation and scale.', ''),
@@ -79,12 +79,12 @@ _FEW_PIXELS = 64
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A number with so many digits; a dash for None."""
+    """A number with `digits` decimals; a dash for None."""
     return '–' if value is None else f'{value:{"+" if sign else ""},.{digits}f}'.replace('-', '−')
 
 
 def plus_minus(mean_std: tuple[float | None, float | None], digits: int = 2, sign: bool = False) -> str:
-    """Mean and, where there is one, standard deviation."""
+    """Mean and, if there is one, standard deviation."""
     mean, std = mean_std
     return number(mean, digits, sign) + ('' if std is None else f' ± {number(std, digits)}')
 
@@ -101,12 +101,13 @@ def duration(seconds: float | None) -> str:
 
 
 def inline_svg(figure: 'Figure', prefix: str, label: str) -> Markup:
-    """A figure as an `<svg>` for a page that has others: its ids begin with `prefix`, metadata and style sheet go.
+    """A figure as an `<svg>` for a page with several: its ids begin with `prefix`; metadata and style sheet are
+    removed.
 
     Args:
         figure: The figure.
-        prefix: What no other figure of the page has.
-        label: What it shows, for who can't see it.
+        prefix: Unique among the figures of the page.
+        label: Description of the figure for screen readers.
     """
     from .runs import plots
 
@@ -145,7 +146,7 @@ def draw_curves(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _with_task_loss(run: Run) -> list[dict[str, float | None]]:
-    """The rows of a run; one that learns from labels alone has no terms, its loss is the task's."""
+    """The rows of a run; without a teacher a run has no terms, and its loss is the task loss."""
     return run.rows if run.teacher else [{'train_task_loss': row.get('train_loss'), **row} for row in run.rows]
 
 
@@ -174,7 +175,7 @@ def _analysed(groups: Sequence[Group]) -> list[tuple[Group, Run]]:
 
 
 def projector_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The analysis' picture of how alike the projectors are, for each group that has several: run, image, width in rem."""
+    """The analysis' picture of projector similarity, for groups with several projectors: run, image, width in rem."""
     found = []
     for _, run in _analysed(groups):
         path = run.folder.figures / 'projector_similarity.png'
@@ -187,7 +188,7 @@ def projector_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _dig(analysis: Mapping[str, Any] | None, path: str) -> Any:
-    """The value under a dotted path; None where any part of it is not there."""
+    """The value under a dotted path; None if any part of it is missing."""
     value: Any = analysis
     for key in path.split('.'):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -195,12 +196,12 @@ def _dig(analysis: Mapping[str, Any] | None, path: str) -> Any:
 
 
 def draw_bars(groups: Sequence[Group], path: str, end: float | None = None) -> list[dict[str, Any]]:
-    """A bar a group for a number of analysis.json, mean over its seeds.
+    """One bar per group for a number of analysis.json, its mean over the seeds.
 
     Args:
         groups: Groups of runs.
-        path: Where the number is, with dots.
-        end: What a bar of full length stands for; None is the highest mean.
+        path: Dotted path of the number.
+        end: Value of a bar of full length; None means the highest mean.
 
     Returns:
         For each group that has the number: the group, its `value` (mean, std), and `start` and `width` of its bar in
@@ -217,7 +218,7 @@ def draw_bars(groups: Sequence[Group], path: str, end: float | None = None) -> l
 
 
 def draw_measures(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Bars of each number of the analyses that some group has: title, note, digits, unit, which way is better, bars."""
+    """Bars of each measure that some group has: title, note, digits, unit, which way is better, bars."""
     students = [group for group in groups if not any(teaches(run, runs) for run in group.runs)]
     found = []
     for title, path, digits, unit, end, note, better in _MEASURES:
@@ -230,7 +231,7 @@ def draw_measures(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str
 
 
 def collect_samples(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Images of the analyses, with what is said of each: by its teachers, then by the first run of each group.
+    """Sample images of the analyses, each with the predictions of its teachers, then of the first run of each group.
 
     Returns:
         For each image: `image` (data URI), `small` (has few pixels), `label`, and `answers`: who, color (None for a
@@ -265,7 +266,7 @@ def _is_small(data_uri: str) -> bool:
 
 
 def color_by_role(groups: Sequence[Group], runs: Sequence[Run]) -> None:
-    """Give the first teacher, student alone and taught student the colours of their roles, and others what is left."""
+    """Give the first teacher, student alone and taught student the colours of their roles, and others the rest."""
     from .runs import plots
 
     left = iter(c for c in itertools.count() if c not in (plots.ALONE, plots.TAUGHT, plots.TEACHER))
@@ -280,7 +281,7 @@ def color_by_role(groups: Sequence[Group], runs: Sequence[Run]) -> None:
 
 
 def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
-    """What the result table says of a run."""
+    """A run's row of the result table."""
     other = baseline(run, runs)
     return {
         'run': run,
@@ -294,7 +295,7 @@ def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
-    """What the tiles and the table of means say of a group; numbers are (mean, standard deviation)."""
+    """A group's values in the tiles and the table of means; numbers are (mean, standard deviation)."""
     differences = [d for d in (difference(run, runs) for run in group.runs) if d is not None]
     paired = len(differences) == len(group.runs)  # else the mean would be over other seeds than its top-1
     return {
@@ -367,10 +368,10 @@ def _data_name(run: Run) -> str:
 
 
 def analyse_missing(runs: Sequence[Run]) -> None:
-    """Analyse the runs that have no analysis yet; each is compared with a teacher of the others where it has none.
+    """Analyse the runs that have no analysis yet; one without a teacher is compared with a teacher of the others.
 
     Raises:
-        UsageError: What the analysis can't do, with how to go without it.
+        UsageError: An analysis failed; the message says how to do without it.
     """
     missing = [run for run in runs if run.analysis is None]
     if not missing:
@@ -393,7 +394,7 @@ def write_report(
     Args:
         folders: Run folders of train_distill.
         path: HTML file to write.
-        analysis: Analyse the runs that have not been.
+        analysis: Whether to analyse the runs that have no analysis.
 
     Raises:
         UsageError: No run folder, a file that can't be written, or a package that is missing.
@@ -404,7 +405,7 @@ def write_report(
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        beside.touch()  # what can't be written is refused before the work
+        beside.touch()  # a path that can't be written is refused before the work
     except OSError as e:
         raise UsageError(
             f"--output: cannot write '{path}' ({e.strerror}): name a file in a folder that is there"

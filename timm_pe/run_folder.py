@@ -1,4 +1,4 @@
-"""RunFolder: the names of a run's files, and how each is read and written. Nobody else knows them.
+"""RunFolder: the names of a run's files, and how each is read and written (method/weights.py names the weights files).
 
 args.yaml                  the settings as they were given
 summary.csv                a row an epoch: loss, raw terms, metrics, learning rate, images/s
@@ -32,17 +32,17 @@ from .process.files import replaced
 _logger = logging.getLogger(__name__)
 
 Row = dict[str, float | None]
-# what an earlier run left that a fresh one in the same folder would replace; args.yaml alone is of a run that never began
+# files of an earlier run that a fresh one would replace; args.yaml alone means that the run never began
 _WEIGHTS = (LAST, BEST, STUDENT, *(f'{kind}-*.pth.tar' for kind in ('checkpoint', 'milestone', 'recovery')))
 _RESULTS = (*_WEIGHTS, 'summary.csv', 'summary.csv.until-*', 'analysis.json')
-# what else it wrote
+# its other files
 _BESIDE = ('args.yaml', 'figures', 'tensorboard', 'train-batch-*.jpg')
-# parent of run folders where --output names none
+# parent of run folders if --output names none
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 
 
 class RunFolder:
-    """A folder of train_distill, there already or not yet.
+    """A run folder of train_distill, which may not exist yet.
 
     Args:
         path: The folder.
@@ -61,7 +61,7 @@ class RunFolder:
 
     @classmethod
     def around(cls, checkpoint: str | os.PathLike[str] | None) -> 'RunFolder | None':
-        """The run folder that a path names, or in which the file lies; None where there is no args.yaml, or no path."""
+        """The run folder that a path names, or that holds the file; None without a path or an args.yaml."""
         if not checkpoint:
             return None
         path = Path(checkpoint)
@@ -69,25 +69,25 @@ class RunFolder:
         return folder if os.path.isfile(folder.args_file) else None
 
     def missing(self, *files: Path) -> list[str]:
-        """Names of those of `files` that are not there."""
+        """Names of those of `files` that do not exist."""
         return [file.name for file in files if not file.is_file()]
 
     def results(self) -> list[Path]:
-        """What is there that a fresh run in the folder would replace."""
+        """Existing files that a fresh run in the folder would replace."""
         return [path for pattern in _RESULTS for path in self._files(pattern)]
 
     def has_weights(self) -> bool:
-        """Whether a checkpoint or a student is there; a kill in the first epoch's saving leaves its row alone."""
+        """Whether there is a checkpoint or a student; a kill while the first epoch is saved may leave only its row."""
         return any(self._files(pattern) for pattern in _WEIGHTS)
 
     def make_room(self, overwrite: bool) -> None:
-        """Leave the folder to a fresh run: an earlier run in it is moved aside (`NAME.1`, `NAME.2`, ...) or deleted.
+        """Make room for a fresh run: an earlier run in it is moved aside (`NAME.1`, `NAME.2`, ...) or deleted.
 
         Args:
             overwrite: Delete what the earlier run wrote, and nothing else that is in the folder.
 
         Raises:
-            UsageError: Files that a run would replace, in a folder that is none of a run.
+            UsageError: The folder holds files that a run would replace, but is not a run folder.
         """
         results = self.results()
         if not results:
@@ -121,7 +121,7 @@ class RunFolder:
         return read_yaml(str(self.args_file))
 
     def config(self) -> RunConfig:
-        """The settings of the run; a file that is none of settings ends the process, as on the command line."""
+        """The settings of the run; an invalid file ends the process, as on the command line."""
         return parse_config(['-c', str(self.args_file)])
 
     def write_args(self, text: str) -> None:
@@ -132,7 +132,7 @@ class RunFolder:
     # Epochs -------------------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """The rows of summary.csv, an epoch each; a value that an epoch does not have is None.
+        """The rows of summary.csv, one per epoch; missing values are None.
 
         Raises:
             UsageError: Unreadable, or no table of numbers with an epoch in each row.
@@ -140,7 +140,7 @@ class RunFolder:
         return _read_rows(self.summary_file)
 
     def rows_by_epoch(self) -> dict[int, Row]:
-        """The rows of all epochs by their numbers, those of files that were moved aside included.
+        """The rows of all epochs by number, including those of files that were moved aside.
 
         Raises:
             UsageError: See `rows`.
@@ -178,7 +178,7 @@ class RunFolder:
 
     @contextmanager
     def _changed_summary(self) -> Iterator[str]:
-        """A copy of summary.csv to change, which then takes its place at once."""
+        """A copy of summary.csv to change, which then replaces it atomically."""
         with replaced(self.summary_file) as copy:
             if self.summary_file.exists():
                 shutil.copyfile(self.summary_file, copy)
@@ -187,7 +187,7 @@ class RunFolder:
             yield copy
 
     def _move_aside_other_columns(self, columns: Sequence[str]) -> None:
-        """A run that goes on with other loss terms starts a new file: a CSV has one header."""
+        """Start a new file if a run continues with other loss terms: a CSV has one header."""
         if not self.summary_file.exists():
             return
         with open(self.summary_file, newline='', encoding='utf-8') as f:
@@ -215,15 +215,15 @@ class RunFolder:
         return self._files('checkpoint-*.pth.tar')
 
     def resumable(self) -> list[Path]:
-        """Checkpoints that a run can go on from, newest first.
+        """Checkpoints from which a run can resume, newest first.
 
-        The last epoch's is `last` by another name: the one before it is for a file that the disk has lost.
+        The last epoch's is another name of `last`; the one before it is the fallback if the disk loses that file.
         """
         files = [self.last_file, *self.recovery_files(), *self.epoch_files()]
         return sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime_ns, reverse=True)
 
     def remove_half_written(self) -> None:
-        """Remove what a process that was killed was writing."""
+        """Remove the partial files of a killed process."""
         for pattern in ('*.tmp', 'tmp.pth.tar', 'recovery_tmp.pth.tar'):
             for path in self._files(pattern):
                 path.unlink()

@@ -1,4 +1,4 @@
-"""What all commands of the package share: a parser whose errors are one line, and how a process ends with one."""
+"""Shared by all commands of the package: a parser with one-line errors, and how a process exits with one."""
 
 import argparse
 import difflib
@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 
 from ..version import __version__
 
-# where launchers say the rank of a process, in the order of timm's world_info_from_env, which would import torch
+# variables in which launchers give the rank, in the order of timm's world_info_from_env, which would import torch
 _RANK_VARIABLES = ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
 # seconds
 RANK_0_FIRST = 5
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, said once (by rank 0)."""
+    """An ArgumentParser whose errors are one line, printed once (by rank 0)."""
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(message, prog=self.prog)
@@ -48,14 +48,14 @@ class ShowVersion(argparse.Action):
 def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of_all: bool = False) -> NoReturn:
     """Print one line, with the name of the command `prog` before it, and exit with `code`.
 
-    Most mistakes are those of all ranks, and rank 0 names them: a launcher stops the whole job at the first exit, so the others
-    leave it the time to. A rank that is still there after it has something of its own to say, unless all are known to end so
-    (`of_all`).
+    Most errors occur on all ranks, and rank 0 reports them: a launcher stops the whole job at the first exit, so the
+    other ranks wait first. A rank that still runs after the wait prints its own error, unless all are known to end with
+    this one (`of_all`).
     """
     rank = _wait_for_rank_0(code, of_all)
     message = f'[rank {rank}] {message}' if rank else message
     message = ' '.join(message.split())
-    # what came from outside must neither fill the screen nor command the terminal
+    # user input must neither fill the screen nor send control characters to the terminal
     message = message if len(message) <= 1200 else f'{message[:900]} ... {message[-250:]}'
     message = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     sys.stderr.write(f'{prog}: error: {message}\n')
@@ -64,7 +64,7 @@ def exit_with_error(message: str, code: int = 2, prog: str = 'train_distill', of
 
 
 def exit_after_signal(message: str, resume: str, code: int, prog: str) -> NoReturn:
-    """Say that a signal has stopped the command, which is no error, and how to go on; exit with `code`."""
+    """Print that a signal stopped the command (not an error) and how to continue; exit with `code`."""
     _wait_for_rank_0(code, of_all=True)
     sys.stderr.write(f'{prog}: {message}; {resume}\n')
     sys.stderr.flush()
@@ -72,7 +72,7 @@ def exit_after_signal(message: str, resume: str, code: int, prog: str) -> NoRetu
 
 
 def _wait_for_rank_0(code: int, of_all: bool) -> int:
-    """This rank; others than 0 leave that the time to say what is wrong, and exit where all of them end for one reason."""
+    """Return this rank; ranks other than 0 first wait for rank 0 to report, and with `of_all` exit after that."""
     rank = next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
     if rank != 0:
         time.sleep(RANK_0_FIRST)

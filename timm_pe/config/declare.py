@@ -1,4 +1,4 @@
-"""How a flag is declared, once: a field of a frozen dataclass. Parser, checks, `--help` and the documents come from it.
+"""How a flag is declared, once: as a field of a frozen dataclass. Parser, checks, `--help` and docs are made from it.
 
     @dataclass(frozen=True, kw_only=True)
     class ScheduleFlags:
@@ -6,7 +6,7 @@
         warmup_prefix: bool = switch('do not count warmup in --epochs')
 
 The annotation gives the type: `str`, `int`, `float`, a list of one of them, `dict[str, Any]` for `k=v` pairs, `bool` for a
-switch. The field's name is the flag's name in YAML and in Python, with dashes it is the one of the command line.
+switch. The field's name is the flag's name in YAML and Python; on the command line it has dashes.
 """
 
 import argparse
@@ -22,29 +22,29 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What is declared of a flag beside its name, type and default.
+    """The declaration of a flag, apart from its name, type and default.
 
     Attributes:
         help: What it does, without its default.
         metavar: Name of its value in `--help`.
         also: Other names of it on the command line; a long one with an underscore replaces the usual name.
         off: Name of the flag that switches it off.
-        positional: It is an argument without a name.
+        positional: Whether it is a positional argument.
         choices: What argparse accepts.
-        allowed: What is accepted by the check after parsing, where timm's own parser accepts anything.
-        const: Its value where it is given without one.
+        allowed: Values that the check after parsing accepts; timm's own parser accepts anything.
+        const: Its value if it is given without one.
         count: Number of values it takes.
-        unset: What holds where it is not given, in words.
+        unset: What applies if it is not given, in words.
         at_least: Lowest value.
         at_most: Highest value.
         above: Its values must be above this.
-        share: It is from 0 to 1.
-        needs: Flags of which one must be there for this one to mean anything.
-        idle_without: Flags of which one must be on, or 'FLAG=VALUE', for this one to do anything. timm takes it all the same,
-            in files of settings that hold all flags too: that it does nothing is said, not refused.
+        share: Whether its values must be from 0 to 1.
+        needs: Flags of which at least one must be set; otherwise this one is refused.
+        idle_without: Flags (or 'FLAG=VALUE') of which one must be on for this one to have an effect. timm accepts it
+            anyway, and settings files may hold all flags: no effect is a warning, not an error.
         of_loss: The --loss that it belongs to.
-        package: What it needs to be installed, and the extra of this package that brings it.
-        added: The flag is this project's, not timm's; the documents list it.
+        package: The package that it needs, and the extra of timm_pe that installs it.
+        added: Whether it is this project's flag, not timm's; the docs list these.
     """
 
     help: str
@@ -86,7 +86,7 @@ def flag(
 
 
 def switch(help: str, *, default: bool = False, **more: Any) -> Any:
-    """A flag without a value, which switches something on; with `off` another one switches it off."""
+    """A flag without a value that switches something on; `off` names the flag that switches it off."""
     return flag(default, help, **more)
 
 
@@ -101,7 +101,7 @@ def declared_in(group: type) -> dict[str, Flag]:
 
 
 def default_of(group: type, dest: str) -> Any:
-    """What a flag is where nobody gives it."""
+    """The default value of a flag."""
     found = next(f for f in fields(group) if f.name == dest)
     return found.default if found.default_factory is MISSING else found.default_factory()
 
@@ -141,7 +141,7 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
     help = declared.help + (f': {values}' if values else '')
     help = help.replace('%', '%%')
     if declared.choices is not None and declared.metavar:
-        help += ': %(choices)s'  # argparse lists them when it is asked for help: plugins are imported no earlier
+        help += ': %(choices)s'  # argparse expands this for --help: plugins are not imported earlier
     help += f' (default: {text})'.replace('%', '%%') if text else ''
     short = [name for name in declared.also if not name.startswith('--')]
     long = [name for name in declared.also if name.startswith('--')]

@@ -1,4 +1,4 @@
-"""What follows from the flags: each value is derived here, once, and never stored back into the settings."""
+"""Values derived from the flags: each is derived here, once, and never stored back into the settings."""
 
 import os
 from typing import Any
@@ -41,12 +41,12 @@ def mixing_active(flags: AugmentationFlags) -> bool:
 
 
 def default_metric(flags: LossFlags) -> str:
-    """What names the best epoch: top-1, or for multi-label data mAP."""
+    """The default metric that selects the best epoch: top-1, or mAP for multi-label data."""
     return 'map' if flags.task == 'multilabel' else 'top1'
 
 
 def ranked_by(config: RunConfig) -> str:
-    """The metric that names the best epoch of a run."""
+    """The metric that selects the best epoch of a run."""
     return config.eval_metric or default_metric(config)
 
 
@@ -62,9 +62,10 @@ def pins_memory(flags: LoaderFlags, device_type: str) -> bool:
 
 
 def loader_workers(config: RunConfig, dataset: Dataset[Any]) -> tuple[int, str]:
-    """Loader processes on this rank, and why so many: --workers, or one for each core of this rank, up to timm's default of 4.
+    """Number of loader processes on this rank, and why: --workers, or one for each core of this rank, up to timm's
+    default of 4.
 
-    Draws of a stream and of NaFlex batches depend on the number, so there it is 4 on every machine.
+    What streams and NaFlex batches draw depends on the number, so for these it is 4 on every machine.
     """
     if config.workers is not None:
         return config.workers, 'as -j says'

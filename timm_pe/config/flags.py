@@ -1,4 +1,4 @@
-"""All flags, a line each, in the groups that functions read. timm's keep its names, types, defaults and meanings."""
+"""All flags, one line each, in the groups that functions read. timm's keep their names, types, defaults, meanings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,10 @@ from .declare import flag, switch
 LOSS_TYPES = ('ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr', 'db')
 DTYPES = (None, 'float32', 'bfloat16', 'float16')
 INTERPOLATIONS = ('', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-# beyond these a slip of the finger fills the memory
+# larger values are taken for typing errors, which would fill the memory
 MAX_SIDE, MAX_PROJECTORS, MAX_WORKERS = 16384, 1024, 1024
 
-# flags of which one must be on for others to do anything
+# flags of which one must be on for others to have an effect
 _MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
 _CYCLIC = ('sched=cosine', 'sched=tanh', 'sched=poly')
 _WEIGHTED = ('loss_pos_weight', 'loss_class_weight')
@@ -88,7 +88,7 @@ class DataFlags:
 
     @property
     def root(self) -> str:
-        """Folder of the data set, '' where none is given."""
+        """Folder of the data set, '' if none is given."""
         return self.data_dir or self.data or ''
 
 

@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-# in the repository a link to hparams/ at its top
+# in the repository, a symlink to the top-level hparams/
 _FOLDER = Path(__file__).parent.parent / 'hparams'
 
 
@@ -14,10 +14,11 @@ def list_recipes() -> list[str]:
 
 
 def find_config(name: str) -> str:
-    """The file that `-c` means: a path, or the name of a recipe with or without '.yaml'. A file that is there wins.
+    """The file that `-c` means: a path, or the name of a recipe with or without '.yaml'. An existing file takes
+    precedence.
 
     Raises:
-        ValueError: Neither; the message has near names.
+        ValueError: It is neither; the message suggests similar names.
     """
     recipe = name.removesuffix('.yaml')
     if os.path.lexists(name) or os.path.basename(name) != name:

@@ -1,4 +1,4 @@
-"""What can be refused of the settings of a run before any work is done: values out of range, flags that do not go together."""
+"""Checks of a run's settings before any work is done: values out of range, flags that do not go together."""
 
 import datetime
 import difflib
@@ -20,16 +20,16 @@ Refuse = Callable[[str], NoReturn]
 _METRICS = {'classification': ('top1', 'top5', 'loss'), 'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss')}  # fmt: skip
 # the largest number of float32
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-# values in what is given for one flag
+# most values that one flag may hold
 _MAX_VALUES = 10_000
 
 
 def odd_value(given: Any) -> str:
-    """What makes `given` a value that no flag takes, in its lists and kwargs too; empty where nothing does."""
+    """Why `given` is a value that no flag takes, lists and kwargs included; empty if it is acceptable."""
     rest, seen = [given], 0
     while rest:
         value, seen = rest.pop(), seen + 1
-        if seen > _MAX_VALUES:  # a few aliases of YAML are enough for billions
+        if seen > _MAX_VALUES:  # a few YAML aliases can expand to billions
             return f'holds more than {_MAX_VALUES:,} values'
         if isinstance(value, (list, tuple)):
             rest += value
@@ -50,7 +50,7 @@ def odd_value(given: Any) -> str:
 
 
 def out_of_bounds(group: type, dest: str, value: Any) -> str:
-    """What is wrong with the value of a flag by its own declaration; empty where nothing is."""
+    """Why a flag's declaration does not allow a value; empty if it does."""
     declared = declared_in(group)[dest]
     values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
     if declared.at_least is not None and any(v < declared.at_least for v in values):
@@ -70,8 +70,8 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
     """Refuse values out of range, and flags that do not go together.
 
     Args:
-        config: What was given, defaults and all.
-        refuse: Says so, and does not return.
+        config: The settings, defaults included.
+        refuse: Reports the error and does not return.
     """
     for name, value in config.as_dict().items():
         odd = odd_value(value)
@@ -92,7 +92,7 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
     _check_crop(config, refuse)
     _check_data(config, refuse)
     _check_run(config, refuse)
-    # these two ask torch and timm, which take seconds to import
+    # these two import torch and timm, which takes seconds
     _check_compile(config, refuse)
     _check_optimizer(config, refuse)
 
@@ -133,7 +133,7 @@ def _check_values(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
-    """A flag that would have no effect is a mistake."""
+    """Refuse two kinds of teacher, and flags whose needed flag or package is missing."""
     if config.teacher and config.kd_model_name:
         refuse("--teacher and --kd-model-name (timm's own distillation) are two of the same: give one")
     for name, declared in declared_in(type(config)).items():
@@ -144,7 +144,7 @@ def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f"{name_of(name)} needs the package {package}: pip install 'timm_pe[{extra}]'")
 
 
-# what --no-aug leaves out
+# flags that --no-aug disables
 _AUGMENTATIONS = (
     *('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob'),
     *('gaussian_blur_prob', 'aa'),
@@ -154,7 +154,7 @@ _AUGMENTATIONS = (
 def without_effect(config: 'RunConfig') -> list[str]:
     """Flags that were given and do nothing, each with the reason: '--clip-mode without --clip-grad'.
 
-    Those are timm's, and timm takes them: they may stand in a file of settings that has all flags.
+    They are timm's flags, and timm accepts them: a settings file may hold all flags.
     """
     found = []
     for name, declared in declared_in(type(config)).items():
@@ -291,7 +291,7 @@ def _check_losses(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def loss_type(config: 'RunConfig') -> str | None:
-    """--loss, or what timm's older flags for it mean."""
+    """--loss, or the loss that timm's older flags select."""
     return config.loss or ('jsd' if config.jsd_loss else 'bce' if config.bce_loss else None)
 
 
@@ -348,7 +348,7 @@ def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f'--train-crop-pad does not go with {name_of(name)}')
 
 
-# what is only read of some kinds of data sets; '' is a folder of images or a tar
+# flags that apply to some kinds of data sets only; '' is a folder of images or a tar
 _ONLY_OF_KINDS = {
     'class_depth': ('', 'folder'),
     'class_map': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
@@ -365,7 +365,7 @@ FOLDER_KINDS = ('', 'folder')
 
 
 def data_kind(flags: DataFlags) -> str:
-    """The kind of data set that --dataset names, 'hfds' of 'hfds/NAME'; '' where it names none."""
+    """The kind of data set that --dataset names, 'hfds' of 'hfds/NAME'; '' if it names none."""
     return flags.dataset.lower().split('/')[0] if '/' in flags.dataset else ''
 
 
@@ -381,7 +381,7 @@ def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
-    if not config.root and not config.dataset and not config.evaluate:  # a run that is evaluated knows its data
+    if not config.root and not config.dataset and not config.evaluate:  # --evaluate takes the data from its run
         refuse('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
     if config.resume == 'auto' and not config.experiment:
         refuse('--resume auto needs --experiment: it continues in the folder of that name')

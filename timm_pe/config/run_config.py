@@ -64,7 +64,7 @@ class RunConfig(
 ):
     """Run settings.
 
-    What was given, flat in timm's names. What follows from it is derived in `derive.py` and never stored here.
+    All flags, flat, under timm's names. Values derived from them come from `derive.py` and are never stored here.
     """
 
     config: str = flag('', 'YAML file of flags, or the name of a recipe of hparams/; the command line wins', metavar='FILE', also=('-c',))  # fmt: skip
@@ -74,7 +74,7 @@ class RunConfig(
         return {name: getattr(self, name) for name in declared_in(type(self))}
 
     def as_namespace(self) -> argparse.Namespace:
-        """The same for functions of timm that ask for a Namespace, or that keep one in a checkpoint."""
+        """The same as a Namespace, for timm functions that take one or store it in a checkpoint."""
         return argparse.Namespace(**self.as_dict())
 
     def is_given(self, name: str) -> bool:
@@ -106,19 +106,19 @@ def parse_config(
     prog: str = 'train_distill',
     more: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> RunConfig:
-    """Read flags over YAML over defaults, and refuse what cannot work.
+    """Read the settings (command line over YAML over defaults) and refuse invalid ones.
 
     Args:
         argv: Arguments; None takes those of the process.
         prog: Command to name in messages.
-        more: Makes settings from those that were given, for flags that were not.
+        more: Takes the given settings and returns values for flags that were not given.
 
     Raises:
         SystemExit: With code 2, after one line that says what is wrong.
     """
     parser = create_parser(prog)
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # then what is in the result was given
+        action.default = argparse.SUPPRESS  # then the result holds given flags only
     given = vars(parser.parse_args(argv))
     values = {**read_config(RunConfig, given['config'], parser.error), **given} if given.get('config') else given
     try:

@@ -1,4 +1,4 @@
-"""Flags from YAML files: read without running anything, each value checked as on the command line."""
+"""Flags from YAML files, read without running any code; each value is checked as on the command line."""
 
 import datetime
 import difflib
@@ -15,9 +15,9 @@ from .recipes import find_config
 
 Refuse = Callable[[str], NoReturn]
 
-# keys that would let a YAML file run something: whoever wants that says so on the command line
+# keys that let a YAML file run code: accepted on the command line only
 _RUN_CODE = ('device_modules', 'dataset_trust_remote_code')
-# bytes of a YAML file
+# largest YAML file, in bytes
 _MAX_YAML = 2**17
 
 
@@ -27,7 +27,7 @@ def read_config(group: type, path: str, refuse: Refuse) -> dict[str, Any]:
     Args:
         group: Declares the flags.
         path: The file, or the name of a recipe.
-        refuse: Says what is wrong with one, and does not return.
+        refuse: Reports an error and does not return.
     """
     try:
         path = find_config(path)
@@ -53,15 +53,15 @@ def read_config(group: type, path: str, refuse: Refuse) -> dict[str, Any]:
 
 
 def runs_code(name: str, value: Any) -> bool:
-    """Whether a flag at this value lets something run, which a file must not do."""
+    """Whether a flag with this value would run code, which a file must not do."""
     return bool(name in _RUN_CODE and value) or (isinstance(value, str) and value.startswith('pipe:'))
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The 'key: value' lines of a YAML file; empty for an empty file. No tag in it makes more than plain values.
+    """The 'key: value' lines of a YAML file; empty for an empty file. Tags cannot create anything but plain values.
 
     Raises:
-        ValueError: Unreadable, too large, no YAML, a key twice, or something else than 'key: value' lines.
+        ValueError: It is unreadable, too large, not YAML, repeats a key, or holds other than 'key: value' lines.
     """
     try:
         with open(path, 'rb') as f:
@@ -83,7 +83,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key which stands twice; the original takes the last one."""
+    """YAML's safe loader, but a repeated key is an error; the original takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -94,14 +94,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -> Any:
-    """A YAML value of a flag, checked as the same words on the command line would be.
+    """A flag's YAML value, checked as on the command line.
 
     Args:
         group: Declares the flag.
         dest: Its name.
-        value: What YAML makes of the value.
+        value: The value as YAML parsed it.
         what: The key and its file, for messages.
-        refuse: Says what the value must be, and does not return.
+        refuse: Reports what the value must be, and does not return.
     """
     declared, annotation = declared_in(group)[dest], annotations_of(group)[dest]
     kind, is_list, is_pairs = value_type(annotation)
@@ -122,7 +122,7 @@ def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -
             expect(f'one of {", ".join(map(str, declared.choices))}{of_plugins}')
         return result
 
-    if value is None:  # as if the flag had not been given; without a strength there is no color jitter, as in timm
+    if value is None:  # null means not given, but for color_jitter no jitter, as in timm
         return None if dest == 'color_jitter' else default_of(group, dest)
     if kind is bool:
         return value if isinstance(value, bool) else expect('true or false')

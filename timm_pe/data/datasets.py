@@ -1,4 +1,4 @@
-"""Data sets on timm.data: opened, and refused where their classes are not what the run takes them for."""
+"""Opens data sets with timm.data and checks that their classes fit the run."""
 
 import difflib
 import io
@@ -75,7 +75,7 @@ _BUILT_IN_READERS = {'sklearn/digits': DigitsReader}
 
 # kinds of data sets that timm reads, '<kind>/<name>'
 _KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds', 'folder')
-# classes of fewer training images are named
+# the start table names classes with fewer training images
 FEW_IMAGES = 5
 
 
@@ -126,7 +126,7 @@ def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: in
     has_split_folders = _has_split_folders(config)
     if has_split_folders:
         root = find_split(root, split) or root
-    # timm takes more in these two than its annotations say
+    # timm accepts more types for these two than its annotations say
     extra: dict[str, Any] = {'class_map': config.class_map, 'repeats': config.epoch_repeats if is_training else 0}
     if '/' in config.dataset:
         extra['trust_remote_code'] = config.dataset_trust_remote_code
@@ -176,7 +176,7 @@ def _has_split_folders(flags: DataFlags) -> bool:
 
 
 def _check_class_order(dataset: Dataset[Any]) -> None:
-    """Refuse class folders that are equal to timm's sort: it sorts a set, so their order would be another in each process."""
+    """Refuse class folders that timm's sort treats as equal: it sorts a set, so their order varies by process."""
     names: dict[tuple[Any, ...], str] = {}
     for name in sorted(class_map_of(dataset) or ()):
         first = names.setdefault(tuple(natural_key(name)), name)
@@ -188,7 +188,7 @@ def _check_class_order(dataset: Dataset[Any]) -> None:
 
 
 def check_data(flags: DataFlags) -> None:
-    """Refuse data that can't be there, before anything is built or fetched.
+    """Refuse missing data, before anything is built or fetched.
 
     Raises:
         UsageError: No such folder, or an unknown kind of data set.
@@ -216,7 +216,7 @@ def check_data(flags: DataFlags) -> None:
 
 
 def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] | None, Dataset[Any]]:
-    """Open the training split (None where the run only evaluates) and the validation split.
+    """Open the training split (None if the run only evaluates) and the validation split.
 
     Args:
         config: Run settings.
@@ -233,7 +233,7 @@ def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] 
 
 
 def _check_split_folders(config: RunConfig) -> None:
-    """Refuse a data folder that has some of its splits: the whole of it would stand for the one that is missing."""
+    """Refuse a data folder that has only some of its splits: the whole folder would be used for a missing one."""
     if data_kind(config) in FOLDER_KINDS and os.path.isfile(config.root) and not config.evaluate:
         _logger.warning(f"'{config.root}' is one file: training and validation use the SAME images.")
     if not _has_split_folders(config):
@@ -274,7 +274,7 @@ def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any]) -> None:
 
 
 def _describe_empty(*datasets: Dataset[Any] | None) -> str:
-    """Class folders without an image, and why, as the end of an error; '' where there is none."""
+    """Class folders without an image, and why, as the end of an error message; '' if there are none."""
     said = []
     for reader in filter(None, map(_folder_reader, datasets)):
         if reader.empty:
@@ -284,7 +284,7 @@ def _describe_empty(*datasets: Dataset[Any] | None) -> str:
 
 
 def _folder_reader(dataset: Any) -> Any:
-    """The `FolderReader` in a data set; None where it has none."""
+    """The `FolderReader` in a data set; None if it has none."""
     while dataset is not None:
         reader = getattr(dataset, 'reader', None)
         if hasattr(reader, 'ignored'):
@@ -294,7 +294,7 @@ def _folder_reader(dataset: Any) -> Any:
 
 
 def class_sizes(dataset: Any) -> dict[str, int] | None:
-    """Images of each class by its name, the smallest class first; None where the data set does not tell without reading all."""
+    """Images of each class by its name, the smallest class first; None if that takes reading all images."""
     names = class_map_of(dataset)
     while dataset is not None:
         for part in (getattr(dataset, 'reader', None), dataset):
@@ -311,23 +311,23 @@ def class_sizes(dataset: Any) -> dict[str, int] | None:
 
 
 def read_whole_on_each_rank(dataset: IterableDataset[Any]) -> None:
-    """Let a stream give all of its images on each rank, in place of a share that repeats some and leaves others out.
+    """Make a stream yield all its images on each rank, instead of a share that repeats some and omits others.
 
-    timm's readers cut the share of a rank at the mean length: shards are of several lengths, and all ranks must come to the
-    same number of training batches. A validation has no such need, its metrics must be those of each image once.
+    timm's readers cut each rank's share to the mean length, because shards differ in length and all ranks must have the
+    same number of training batches. Validation does not need that: its metrics must count each image once.
     """
     reader = cast(Any, dataset).reader
     reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def count_images(dataset: Any) -> int:
-    """Number of images of a data set; of a stream as its description says, which its length rounds for loader processes."""
+    """Number of images of a data set; for a stream, as described: its length is rounded for the loader processes."""
     described = getattr(getattr(dataset, 'reader', None), 'num_samples', None)
     return int(described) if described and isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
-    """What a start table says of the data: how much there is of it, and what was left out.
+    """Rows of the start table about the data: its size, and what was left out.
 
     Args:
         train: Training split.
@@ -357,10 +357,10 @@ def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[s
 
 
 def class_map_of(dataset: Dataset[Any] | None) -> dict[str, int] | None:
-    """The class map of a data set, name -> index in the order of the indices; None where it does not tell.
+    """The class map of a data set, name -> index in the order of the indices; None if unknown.
 
     Args:
-        dataset: The data set, or what wraps it as `.dataset`.
+        dataset: The data set, or a wrapper that holds it as `.dataset`.
     """
     while dataset is not None:
         for part in (getattr(dataset, 'reader', None), dataset):
@@ -373,7 +373,7 @@ def class_map_of(dataset: Dataset[Any] | None) -> dict[str, int] | None:
 
 
 def describe_other_class(then: Mapping[str, int] | None, now: Mapping[str, int] | None) -> str:
-    """The first class that two class maps differ in, in a few words; '' where they are equal or one is not known."""
+    """The first class in which two class maps differ, in words; '' if they are equal or one is unknown."""
     if not then or not now or then == now:
         return ''
     name = next(n for n in {**then, **now} if then.get(n) != now.get(n))
@@ -381,7 +381,7 @@ def describe_other_class(then: Mapping[str, int] | None, now: Mapping[str, int] 
 
 
 def count_classes(dataset: Dataset[Any] | None) -> int | None:
-    """Number of classes of a data set, None where it does not tell."""
+    """Number of classes of a data set, None if unknown."""
     class_to_idx = class_map_of(dataset)
     if class_to_idx:
         return max(class_to_idx.values()) + 1
@@ -390,12 +390,12 @@ def count_classes(dataset: Dataset[Any] | None) -> int | None:
 
 
 def check_num_classes(datasets: tuple[Dataset[Any] | None, Dataset[Any]], num_classes: int, given: bool) -> None:
-    """Refuse a student whose classes are not the data's.
+    """Refuse a student whose number of classes does not fit the data.
 
     Args:
         datasets: Training split or None, and validation split.
-        num_classes: The student's.
-        given: --num-classes was given (then the two must be equal; else the weights of the student may have more).
+        num_classes: The student's number.
+        given: Whether --num-classes was given; then the two must be equal, else the student's weights may have more.
 
     Raises:
         UsageError: They don't fit.

@@ -1,8 +1,8 @@
-"""Random draws of the data as functions of what is drawn, not of who draws it.
+"""Random draws that depend on what is drawn, not on the process that draws it.
 
-An image is drawn by (seed, view, index, repeat), what is drawn once a batch (order, mixup, cutmix, random erasing) by
-(seed, epoch, batch number, rank). The view is the epoch; with K views, the epoch mod K. Any number of workers, and a
-restart, see the same pixels.
+The seed of an image's draws is derived from (seed, view, index, repeat), that of a batch's draws (mixup, cutmix, random
+erasing) from (seed, epoch, batch number, rank), that of an epoch's order from (seed, epoch). The view is the epoch;
+with K views, the epoch mod K. Any number of workers, and a resumed run, see the same pixels.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def _seed_all(seed: int) -> None:
 
 @contextmanager
 def kept_rng() -> Iterator[None]:
-    """Give the random states of python, numpy and torch's CPU back as they were."""
+    """Restore the random states of Python, numpy and torch's CPU at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -46,8 +46,8 @@ def kept_rng() -> Iterator[None]:
 class Draw(NamedTuple):
     """One draw of an image: the view, the index of the image, and how often the epoch has drawn it before.
 
-    Once it is loaded, `replaced` says whether it could not be read and shows another image, and `source` is the hash of its
-    file, or 0.
+    After loading, `replaced` tells whether the image was unreadable and replaced by another one; `source` is the hash
+    of its file, or 0.
     """
 
     view: int
@@ -58,12 +58,12 @@ class Draw(NamedTuple):
 
 
 def _image_of(index: Any) -> int:
-    """The image of a sampler's index; with scheduled sizes that is (image, size of the batch)."""
+    """The image in a sampler's index, which with scheduled sizes is (image, size of the batch)."""
     return index if isinstance(index, int) else index[0]
 
 
 class Batch(list[Any]):
-    """The draws, or then the samples, of a batch that knows its place in the run; its samples know their draws."""
+    """The draws (after loading: the samples) of a batch, with its epoch and number; samples come with their draws."""
 
     def __init__(self, items: Any, epoch: int, number: int, draws: Any = ()):
         super().__init__(items)
@@ -74,15 +74,15 @@ class Batch(list[Any]):
 
 
 class IndexedTarget(NamedTuple):
-    """The targets of a batch, and which images they are of: what a cached teacher is asked by.
+    """The targets of a batch and the indices of its images, by which a teacher cache is read.
 
     Loaders pin it and move it to the device as they do a tensor. `index` stays on the host, where it is needed: reading
-    it never waits for the device. It is -1 for an image that could not be read and shows another one. `sources` are hashes of
-    the images' files, 0 where there is none.
+    it never waits for the device. It is -1 for an unreadable image that another one replaces. `sources` are hashes of
+    the images' files, 0 if unknown.
     """
 
     target: torch.Tensor
-    index: np.ndarray  # type: ignore[assignment]  # in the place of tuple.index, which has no use here
+    index: np.ndarray  # type: ignore[assignment]  # replaces tuple.index, which has no use here
     view: int
     sources: np.ndarray | None = None
 
@@ -99,7 +99,7 @@ class DrawBatchSampler(Sampler[Batch]):
         seed: Run seed, the same on all ranks: the order of DistributedSampler and RepeatAugSampler follows it too.
         rank: This rank.
         world_size: Number of ranks.
-        repeated: The sampler repeats images over ranks; then each rank's repeat is another draw.
+        repeated: Whether the sampler repeats images over ranks; then each rank draws its repeat differently.
         views: Number K of views of each image: epoch e draws view e mod K. None draws a new one each epoch.
     """
 
@@ -119,7 +119,7 @@ class DrawBatchSampler(Sampler[Batch]):
             self.sampler.generator = torch.Generator()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch of the next iteration, and its first batch; if it is not set, it is the one after the last."""
+        """Set the epoch and first batch of the next iteration; without it, the next epoch runs from its first batch."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class DrawBatchSampler(Sampler[Batch]):
             self.batch_sampler.set_epoch(epoch)
         if isinstance(self.sampler, RandomSampler):
             self.sampler.generator.manual_seed(derive_seed(self.seed, epoch))
-        elif hasattr(self.sampler, 'set_epoch'):  # those of several ranks make no more of an epoch than a seed
+        elif hasattr(self.sampler, 'set_epoch'):  # distributed samplers use the epoch only as a seed
             self.sampler.set_epoch(derive_seed(self.seed, epoch))
         view = epoch % self.views if self.views else epoch
         times: Counter[int] = Counter()
@@ -170,7 +170,7 @@ class ViewBatches(Sampler[Batch]):
 
 
 class SeededDataset(Dataset[Any]):
-    """A map-style data set whose random transforms depend on the draw alone."""
+    """A map-style data set whose random transforms depend only on the draw."""
 
     def __init__(self, dataset: Dataset[Any], seed: int):
         self.dataset, self.seed = dataset, seed
@@ -197,7 +197,7 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """A collate function whose draws (mixup, cutmix) depend on the batch alone; mixing ends at `mixup_off_epoch`.
+    """A collate function whose draws (mixup, cutmix) depend only on the batch; mixing ends at `mixup_off_epoch`.
 
     With `indexed` its targets are `IndexedTarget`s.
     """
@@ -223,7 +223,7 @@ class SeededCollate:
 
 
 class SeededErasing:
-    """timm's RandomErasing on the device, with draws that depend on the batch alone.
+    """timm's RandomErasing on the device, with draws that depend only on the batch.
 
     The prefetcher erases batch n + 1 before it hands out batch n, so the count is kept here.
     """
@@ -233,7 +233,7 @@ class SeededErasing:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Say which epoch the next batch is of, and its number."""
+        """Set the epoch and the number of the next batch."""
         self.epoch, self.number = epoch, start
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Loaders over seeded draws: which batches an epoch has, from which one on."""
+"""Loaders over seeded draws, and the batches of an epoch from a given one on."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from .unreadable import forget_unreadable
 
 
 def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
-    """Put a DataLoader over seeded draws in the place of timm's, under its prefetcher where there is one."""
+    """Replace timm's DataLoader by one over seeded draws, under its prefetcher if there is one."""
     plain = plain_loader(loader)
     loader_class = MultiEpochsDataLoader if config.use_multi_epochs_loader else DataLoader
     seeded = loader_class(
@@ -64,7 +64,7 @@ def set_epoch(loader: Any, epoch: int, start: int = 0) -> bool:
     erasing: Any = getattr(loader, 'random_erasing', None)
     multi_epochs = isinstance(plain, MultiEpochsDataLoader)
     if multi_epochs:
-        # its one iterator is ahead of us and counts epochs by itself once it runs
+        # its single iterator prefetches and counts epochs by itself once it runs
         batches = batches.sampler if plain.iterator is None else None
     part: Any
     for part in (batches, getattr(loader, 'dataset', None), erasing):
@@ -80,7 +80,7 @@ def set_epoch(loader: Any, epoch: int, start: int = 0) -> bool:
 def epoch_batches(loader: Any, epoch: int, start: int = 0) -> Iterator[tuple[int, tuple[Any, Any]]]:
     """The batches of an epoch from number `start` on, with their numbers.
 
-    A loader that can only begin at the beginning draws those before, and they are passed over.
+    If the loader can only start at the first batch, earlier batches are drawn and discarded.
     """
     first = start if set_epoch(loader, epoch, start) else 0
     for i, batch in enumerate(loader, first):
@@ -89,7 +89,7 @@ def epoch_batches(loader: Any, epoch: int, start: int = 0) -> Iterator[tuple[int
 
 
 def first_batch(loader: Any) -> tuple[Any, Any]:
-    """The batch that epoch 0 will start with; the loader is as if it had not been drawn.
+    """The first batch of epoch 0; the loader's state stays as if it had not been drawn.
 
     Raises:
         UsageError: Its images cannot be read.
@@ -97,7 +97,7 @@ def first_batch(loader: Any) -> tuple[Any, Any]:
     set_epoch(loader, 0)
     plain = plain_loader(loader)
     if not isinstance(plain.dataset, IterableDataset):
-        # read here: workers would read ahead, and go on while the first epoch counts what cannot be read
+        # read in this process: workers would read ahead, and their unreadable images would count in epoch 0
         loader = _loader_over(loader, [next(iter(plain.batch_sampler))], num_workers=0)
     try:
         batch = next(iter(loader))
@@ -110,7 +110,7 @@ def first_batch(loader: Any) -> tuple[Any, Any]:
 
 
 def view_loader(loader: Any, view: int, indices: np.ndarray, batch_size: int) -> Any:
-    """`loader` over one view of the images `indices` alone, in their order: the same pixels, workers and normalization."""
+    """`loader` over one view of the images `indices` only, in that order: the same pixels, workers, normalization."""
     return _loader_over(loader, ViewBatches(view, indices, batch_size), plain_loader(loader).num_workers)
 
 

@@ -1,4 +1,4 @@
-"""Short hashes of what a run depends on: weights, images, their files and pixels."""
+"""Short hashes of a run's images: their names, files and pixels."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from .unreadable import forget_unreadable
 _PIXEL_SAMPLES = 8
 
 
-# of files that are looked at: their disk may be far away
+# threads that read files, which may be on a network disk
 _THREADS = 8
 
 
@@ -34,7 +34,7 @@ def hash_names(dataset: Dataset[Any]) -> str:
         names = [fingerprint]
     elif hasattr(dataset, 'filenames'):
         root = str(getattr(reader, 'root', None) or '')
-        # absolute, then cut: a relative path is a normalization a file, seconds for a million
+        # absolute paths, then cut: making each path relative takes seconds for a million files
         names = [str(name).removeprefix(root).lstrip('/') for name in dataset.filenames(absolute=True)]
     else:
         labels = getattr(dataset, 'targets', getattr(dataset, 'labels', []))
@@ -43,9 +43,10 @@ def hash_names(dataset: Dataset[Any]) -> str:
 
 
 def hash_pixels(dataset: SeededDataset) -> list[str]:
-    """Of a few images, the hash of the file and short SHA-256 of what leaves the transform: sees other files and libraries.
+    """For a few images, the file's hash and a short SHA-256 of the transformed pixels: detects other files and
+    libraries.
 
-    The file is '-' where it is not hashed, and '?' where the image cannot be read.
+    The file's hash is '-' if files are not hashed; both are '?' if the image is unreadable.
     """
     hashes = []
     for index in np.linspace(0, len(dataset) - 1, _PIXEL_SAMPLES, dtype=int).tolist():
@@ -64,20 +65,20 @@ def _unwrapped(dataset: Any) -> Any:
 
 
 def list_files(dataset: Dataset[Any]) -> list[str] | None:
-    """The files of the images of a data set, in their order; None where images are not files of their own under one folder."""
+    """The image files of a data set, in its order; None unless each image is its own file under one folder."""
     images = _unwrapped(dataset)
     root = getattr(getattr(images, 'reader', None), 'root', None)
     if not root or not hasattr(images, 'filenames') or not os.path.isdir(root):
         return None
-    first = str(images.filename(0, absolute=True))  # to ask for all names can be to read the whole data set
-    # names inside a tar do not begin with its folder; a link to nowhere is a file that cannot be read
+    first = str(images.filename(0, absolute=True))  # asking for all names may read the whole data set
+    # names inside a tar do not begin with its folder; a broken link counts as an unreadable file
     if not first.startswith(str(root)) or not os.path.lexists(first):
         return None
     return [str(path) for path in images.filenames(absolute=True)]
 
 
 def stat_files(paths: Sequence[str]) -> np.ndarray:
-    """Size in bytes and time of change in nanoseconds of each file, int64 [n, 2]; -1 where it is out of reach."""
+    """Size in bytes and time of change in nanoseconds of each file, int64 [n, 2]; -1 if it is inaccessible."""
     stats = np.full((len(paths), 2), -1, np.int64)
 
     def look(part: np.ndarray) -> None:
@@ -92,7 +93,7 @@ def stat_files(paths: Sequence[str]) -> np.ndarray:
 
 
 def hash_file(path: str) -> int:
-    """`hash_content` of a file, 0 where it cannot be read."""
+    """`hash_content` of a file, 0 if it cannot be read."""
     try:
         return hash_content(Path(path).read_bytes())
     except OSError:

@@ -12,34 +12,34 @@ from timm.utils import natural_key
 
 from ..errors import UsageError
 
-# formats that PIL knows by name but cannot show by itself, or that are no still pictures
+# formats that PIL registers but cannot decode by itself, or that are not still images
 _NOT_SHOWN = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
-# names of one split, as timm has them
+# alternative names of a split, as in timm
 _SAME_SPLIT = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
-# names in a message
+# most names in a message
 _MAX_NAMES = 8
 
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """Endings of the files that PIL can show, in lower case and with their dot."""
+    """Extensions of the files that PIL can decode, in lower case and with their dot."""
     Image.init()
     shown = (e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _NOT_SHOWN)
     return frozenset(shown)
 
 
 def find_split(root: str, split: str) -> str | None:
-    """The folder of a split: of its name, else of another name that timm has for it, else of one in other letter case.
+    """The folder of a split: by its name, else by another name that timm knows for it, else ignoring letter case.
 
     Args:
         root: Folder of the data set.
         split: Name of the split.
 
     Returns:
-        Its path, None where there is none.
+        Its path, or None if there is none.
 
     Raises:
-        UsageError: Several folders differ from it in letter case alone.
+        UsageError: Several folders differ from it only in letter case.
     """
     name = split.split('[')[0]
     names = [name, *next((names for names in _SAME_SPLIT if name.lower() in names), ())]
@@ -61,21 +61,21 @@ def find_split(root: str, split: str) -> str | None:
 class FolderReader(Reader):
     """Images anywhere below a folder, each labelled by the name of a folder above it.
 
-    Classes and images are those of timm's ReaderImageFolder, in its order, where that is no matter of chance. Hidden files and
-    folders are left out.
+    Classes and images are those of timm's ReaderImageFolder, in its order wherever that is deterministic. Hidden files
+    and folders are left out.
 
     Args:
         root: The folder.
         class_map: File with the classes in their order, '' for the order of their names.
-        class_depth: Level of the folder below `root` that is the class; None is the innermost.
+        class_depth: Level of the folder below `root` that is the class; None means the innermost.
         endings: Endings of images, with their dots.
 
     Attributes:
         samples: Path and label of each image.
         class_to_idx: Label of each class name.
-        ignored: How many files were left out, by what they are: an ending, 'hidden', 'of no class'.
+        ignored: Number of files left out, by kind: an ending, 'hidden', 'of no class'.
         empty: Class folders without an image.
-        is_deep: Whether an innermost folder that is a class lies in another folder.
+        is_deep: Whether the innermost folder is the class and one lies in another folder.
 
     Raises:
         UsageError: No images, images that lie in no class folder, or class folders that would be merged or split.
@@ -109,7 +109,7 @@ class FolderReader(Reader):
         self.empty = sorted(folder for folder in folders if not holds_images.intersection(_with_parents(folder)))
 
     def _scan(self, endings: frozenset[str]) -> tuple[list[str], list[str]]:
-        """Images, and folders without a folder in them, both relative to the root; counts what is left out."""
+        """Images, and folders without subfolders, both relative to the root; counts the files left out."""
         images, innermost = [], []
         for path, subfolders, files in os.walk(self.root, followlinks=True):
             for name in [n for n in subfolders if n.startswith('.') or n == '__MACOSX']:
@@ -175,13 +175,13 @@ def _class_of(folder: str, class_depth: int | None) -> str:
 
 
 def _with_parents(folder: str) -> list[str]:
-    """A relative folder and those above it, the root apart."""
+    """A relative folder and its parents, without the root."""
     parts = folder.split(os.sep)
     return [os.sep.join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _leads_back(path: str) -> bool:
-    """Whether a folder is a link to one above it, which would be read without end."""
+    """Whether a folder is a symlink to one of its parents, which would be walked endlessly."""
     if not os.path.islink(path):
         return False
     here, there = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
@@ -209,5 +209,5 @@ def _listed(shown: list[str], number: int) -> str:
 
 
 def name_some(names: list[str]) -> str:
-    """Names in a row, the first of them where there are many."""
+    """Names joined by commas, only the first ones if there are many."""
     return _listed(names[:_MAX_NAMES], len(names))

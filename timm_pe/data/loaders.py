@@ -33,12 +33,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Data:
-    """What a run reads.
+    """The loaders of a run.
 
     Attributes:
-        train: Training loader, batches `(input [b, ch, h, w], target [b] or [b, c])`; None where a run only evaluates.
+        train: Training loader, batches `(input [b, ch, h, w], target [b] or [b, c])`; None if a run only evaluates.
         eval: Validation loader.
-        mixup: Mixup to call on a batch, where the loader (no prefetcher) does not mix itself.
+        mixup: Mixup to call on each batch if the loader does not mix (no prefetcher).
         config: timm's data config: input_size, mean, std, interpolation, crop_pct.
     """
 
@@ -52,7 +52,7 @@ def _check_ranks(datasets: tuple[Dataset[Any] | None, Dataset[Any]], runtime: Ru
     """Raise unless all ranks have the same classes in the same order.
 
     Raises:
-        UsageError: They do not: machines with different folders.
+        UsageError: They differ: the machines have different folders.
     """
     if not runtime.distributed:
         return
@@ -79,12 +79,12 @@ def create_data(
     Args:
         config: Run settings.
         datasets: Training (or None) and validation split.
-        student: Its classes and its input are what the data must fit.
+        student: The data must fit its classes and its input.
         runtime: Device and ranks.
 
     Raises:
-        UsageError: Other classes than the student's, or than those of another rank, flags that the loader cannot do, or
-            fewer training images than one batch.
+        UsageError: Classes differ from the student's or another rank's, the loader does not support a flag, or there
+            are fewer training images than one batch.
     """
     _check_ranks(datasets, runtime)
     num_classes = cast(int, student.num_classes)
@@ -126,14 +126,14 @@ def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
 
 
 def _check_target(dataset: Dataset[Any]) -> None:
-    # a stream that is read here would be read by no loader process: its first images show it
+    # a stream that is read here cannot be read by loader processes: its targets are checked later
     if not isinstance(dataset, IterableDataset):
         dataset[0]
         forget_unreadable(dataset)
 
 
 def _check_sizes(config: RunConfig, student: nn.Module, data_config: dict[str, Any]) -> None:
-    """Show the student one empty image of each size, so that one it cannot take is refused before anything is written."""
+    """Run the student on a blank image of each size, to refuse one that it cannot take before anything is written."""
     if config.naflex_loader:
         return
     channels, *size = data_config['input_size']
@@ -212,7 +212,7 @@ def _create_train_loader(
 
 
 def _create_mixup(config: RunConfig, num_classes: int) -> tuple[FastCollateMixup | None, Mixup | None]:
-    """Mixup as the loader's collate function, or without the prefetcher as what is called on its batches."""
+    """Mixup as the loader's collate function; without the prefetcher, as a function to call on its batches."""
     if not mixing_active(config):
         return None, None
     settings = {
@@ -230,7 +230,7 @@ def _create_mixup(config: RunConfig, num_classes: int) -> tuple[FastCollateMixup
 
 
 def _pad_and_crop(transform: transforms.Compose, size: tuple[int, int], padding: int) -> None:
-    """Put the padded random crop of CIFAR recipes in the place of timm's random resized crop, its first transform."""
+    """Replace timm's random resized crop, the first transform, by the padded random crop of CIFAR recipes."""
     if not isinstance(transform.transforms[0], RandomResizedCropAndInterpolation):
         raise UsageError('--train-crop-pad: the augmentation does not start with a random resized crop to replace')
     resize = transforms.Resize(size)  # images that have this size already pass through

@@ -1,4 +1,4 @@
-"""Labels as a data set gives them, checked where they are read: each error is one line, in a loader process too."""
+"""Checks of a data set's labels as they are read; each error is one line, in a loader process too."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ..errors import UsageError, one_line
 
 
 class ClassTarget:
-    """The label of one class, for data sets that do not tell their classes.
+    """Checks an image's single label, for data sets whose classes are unknown.
 
     Args:
         num_classes: Classes of the student.
@@ -22,7 +22,7 @@ class ClassTarget:
         """The label as an int.
 
         Raises:
-            UsageError: No single label, or none that the student has a class for.
+            UsageError: It is not a single label, or the student has no such class.
         """
         try:
             label = int(target)
@@ -37,18 +37,18 @@ class ClassTarget:
 
 
 class MultiLabelTargets(MultiLabelTarget):
-    """timm's multi-hot vector `[c]` of an image's labels, whose errors are those of a user.
+    """timm's multi-hot vector `[c]` of an image's labels, with errors as `UsageError`.
 
     Args:
         num_classes: c, the classes of the student.
-        dense: Targets are vectors of 0 and 1 already, not class indices.
+        dense: Whether targets already are vectors of 0 and 1, not class indices.
     """
 
     def __call__(self, target: Any) -> torch.Tensor:
         """The vector.
 
         Raises:
-            UsageError: Labels that do not fit, or a vector of 0 and 1 where indices are expected.
+            UsageError: Labels that do not fit, or a vector of 0 and 1 instead of indices.
         """
         try:
             found: torch.Tensor = super().__call__(target)
@@ -56,7 +56,7 @@ class MultiLabelTargets(MultiLabelTarget):
             raise UsageError(
                 f'--task multilabel: the targets of the data set do not fit: {one_line(e)} (got {target!r:.100})'
             ) from e
-        # as indices they would be class 0 and class 1 alone, each several times
+        # read as indices, they would name only classes 0 and 1, several times
         if not self.dense and self.num_classes > 2 and len(target) == self.num_classes and set(target) <= {0, 1}:
             raise UsageError(
                 f'--task multilabel: an image has the target {target!r:.100}, a vector of 0 and 1: add --target-format multihot'

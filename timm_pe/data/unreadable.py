@@ -1,4 +1,4 @@
-"""Images that cannot be read: timm takes the next ones in their place; here they are counted, and the first is named."""
+"""Unreadable images: timm replaces each by the next one; here they are counted, and the first is named."""
 
 import io
 import multiprocessing
@@ -12,15 +12,15 @@ from timm.data.readers.reader import Reader
 from ..errors import RunError
 from ..process.files import hash_content
 
-# more than this share of an epoch is no accident
+# a larger share of an epoch ends the run
 _MAX_SHARE = 0.1
 _FEW = 10
-# bytes that are kept of a warning
+# longest warning that is kept, in bytes
 _MAX_WARNING = 300
 
 
 class _Reads(Reader):
-    """A reader that knows what it was asked for since `asked` was last emptied, and with `hashes` the content it gave."""
+    """A reader that records the requested indices in `asked`; with `hashes` it also hashes the content it returns."""
 
     def __init__(self, reader: Any):
         self.reader = reader
@@ -50,14 +50,14 @@ class _Reads(Reader):
 
 
 class CountingImageDataset(ImageDataset):
-    """timm's ImageDataset, with a count over all loader processes of the images that were drawn and could not be read.
+    """timm's ImageDataset that counts the unreadable images drawn, over all loader processes.
 
     Args:
-        dataset: What to read; its reader, image mode and transforms are taken over.
+        dataset: The data set to read; its reader, image mode and transforms are reused.
 
     Attributes:
-        replaced: Whether another image took the place of the one that was last asked for.
-        source: `hash_content` of the file that the last image was read from; 0 where files are not hashed.
+        replaced: Whether the last image requested was replaced by another one.
+        source: `hash_content` of the file that the last image was read from; 0 if files are not hashed.
     """
 
     def __init__(self, dataset: ImageDataset):
@@ -76,7 +76,7 @@ class CountingImageDataset(ImageDataset):
         self._warning: Any = multiprocessing.Array('c', _MAX_WARNING)
 
     def hash_sources(self, wanted: bool) -> None:
-        """Hash each file from here on, or no longer; the reader must give open files."""
+        """Switch the hashing of each file on or off; the reader must return open files."""
         self.reader.hashes, self.reader.source = wanted, 0
 
     @property
@@ -105,7 +105,7 @@ class CountingImageDataset(ImageDataset):
             if self.replaced:
                 with self._count.get_lock():
                     self._count[1] = index if not self._count[0] else self._count[1]
-                    self._count[0] += 1  # the others were tried in its place: those that are drawn count themselves
+                    self._count[0] += 1  # images tried in its place are counted when they are drawn themselves
 
     def _count_warning(self, index: int, text: str) -> None:
         with self._warned.get_lock():
@@ -114,14 +114,14 @@ class CountingImageDataset(ImageDataset):
             self._warned[0] += 1
 
     def take_warnings(self) -> tuple[int, str, str]:
-        """How many images were read with a warning since it was last asked, the name of the first, and its warning."""
+        """Number of images read with a warning since the last call, the name of the first, and its warning."""
         with self._warned.get_lock():
             number, first = self._warned[0], self._warned[1]
             self._warned[0] = 0
         return (number, self.filename(first), self._warning.value.decode(errors='ignore')) if number else (0, '', '')
 
     def take_count(self) -> tuple[int, str]:
-        """How many images could not be read since it was last asked, and the name of the first."""
+        """Number of unreadable images since the last call, and the name of the first."""
         with self._count.get_lock():
             number, first = self._count[0], self._count[1]
             self._count[0] = 0
@@ -129,14 +129,14 @@ class CountingImageDataset(ImageDataset):
 
 
 def _counting(dataset: Any) -> Any:
-    """The data set that counts, in what wraps it as `.dataset`; None where none does."""
+    """The counting data set inside wrappers that hold it as `.dataset`; None if there is none."""
     while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     return dataset if hasattr(dataset, 'take_count') else None
 
 
 def forget_unreadable(dataset: Any) -> None:
-    """Begin to count anew, after images were read that no epoch has asked for.
+    """Reset the counts, after images were read outside of an epoch.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
@@ -148,7 +148,7 @@ def forget_unreadable(dataset: Any) -> None:
 
 
 def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
-    """How many images were read with a warning in a pass over a data set, and what to say of that; arguments as below."""
+    """Number of images read with a warning in a pass over a data set, and a message; arguments as below."""
     counting = _counting(dataset)
     said = counting.take_warnings() if counting is not None else (0, '', '')
     ranks: list[Any] = [said]
@@ -163,15 +163,15 @@ def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int
 
 
 def describe_unreadable(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
-    """How many images could not be read in a pass over a data set, and what to say of that; '' where there was none.
+    """Number of unreadable images in a pass over a data set, and a message; '' if there were none.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
-        images: How many were asked for, over all ranks.
-        distributed: Count those of all ranks; then all must call.
+        images: Number of images requested, over all ranks.
+        distributed: Whether to count over all ranks; then all must call.
 
     Raises:
-        RunError: They were more than a tenth.
+        RunError: They are more than 10, and more than a tenth.
     """
     counting = _counting(dataset)
     number, first = counting.take_count() if counting is not None else (0, '')

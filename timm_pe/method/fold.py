@@ -1,4 +1,4 @@
-"""Batch norms of a frozen network, folded into the layers before them where that is exact to rounding."""
+"""Batch norms of a frozen network, folded into the layers before them if that is exact to rounding."""
 
 import copy
 import weakref
@@ -14,29 +14,29 @@ from .tap import FeatureTap
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-# what a network may raise that can't be copied, or can't take the images
+# exceptions of a network that can't be copied, or can't take the images
 _FAILURES = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, AttributeError)
 
 
 def fold_batch_norm(model: nn.Module, example: torch.Tensor, tap: str | None = None) -> nn.Module | None:
     """A copy of `model`, in eval mode, without the batch norms that directly follow a convolution or a linear layer.
 
-    In eval mode such a norm is a scale and a shift a channel, which the weights before it can carry: g (W x + b - mean) /
-    sqrt(var + eps) + beta is one convolution too (Jacob et al., arXiv 1712.05877, sec. 3.2). Which layer a norm follows
-    is seen in a forward of `example`, not told by names. An activation inside the norm (timm's `BatchNormAct2d`) stays.
+    In eval mode such a norm is a scale and a shift per channel, which can be merged into the weights before it: g (W x
+    + b - mean) / sqrt(var + eps) + beta is one convolution too (Jacob et al., arXiv 1712.05877, sec. 3.2). Which layer
+    a norm follows is observed in a forward pass of `example`, not derived from names. An activation inside the norm
+    (timm's `BatchNormAct2d`) stays.
 
-    The copy is made and checked on the CPU, where no TF32 blurs the comparison, and goes to the device of `model`, which
-    itself is left as it is.
+    The copy is made and checked on the CPU, where TF32 does not affect the comparison, then moved to the device of
+    `model`, which itself is not changed.
 
     Args:
         model: A network in float32 (or float64).
-        example: Images `[b, ch, h, w]` as it will see them; on these the copy is compared to the original.
+        example: Images `[b, ch, h, w]` as it will see them; copy and original are compared on these.
         tap: Path of the module whose input is the feature, for models that are not timm's.
 
     Returns:
-        The copy; None where there is nothing to fold, where `model` can't be copied or doesn't take `example`, and where
-        output or feature of the copy are not equal to rounding (a convolution whose output has a second reader, ...):
-        it is all or nothing.
+        The copy; None if there is nothing to fold, if `model` can't be copied or doesn't take `example`, or if output
+        or feature of the copy differ by more than rounding (a convolution whose output is also read elsewhere, ...).
     """
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if not count_batch_norms(model) or floats not in ({torch.float32}, {torch.float64}):
@@ -63,7 +63,7 @@ def count_batch_norms(model: nn.Module) -> int:
 
 
 def equal_to_rounding(x: torch.Tensor, y: torch.Tensor, rtol: float = 1e-4) -> bool:
-    """Whether two tensors of one shape differ by less than `rtol` times the largest value of `y`. It reads the device."""
+    """Whether two tensors of one shape differ by less than `rtol` times the largest of `y`. Waits for the device."""
     if x.shape != y.shape:
         return False
     x, y = x.detach().double(), y.detach().double()
@@ -84,7 +84,7 @@ def _run(model: nn.Module, example: torch.Tensor, path: str | None) -> list[torc
 
 @torch.no_grad()
 def _find_layers_before_norms(model: nn.Module, example: torch.Tensor) -> dict[_BatchNorm, _Layer]:
-    """Batch norm -> the layer whose untouched output enters it, in a forward of `example`."""
+    """Batch norm -> the layer whose unchanged output enters it in a forward pass of `example`."""
     made: dict[int, tuple[weakref.ref[torch.Tensor], _Layer, int]] = {}
     layer_of: dict[_BatchNorm, _Layer] = {}
 
@@ -95,7 +95,7 @@ def _find_layers_before_norms(model: nn.Module, example: torch.Tensor) -> dict[_
         if id(args[0]) not in made:
             return
         output, layer, version = made[id(args[0])]
-        # the id of a tensor that is gone may come again; another version means that it was changed in place
+        # the id of a freed tensor may be reused; another version means that it was changed in place
         if output() is args[0] and args[0]._version == version:
             layer_of[cast(_BatchNorm, norm)] = layer
 
@@ -119,7 +119,7 @@ def _is_frozen_norm(module: nn.Module) -> bool:
 
 
 def _fold(model: nn.Module, norm: _BatchNorm, layer: _Layer) -> None:
-    """Put the norm into the layer, and what is left of it (its activation, or nothing) in its place."""
+    """Merge the norm into the layer, and replace it by what remains (its activation, or nothing)."""
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     mean, var = cast(torch.Tensor, norm.running_mean), cast(torch.Tensor, norm.running_var)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight

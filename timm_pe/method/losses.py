@@ -1,8 +1,8 @@
 """Losses between projected student features and teacher features, and between logits.
 
-To add one: a function or class without arguments that returns an `nn.Module` with `forward(projected, teacher)`, both
-`[b, m]`, giving a scalar, under `@register_feature_loss('name')`; names.py has its name too. It may live in a package of
-its own instead, see plugins.py.
+To add one, decorate with `@register_feature_loss('name')` a function or class without arguments that returns an
+`nn.Module` whose `forward(projected, teacher)`, both `[b, m]`, gives a scalar, and add the name to names.py. It may
+also live in a package of its own, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -169,7 +169,7 @@ def _whiten(x: torch.Tensor) -> torch.Tensor:
     return (root @ centred if n <= m else centred @ root).to(x.dtype)
 
 
-# `[b, m] -> [b, m]`, what is done to the teacher's feature before the loss
+# normalizations of the teacher's feature before the loss, `[b, m] -> [b, m]`
 TEACHER_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     'none': lambda x: x,
     'batch': _standardize,
@@ -179,7 +179,7 @@ TEACHER_NORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def normalize_teacher(feature: torch.Tensor, norm: str) -> torch.Tensor:
-    """The teacher's feature as the loss is to see it, in float32 (float64 stays) unless `norm` is 'none'.
+    """The teacher's feature, normalized for the loss, in float32 (float64 stays) unless `norm` is 'none'.
 
     Args:
         feature: `[b, m]`.

@@ -1,6 +1,6 @@
-"""What can be chosen by name. It imports no torch, so that --help and the check of flags do not wait for it.
+"""Names of projectors, losses and targets. This module does not import torch, so that --help and flag checks are fast.
 
-What a name stands for is registered under it: projectors in projectors.py, losses in losses.py.
+The implementations are registered under these names in projectors.py and losses.py.
 """
 
 from .plugins import Names

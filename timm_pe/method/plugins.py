@@ -6,8 +6,8 @@ so under the group `timm_pe.plugins`:
     [project.entry-points."timm_pe.plugins"]
     my_projectors = "my_projectors"
 
-They are imported when a name is asked for that is not known here, and when all names are listed: a run that uses none of
-them never imports them.
+They are imported when an unknown name is looked up and when all names are listed: a run that uses none of them never
+imports them.
 """
 
 import functools
@@ -23,7 +23,7 @@ GROUP = 'timm_pe.plugins'
 
 @functools.cache
 def load_plugins() -> None:
-    """Import each plugin that is installed, once in a process. A broken one is a warning that names its package."""
+    """Import each installed plugin, once per process. A broken one gives a warning that names its package."""
     for plugin in sorted(entry_points(group=GROUP), key=lambda plugin: plugin.name):
         try:
             plugin.load()
@@ -34,7 +34,7 @@ def load_plugins() -> None:
 
 
 class Names:
-    """The names of a registry, sorted, as argparse and error messages take them: plugins are looked at last.
+    """The names of a registry, sorted, for argparse and error messages: plugins are loaded only when needed.
 
     Args:
         *own: Names of this package, known before the module that registers them is imported.

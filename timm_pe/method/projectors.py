@@ -1,8 +1,8 @@
 """Projectors from the student's feature space to the teacher's, and their ensemble (PEFD, arXiv 2210.15274, sec. 3).
 
-To add one: a function or class `(in_dim, out_dim) -> nn.Module` mapping `[b, in_dim]` to `[b, out_dim]`, under
-`@register_projector('name')`; names.py has its name too. The ensemble then builds q of them, each with its own random init,
-and puts the activation after them. It may live in a package of its own instead, see plugins.py.
+To add one, decorate with `@register_projector('name')` a function or class `(in_dim, out_dim) -> nn.Module` that maps
+`[b, in_dim]` to `[b, out_dim]`, and add the name to names.py. The ensemble then builds q of them, each with its own
+random init, and applies the activation after them. It may also live in a package of its own, see plugins.py.
 """
 
 from collections.abc import Callable
@@ -119,16 +119,16 @@ class OrthogonalProjector(nn.Linear):
         dtype = parametrization.original.dtype
         if dtype.itemsize >= 4:
             return super().forward(x)
-        # W is made in float32: PyTorch's matrix functions know no half precision
+        # W is computed in float32: PyTorch's matrix functions have no half precision
         whole = {k: v.float() for k, v in (*parametrization.named_parameters(), *parametrization.named_buffers())}
         return F.linear(x, functional_call(parametrization, whole, ()).to(dtype))
 
 
 class _FixedDiagonal(nn.Module):
-    """Holds the diagonal of what is trained at -1.
+    """Fixes the diagonal of the trained matrix at -1.
 
-    Where W is not square, PyTorch keeps signs there that no gradient reaches, and cuts them to integers: the first weight
-    decay would make them, and so W, 0.
+    If W is not square, PyTorch keeps signs there that get no gradient, and truncates them to integers: the first weight
+    decay would turn them, and so W, into 0.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -237,7 +237,7 @@ class ProjectorEnsemble(nn.Module):
         if self._act == 'auto':
             raise RuntimeError("projector activation is 'auto' and undecided: set .act to 'relu' or 'none' first")
         projected = self.projectors(x)
-        if projected.shape[1:] != (self.num_projectors, self.out_dim):  # a loss might broadcast it in silence
+        if projected.shape[1:] != (self.num_projectors, self.out_dim):  # a loss might broadcast it silently
             raise UsageError(
                 f"projector '{self.projector}' must map [b, {self.in_dim}] to [b, {self.out_dim}], "
                 f'{self.num_projectors} of them give {list(projected.shape)}'

@@ -10,45 +10,45 @@ from torch import nn
 
 from ..errors import UsageError
 
-# how the module is named that the feature enters
+# how a user names the module that the feature enters
 _PATH = 'path=, of a teacher tap= or --teacher-tap'
 
 
 class FeatureTap:
     """Gives the feature that entered the classifier in the last forward of a model.
 
-    A timm model's `get_classifier()` says where to hook, and the structure there how to read what passes:
+    `get_classifier()` of a timm model gives the module to hook, and its structure decides how the feature is read:
 
     - one layer: its input. Maps and tokens that are not pooled yet are averaged over positions.
-    - a head that pools and classifies in one module: the input of the layer in it that classifies.
+    - a head that pools and classifies in one module: the input of its classifying layer.
     - a tuple, the two heads of a distilled model: the mean of their inputs.
-    - a `ModuleList`, one head a branch or a stage: their inputs side by side.
+    - a `ModuleList`, one head per branch or stage: their inputs, concatenated.
     - no classifier (`num_classes=0`, or an encoder that never has one): the model's output, pooled.
 
-    A model with `forward_head` and no `get_classifier()` is asked which module runs only without `pre_logits=True`.
+    In a model with `forward_head` but no `get_classifier()` it is the module that runs only without `pre_logits=True`.
 
-    Make the tap before `torch.compile` and DDP wrap the model, and after `reset_classifier`. A deepcopy of a module that
-    holds both the model and its tap (what an EMA makes) holds a tap of its own. The tap keeps one feature, with its
-    graph, until it is popped.
+    Make the tap before `torch.compile` and DDP wrap the model, and after `reset_classifier`. A deepcopy of a module
+    that holds both the model and its tap (as an EMA makes) has its own tap. The tap keeps one feature, with its graph,
+    until it is popped.
 
     Args:
         model: A timm model, or with `path` any module.
         path: Name of the submodule whose input is the feature (`'fc'`), instead of what `get_classifier()` gives.
-        before_dropout: Of a model in training, give the feature as it is before the dropout in front of the classifier.
-            Where a model drops by its `drop_rate` and no module, the tap does it in its place (and sets that rate to 0),
-            with the same random numbers: what the model computes stays bit for bit what it was. Only where one layer
+        before_dropout: In training, give the feature before the dropout in front of the classifier. If the model
+            applies dropout by its `drop_rate` instead of a module, the tap applies it instead (and sets that rate to 0)
+            with the same random numbers, so that the model's output stays bit for bit the same. Only if a single layer
             classifies and `path` is not given.
 
     Attributes:
         width: Number of channels `d` of the feature.
 
     Raises:
-        UsageError: If the classifier or the feature's width can't be told, or there is no submodule `path`.
+        UsageError: If the classifier or the feature's width can't be determined, or there is no submodule `path`.
     """
 
     def __init__(self, model: nn.Module, path: str | None = None, before_dropout: bool = False) -> None:
         self._name = type(model).__name__
-        # averaged over the outer list, side by side over the inner one
+        # averaged over the outer list, concatenated over the inner one
         self._heads = _tap_classifier(model, before_dropout) if path is None else [[_tap_path(model, path)]]
         self.width = sum(site.width for site in self._heads[0])
 
@@ -60,7 +60,7 @@ class FeatureTap:
 
         Raises:
             RuntimeError: If no forward has reached the classifier since the last call.
-            UsageError: If the feature isn't as wide as the structure told.
+            UsageError: If the feature isn't as wide as the model's structure implies.
         """
         heads: list[list[Any]] = [[site.pop() for site in branches] for branches in self._heads]
         if any(x is None for branches in heads for x in branches):
@@ -77,14 +77,14 @@ class FeatureTap:
         return feature
 
     def remove(self) -> None:
-        """Unhook the model, and give its dropout back."""
+        """Remove the hooks and restore the model's dropout."""
         for branches in self._heads:
             for site in branches:
                 site.remove()
 
 
 class _Site:
-    """One hooked module: what enters it, or what the whole model puts out, as one vector a sample."""
+    """One hooked module: its input, or the output of the whole model, as one vector per sample."""
 
     def __init__(self, module: nn.Module, width: int, pools_token: bool = False, output: bool = False) -> None:
         self.width = width
@@ -92,7 +92,7 @@ class _Site:
         self._value: torch.Tensor | None = None
         # what entered the dropout module in front of the hooked one, in this forward
         self._undropped: torch.Tensor | None = None
-        # whose drop_rate the tap drops by in its place, and the rate
+        # module whose dropout the tap applies in its place, and its drop_rate
         self._drops_for: tuple[Any, float] | None = None
         # bound methods: a deepcopied model calls the deepcopied site
         if output:
@@ -117,11 +117,11 @@ class _Site:
             self._drops_for = None
 
     def look_before(self, dropout: nn.Dropout) -> None:
-        """Give what enters a dropout, where it runs in a forward in training."""
+        """Take the input of this dropout module as the feature when it runs in training."""
         self._handles.append(dropout.register_forward_pre_hook(self._keep_undropped))
 
     def drop_for(self, owner: Any) -> None:
-        """Drop behind the tap, in the place of a module that drops by its `drop_rate` in front of it."""
+        """Apply dropout behind the tap, in place of `owner`, which applies it in front by its `drop_rate`."""
         self._drops_for = owner, owner.drop_rate
         owner.drop_rate = 0.0
 
@@ -142,7 +142,7 @@ class _Site:
     def _keep_output(
         self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
     ) -> None:
-        # a distilled model in training puts out one vector a head
+        # a distilled model in training returns one vector per head
         self._value = _mean([self._pool(x) for x in (output if isinstance(output, tuple) else (output,))])
 
     def _pool(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,12 +158,12 @@ class _Site:
 
 
 def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
-    # heads that share one input give that very tensor
+    # heads that share one input give that same tensor
     return xs[0] if all(x is xs[0] for x in xs) else torch.stack(xs).mean(0)
 
 
 def _tap_classifier(model: nn.Module, before_dropout: bool) -> list[list[_Site]]:
-    """Hook what classifies in a timm model: alternative heads in the outer list, branches of a head in the inner."""
+    """Hook a timm model's classifying layers: alternative heads in the outer list, branches of a head in the inner."""
     heads = _classifiers(model)
     # several layers may share one dropout
     before_dropout = before_dropout and sum(map(len, heads)) == 1
@@ -179,7 +179,7 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
     try:
         classifier = cast(Any, model).get_classifier()
     except AttributeError as e:
-        # where the classifier is a part of the head, num_classes=0 may leave nothing to get it from
+        # if the classifier is a part of the head, num_classes=0 may leave nothing to get it from
         if getattr(model, 'num_classes', None) == 0:
             return []
         raise UsageError(
@@ -191,7 +191,7 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _classifier_of_head(model: nn.Module) -> list[list[nn.Module]]:
-    """What classifies in a model without `get_classifier()`; none for an encoder."""
+    """The classifying layers of a model without `get_classifier()`; none for an encoder."""
     if hasattr(model, 'forward_features') and not (
         hasattr(model, 'forward_head') and getattr(model, 'num_classes', None) != 0
     ):
@@ -209,16 +209,16 @@ def _classifier_of_head(model: nn.Module) -> list[list[nn.Module]]:
 
 @torch.no_grad()
 def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
-    """The module that `forward_head` runs only without `pre_logits=True`, if the pre-logits are what enters it.
+    """The module that `forward_head` runs only without `pre_logits=True`, if its input is the pre-logits.
 
-    Empty where the flag changes nothing, None where no such module is found.
+    Empty if the flag changes nothing, None if no such module is found.
     """
     weight = next(model.parameters(), torch.empty(0))
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         width = _declared_width(model)
-        # a map, tokens, a map with its channels last, or pooled already: what the head takes is not told
+        # a map, tokens, a map with its channels last, or pooled already: the head's input format is unknown
         for shape in ((2, width, 4, 4), (2, 4, width), (2, 4, 4, width), (2, width)):
             x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
             try:
@@ -229,7 +229,7 @@ def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
                 for module, entered in after:
                     if not any(module is other for other, _ in before) and any(True for _ in module.parameters()):
                         return [module] if entered is not None and torch.equal(entered, pre_logits) else None
-            except Exception:  # a head may trip in any way over what it does not take
+            except Exception:  # a head may fail in any way on a wrong input
                 continue
     finally:
         for module, mode in training:
@@ -240,11 +240,11 @@ def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
 def _run_head(
     model: nn.Module, x: torch.Tensor, **kwargs: bool
 ) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor | None]]]:
-    """What `forward_head` gives, and the modules that it ran, each with what entered it."""
+    """The output of `forward_head`, and the modules that it ran, each with its input."""
     ran: list[tuple[nn.Module, torch.Tensor | None]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # a copy: what follows may work in place
+        # a copy: later layers may work in place
         ran.append((module, args[0].clone() if args and isinstance(args[0], torch.Tensor) else None))
 
     handles = [module.register_forward_pre_hook(keep) for module in model.modules()]
@@ -256,7 +256,7 @@ def _run_head(
 
 
 def _final_layer(head: nn.Module) -> nn.Module:
-    """The layer that classifies in a head that also pools; those can give their `pre_logits`."""
+    """The classifying layer of a head; heads that also pool take `pre_logits`."""
     return getattr(head, 'fc', head) if 'pre_logits' in inspect.signature(head.forward).parameters else head
 
 
@@ -295,7 +295,7 @@ def _pass_dropout(site: _Site, model: nn.Module, layer: nn.Module) -> None:
     if before and isinstance(before[-1], nn.Dropout):
         if not before[-1].inplace:
             site.look_before(before[-1])
-    # a module with dropouts of its own, or of its classifier's, uses its drop_rate to make them
+    # if the module or its classifier has dropout modules, its drop_rate has created them
     elif getattr(parent, 'drop_rate', 0) and not drops_itself and not any(isinstance(x, nn.Dropout) for x in children):
         site.drop_for(parent)
 
@@ -309,7 +309,7 @@ def _tap_path(model: nn.Module, path: str) -> _Site:
 
 
 def _in_width(module: nn.Module) -> int | None:
-    """Number of channels of what enters a module, as the first layer in it that has them tells."""
+    """Number of input channels of a module, as its first layer that has such a number declares them."""
     for layer in module.modules():
         for name in ('in_features', 'in_channels', 'num_features', 'normalized_shape'):
             width = getattr(layer, name, None)
@@ -319,7 +319,7 @@ def _in_width(module: nn.Module) -> int | None:
 
 
 def _declared_width(model: nn.Module) -> int:
-    """Number of channels of the penultimate feature as a timm model declares it, for layers that don't tell."""
+    """Number of channels of the penultimate feature as a timm model declares it, for layers that don't."""
     width = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
     if not width:
         raise UsageError(

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
-    """Student and projectors, all that trains, in one module whose forward goes through DDP, compile and EMA.
+    """All that is trained, student and projectors, in one module, for DDP, compile and EMA.
 
     Args:
         student: Student model.
@@ -51,7 +51,7 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.student(input)
         if isinstance(logits, (tuple, list)):
-            # set_distilled_training: what the model answers in eval mode is the mean of its heads
+            # set_distilled_training: in eval mode the model returns the mean of its heads
             logits = sum(logits) / len(logits)
         feature = self.tap.pop()
         return logits, self.projection(feature if self.target == 'feature' else logits)
@@ -62,10 +62,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
 
     loss = task_loss_weight * criterion + distill_loss_weight * feature loss + kd_loss_weight * T^2 KL(teacher || student)
 
-    It takes every keyword of `timm.task.FeatureDistillationTask` and returns what that returns (`loss`, `output`, named
-    terms), so it can stand in its place. Three differences: weights that are not given mean 1 and 25, each on its own, where timm
-    would take one from the other; the term is called `pe_loss`, not `kd_loss`; a teacher given by name keeps its own
-    classes.
+    It takes every keyword of `timm.task.FeatureDistillationTask` and returns the same (`loss`, `output`, named terms), so it
+    can replace it. Three differences: the weights default to 1 and 25 independently, while timm derives one from the other;
+    the term is called `pe_loss`, not `kd_loss`; a teacher given by name keeps its own classes.
 
     Args:
         student_model: Student model to train, on its device.
@@ -75,32 +74,33 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         criterion_kwargs: Arguments for it.
         teacher_pretrained_path: Checkpoint for a teacher given by name.
         teacher_pretrained_cfg_overlay: timm's pretrained cfg overrides for a teacher given by name.
-        distill_loss_weight: Weight of the projectors' loss, None is 25 (0.9 for logits).
-        task_loss_weight: Weight of the task loss, None is 1 (0.1 for logits).
-        student_feature_dim: Checked against the measured width d where given.
-        teacher_feature_dim: Checked against the measured width m where given.
+        distill_loss_weight: Weight of the projectors' loss, None means 25 (0.9 for logits).
+        task_loss_weight: Weight of the task loss, None means 1 (0.1 for logits).
+        student_feature_dim: Checked against the measured width d if given.
+        teacher_feature_dim: Checked against the measured width m if given.
         num_projectors: q.
         projector: Kind of projector, see `list_projectors`.
         act: Activation of the projectors: 'relu' (the paper's), 'none', or 'auto': relu exactly when the features of
             the teacher on the first batch (rank 0's) are all >= 0.
-        feature_loss: See `list_feature_losses`; None is 'direction' for features and 'kl' for logits.
+        feature_loss: See `list_feature_losses`; None means 'direction' for features and 'kl' for logits.
         target: 'feature': the projectors map the student's feature to the teacher's; 'logits': its logits to the
-            teacher's (kd1proj with one projector, arXiv 2310.17183), whose classes may be others. Then no activation.
+            teacher's (kd1proj with one projector, arXiv 2310.17183), whose classes may differ. 'auto' then means no
+            activation.
         teacher_norm: See `normalize_teacher`.
         kd_loss_weight: Weight of plain logit distillation.
         kd_temperature: Temperature T of that, and of 'kl'.
         input_mean: Mean the batch is normalized with; None reads the student's pretrained_cfg, as timm does.
         input_std: Its standard deviation, likewise.
-        multi_label: Targets are dense `[b, c]`; a criterion made here and `create_evaluator()` are for such.
-        threshold: Probability that counts as a prediction there.
+        multi_label: Whether targets are dense `[b, c]`; a default criterion and `create_evaluator()` then suit them.
+        threshold: Probability that counts as a prediction in that evaluator.
         student_tap: Path of the module whose input is the student's feature, for models that are not timm's.
-        teacher_tap: The same of the teacher.
+        teacher_tap: The same for the teacher.
         device: Device for teacher and projectors.
         dtype: Dtype of the projectors.
         verbose: Log what was resolved.
 
     Raises:
-        UsageError: Anything of the above that does not fit; the message says what came and what is allowed.
+        UsageError: An argument does not fit; the message gives its value and what is allowed.
     """
 
     teacher: Teacher  # type: ignore[assignment]  # timm's has its own kind
@@ -212,9 +212,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
 
     @torch.no_grad()
     def resolve_act(self, input: torch.Tensor, teacher: TeacherOutput | None = None) -> str:
-        """Settle an 'auto' activation from a batch `[b, ch, h, w]` (rank 0's is the one that counts); return it.
+        """Decide an 'auto' activation from a batch `[b, ch, h, w]` (rank 0's batch decides); return it.
 
-        What the teacher says of the batch can be given, as in `forward`.
+        The teacher's output for the batch can be given, as in `forward`.
         """
         if self.projection.act == 'auto':
             self._settle_act((self.teacher(input) if teacher is None else teacher).feature)
@@ -248,7 +248,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         return self.eval_model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The projectors with what is needed to build them again."""
+        """The projectors' state, with what is needed to rebuild them."""
         state = super().get_task_state(module=module, ema=ema)
         of_loss = self.feature_loss.state_dict()
         return state and {
@@ -267,7 +267,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Load projectors, and the activation that was settled when they were first trained.
+        """Load projectors, and the activation that was decided when they were first trained.
 
         Raises:
             UsageError: Projectors of another kind, number or width.
@@ -300,15 +300,15 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         Args:
             input: Batch `[b, ch, h, w]`, in the normalization `input_mean`, `input_std`; teacher and student see it.
             target: Labels `[b]`, or soft ones `[b, c]`.
-            teacher: What the teacher says of this batch, where that is known already (a cache): features `[b, m]`,
-                logits `[b, c]`, of which those that no loss reads may be None. The teacher is not run then.
+            teacher: The teacher's output for this batch, if known already (a cache): features `[b, m]`, logits
+                `[b, c]`; those that no loss reads may be None. The teacher does not run then.
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss`, `pe_loss`, and
             with a KD weight `logit_loss`.
         """
         if teacher is None:
-            # before the student: on a CPU it then works in memory that the last step has left, up to a fifth of a step less
+            # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
             teacher = self.teacher(input)
         if self.projection.act == 'auto':
             self._settle_act(teacher.feature)

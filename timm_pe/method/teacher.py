@@ -1,4 +1,4 @@
-"""The teacher: any model, found, loaded, frozen and fed as it was trained."""
+"""The teacher: any model, created, loaded, frozen, and given its inputs as in its own training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,51 +32,51 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` where they are needed."""
+    """A teacher's output for a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` if they are needed."""
 
     feature: torch.Tensor
     logits: torch.Tensor | None
 
 
 class Teacher(nn.Module):
-    """A frozen model in eval mode that sees the student's batch as it was itself trained to see images.
+    """A frozen model in eval mode that gets the student's batch in the input format of its own training.
 
-    The given module is frozen and set to eval mode in place (where norms are folded, a copy of it is); `train()` leaves
-    it there.
+    The given module is frozen and set to eval mode in place (if norms are folded, a copy of it is); `train()` does not
+    change that.
 
     Args:
         model: The teacher's network.
         input_mean: Mean of the normalization that the *student's* batch went through, one value a channel.
         input_std: Its standard deviation.
-        input_size: Side in pixels that batches are resized to (bicubic). None leaves them as they are where the network
-            can take them, and else resizes to the network's own size.
-        mean: The teacher's own mean; None reads its `pretrained_cfg` (ImageNet's where it has none).
+        input_size: Side in pixels that batches are resized to (bicubic). None keeps their size if the network can take
+            it, else resizes to the network's own size.
+        mean: The teacher's own mean; None reads its `pretrained_cfg` (ImageNet's if it has none).
         std: Its own standard deviation, likewise.
         tap: Path of the module whose input is the feature, for models that are not timm's.
         device: Where it runs.
         dtype: Its own precision; None leaves the model's and follows autocast.
         channels_last: Run in memory format channels_last.
-        needs_logits: Where False the classifier does not run either, if the network can do without: if on the first batch
-            `forward_head(forward_features(x), pre_logits=True)` gives the feature that is tapped.
+        needs_logits: If False, the classifier does not run, provided that on the first batch
+            `forward_head(forward_features(x), pre_logits=True)` gives the tapped feature.
         fold: Fold batch norms into the layers before them (see `fold_batch_norm`), in float32 before any cast to `dtype`.
-            Where that is not exact to rounding, the network stays as it is.
+            If that is not exact to rounding, the network is not changed.
         fingerprint: See the attribute.
         autocast_dtype: Compute under autocast in this dtype, with convolutions and linear layers cast once, not in every
             step. Only without a `dtype`.
 
     Attributes:
         model: The network.
-        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `loading.fingerprint`); empty
-            where they were drawn, or are those of a given module.
+        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `weights.fingerprint`);
+            empty for random weights and for a given module.
         folded: Number of batch norms that were folded.
         width: Width m of its penultimate feature.
-        num_classes: Number of its classes, None where the model doesn't tell.
+        num_classes: Number of its classes, None if unknown.
         mean: What its images are normalized with.
         std: Likewise.
 
     Shapes:
         forward: the student's batch `[b, ch, h, w]` -> `TeacherOutput`, without a graph. One channel becomes three, and
-        three become one (luma), where the teacher has another number than the student.
+        three become one (luma), if the teacher has another number than the student.
     """
 
     scale: torch.Tensor
@@ -175,7 +175,7 @@ class Teacher(nn.Module):
         std: Sequence[float],
         device: torch.device | str | None = None,
     ) -> None:
-        """Say which normalization the student's batch carries: x_teacher = (x * std + mean - own mean) / own std.
+        """Set the normalization of the student's batches: x_teacher = (x * std + mean - own mean) / own std.
 
         Args:
             mean: Of the student's loader, one value a channel.
@@ -183,7 +183,7 @@ class Teacher(nn.Module):
             device: Where the batches are; None keeps the model's.
 
         Raises:
-            UsageError: Numbers of channels that can't be made one another (1 and 3 can).
+            UsageError: Numbers of channels that can't be converted (1 and 3 can).
         """
         channels = len(mean), len(self.mean)
         if channels[0] != channels[1] and set(channels) != {1, 3}:
@@ -220,7 +220,7 @@ class Teacher(nn.Module):
         return self
 
     def _fold(self, model: nn.Module, tap: str | None) -> nn.Module:
-        """`model` with its batch norms folded, or as it is where that can't be."""
+        """`model` with its batch norms folded, or unchanged if that is not possible."""
         height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
         pixels = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
@@ -245,7 +245,7 @@ class Teacher(nn.Module):
         return x.to(self.input_dtype, memory_format=self._memory_format)
 
     def size_for(self, x: torch.Tensor) -> tuple[int, int]:
-        """Height and width in which the teacher sees a batch of the size of `x`; decided once for each size.
+        """Height and width at which the teacher sees batches of the size of `x`; decided once for each size.
 
         Raises:
             UsageError: The network takes neither this size nor one of its own.
@@ -265,13 +265,13 @@ class Teacher(nn.Module):
         return self._size_of[given]
 
     def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
-        """Why the network can't take images of `size`, None where it can."""
+        """The network's error on images of `size`, None if it can take them."""
         x = torch.zeros(1, len(self.mean), *size, device=device, dtype=self.input_dtype)
         try:
             with torch.no_grad(), self._autocast(device):
                 unwrap_model(self.model)(x)
                 self.tap.pop()
-        except UsageError:  # of the tap, whatever the size
+        except UsageError:  # of the tap, for any size
             raise
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
             if is_out_of_memory(e):  # it says nothing of the size
@@ -289,7 +289,7 @@ class Teacher(nn.Module):
         return TeacherOutput(self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None)
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
-        """With CUDA graphs the student's forward would overwrite what a compiled teacher has just given."""
+        """Copy a compiled teacher's output: with CUDA graphs the student's forward would overwrite it."""
         return x.clone() if self._compiled else x
 
     @torch.no_grad()
@@ -314,7 +314,7 @@ class Teacher(nn.Module):
         return network.forward_head(network.forward_features(x), pre_logits=True)
 
     def _can_skip_classifier(self, x: torch.Tensor) -> bool:
-        """Whether timm's way to the pre-logits gives what the tap reads; found out once, on a batch of the run."""
+        """Whether timm's pre-logits are the tapped feature; decided once, on the first batch."""
         if self._has_pre_logits is None:
             unwrap_model(self.model)(x)
             feature = self.tap.pop()
@@ -327,8 +327,8 @@ class Teacher(nn.Module):
                 self._has_pre_logits = False
         return self._has_pre_logits
 
-    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # gives itself, where nn.Module gives nothing
-        """Compile the network (arguments of torch.compile). The tap sits on it already, as it must."""
+    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # returns itself, nn.Module's nothing
+        """Compile the network (arguments of torch.compile). The tap is attached already, as it must be."""
         self._compiled = True
         self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
         self.model = torch.compile(self.model, **compile_kwargs)
@@ -352,19 +352,19 @@ def create_teacher(
     Args:
         name_or_module: A timm name (`hf-hub:` and `local-dir:` included), a module, a `Teacher` or a timm
             `DistillationTeacher`.
-        checkpoint: Weights in a file (.safetensors, .pth, .pth.tar) or a run folder; then nothing is fetched.
-        pretrained: Without a checkpoint: load the weights that belong to the name, or leave random ones.
+        checkpoint: Weights in a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then.
+        pretrained: Without a checkpoint: load the pretrained weights of the name, or keep random ones.
         num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
-        in_chans: Its own number of input channels; None is the architecture's default.
+        in_chans: Its own number of input channels; None means the architecture's default.
         use_ema: Prefer a checkpoint's EMA weights.
-        needs_logits: Where False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
-            classifier has another size than `num_classes` is fine: the teacher keeps a random one.
+        needs_logits: If False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
+            classifier does not match `num_classes` is accepted: the teacher's stays random.
         model_kwargs: More arguments for `timm.create_model`.
-        what: How to call it in messages.
+        what: Its name in messages.
         **teacher_kwargs: For `Teacher`.
 
     Raises:
-        UsageError: Unknown name, weights that can't be had, read or fitted.
+        UsageError: Unknown name, or weights that can't be found, read or fitted.
     """
     if isinstance(name_or_module, Teacher):
         return name_or_module

@@ -1,4 +1,4 @@
-"""timm models by name and weights from files, with errors a user can act on. Nothing here ever unpickles code."""
+"""timm models by name and weights from files, with errors a user can act on. Nothing here unpickles code."""
 
 import difflib
 import hashlib
@@ -22,16 +22,16 @@ _logger = logging.getLogger(__name__)
 
 # what a run folder of train_distill holds, the evaluated student first
 STUDENT, BEST, LAST = RUN_FOLDER_FILES = ('student.safetensors', 'model_best.pth.tar', 'last.pth.tar')
-# how a file of torch.save starts: a zip, before torch 1.6 a pickle of this number
+# first bytes of a torch.save file: a zip, before torch 1.6 a pickle of this number
 _ZIP, _OLD_MAGIC = b'PK\x03\x04', torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
 
 
 def check_model_name(name: str, what: str) -> None:
-    """Raise where `name` can't be a timm model, before anything is built or fetched.
+    """Raise if `name` can't be a timm model, before anything is built or fetched.
 
     Args:
         name: A name of timm's registry (with or without a pretrained tag), `hf-hub:...` or `local-dir:...`.
-        what: What the name was given for ('--teacher'), for the message.
+        what: The flag that gave the name ('--teacher'), for the message.
 
     Raises:
         UsageError: Unknown name (with near ones), unknown pretrained tag (with the known ones), or no such folder.
@@ -67,7 +67,7 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
         **kwargs: For `timm.create_model`; None values are left out there.
 
     Raises:
-        UsageError: Unknown name, arguments the architecture does not take, or weights that can't be had.
+        UsageError: Unknown name, arguments the architecture does not take, or weights that can't be loaded.
     """
     check_model_name(name, what)
     if pretrained:
@@ -92,7 +92,7 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
 
 
 def _reads_file(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether timm takes the pretrained weights from a file of the cfg."""
+    """Whether timm loads the pretrained weights from a file that the cfg names."""
     cfg = {**(kwargs.get('pretrained_cfg') or {}), **(kwargs.get('pretrained_cfg_overlay') or {})}
     return bool(cfg.get('file')) and not cfg.get('source', ':' in name)
 
@@ -113,7 +113,7 @@ def _given(kwargs: dict[str, Any]) -> str:
 
 
 def announce_download(name: str, what: str) -> None:
-    """Say what is about to be fetched, before a hub that cannot be reached keeps one waiting."""
+    """Log what is about to be downloaded: with an unreachable hub it takes long to fail."""
     source, model_id = parse_model_name(name)
     if source == 'local-dir':
         return
@@ -132,7 +132,7 @@ def find_checkpoint(path: str | os.PathLike[str], what: str, names: Sequence[str
         UsageError: Nothing there, or a folder that holds none of them.
     """
     found = Path(path)
-    if os.path.isdir(found):  # False for names that cannot be, where pathlib raises
+    if os.path.isdir(found):  # False for invalid names, where pathlib raises
         files = [found / name for name in names if (found / name).is_file()]
         if not files:
             raise UsageError(f"{what}: folder '{path}' holds no checkpoint ({', '.join(names)})")
@@ -144,7 +144,7 @@ def find_checkpoint(path: str | os.PathLike[str], what: str, names: Sequence[str
 
 
 def _check_file(file: Path, what: str) -> None:
-    """Refuse by its first bytes and its table of contents what is no checkpoint, before anything of it is loaded."""
+    """Refuse a file that is no checkpoint, by its first bytes and table of contents, before loading it."""
     try:
         with open(file, 'rb') as f:
             start = f.read(32)
@@ -182,16 +182,16 @@ def read_state_dict(path: str | os.PathLike[str], what: str, use_ema: bool = Tru
         path: `.safetensors`, or what torch.save wrote: a plain state_dict or one under `state_dict`, `model`,
             `state_dict_ema`, `model_ema`. Prefixes of DDP and torch.compile are removed. Or a run folder.
         what: What the checkpoint is for, for messages.
-        use_ema: Prefer EMA weights where there are some, as timm does.
+        use_ema: Prefer EMA weights if there are any, as timm does.
 
     Raises:
         UsageError: No such file, unreadable, holding code, or holding no tensors.
     """
-    # the student of a run folder is its moving average where that was on
+    # student.safetensors of a run folder is the moving average if there was one
     file = find_checkpoint(path, what, RUN_FOLDER_FILES if use_ema else RUN_FOLDER_FILES[1:])
     try:
         state_dict: Any = load_state_dict(str(file), use_ema=use_ema, weights_only=True)
-    except AttributeError:  # timm takes prefixes off what should be names
+    except AttributeError:  # timm strips prefixes from keys that are no strings
         state_dict = None
     except Exception as e:
         raise UsageError(f'{what}: {why_unreadable(file, e)}') from e
@@ -200,10 +200,10 @@ def read_state_dict(path: str | os.PathLike[str], what: str, use_ema: bool = Tru
 
 
 def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike[str]) -> None:
-    """Refuse what is no state_dict, plain tensors by their names.
+    """Refuse anything but a state_dict of plain tensors by name.
 
     Raises:
-        UsageError: With what is odd in it.
+        UsageError: The message names the entries that do not fit.
     """
     if not isinstance(state_dict, dict) or not all(isinstance(k, str) for k in state_dict):
         raise UsageError(f"{what}: '{file}' is no state_dict: weights by their names")
@@ -213,20 +213,20 @@ def check_state_dict(state_dict: Any, what: str, file: str | os.PathLike[str]) -
 
 
 def why_unreadable(file: str | os.PathLike[str], error: Exception) -> str:
-    """In words why torch.load or safetensors failed on `file`."""
+    """A message on why torch.load or safetensors failed on `file`."""
     code = re.search(r'unsupported globals?:? (?:GLOBAL )?([\w.]+\w)', f'{error} {error.__cause__}', re.IGNORECASE)
     if code:
         return (
             f"'{file}' holds code ({code[1]}) and is not loaded, only tensors are: re-save it as safetensors or "
             f'torch.save(model.state_dict(), ...)'
         )
-    # timm's advice is to load it all the same
+    # instead of timm's advice to load it anyway
     reason = 'it is damaged' if 'weights_only' in str(error) else one_line(error, 160)
     return f"cannot read '{file}' as a checkpoint ({reason})"
 
 
 def _kind(value: Any) -> str:
-    """What `value` is in the place of a plain tensor; empty for a plain tensor."""
+    """Description of a `value` that is no plain tensor; empty for a plain tensor."""
     if not isinstance(value, torch.Tensor):
         return f'a {type(value).__name__}'
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
@@ -237,7 +237,7 @@ def _kind(value: Any) -> str:
 def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
     """Strict `model.load_state_dict` that lists what does not fit.
 
-    A model without split batch norms takes the main ones of a checkpoint with them.
+    A model without split batch norms loads the main norms of a checkpoint that has them.
 
     Raises:
         UsageError: See `check_weights`.
@@ -251,7 +251,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: st
 def _without_auxiliary(
     model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str
 ) -> dict[str, torch.Tensor]:
-    """`state_dict` without what timm's --split-bn adds to a model, where `model` has only the main batch norms."""
+    """`state_dict` without the auxiliary norms of timm's --split-bn, if `model` has only the main ones."""
     own = model.state_dict()
     auxiliary = {k for k in state_dict if k not in own and re.sub(r'\.aux_bn\.\d+(?=\.\w+$)', '', k) in own}
     if auxiliary:
@@ -286,10 +286,11 @@ def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], what: s
 
 
 def check_values(model: nn.Module, state_dict: dict[str, torch.Tensor], what: str, source: str) -> None:
-    """Refuse values that no training gives: integers for floats, NaN, and inf in a parameter (buffers may have one).
+    """Refuse values that training cannot produce: integers for floats, NaN, and inf in a parameter (buffers may have
+    one).
 
     Raises:
-        UsageError: With their names.
+        UsageError: The message names them.
     """
     own, parameters = model.state_dict(), dict(model.named_parameters())
     kinds, broken = [], []
@@ -297,7 +298,7 @@ def check_values(model: nn.Module, state_dict: dict[str, torch.Tensor], what: st
         if name in own and own[name].is_floating_point() and not value.is_floating_point():
             kinds.append(f'{name} {value.dtype} for {own[name].dtype}')
         elif value.is_floating_point():
-            value = value.float() if value.element_size() == 1 else value  # float8 knows no isnan
+            value = value.float() if value.element_size() == 1 else value  # float8 has no isnan
             if (~value.isfinite() if name in parameters else value.isnan()).any():
                 broken.append(name)
     if kinds:
@@ -326,7 +327,7 @@ def hash_tensors(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint(model: nn.Module, with_classifier: bool) -> dict[str, str]:
-    """Hashes of a timm model's weights up to its classifier ('features'), and of that ('classifier') where it is used."""
+    """Hashes of a timm model's weights without its classifier ('features'), and of its 'classifier' if that is used."""
     names = tuple(f'{n}.' for n in _classifier_names(model))
     weights = model.state_dict()
     hashes = {'features': hash_tensors({k: v for k, v in weights.items() if not k.startswith(names)})}
@@ -336,7 +337,7 @@ def fingerprint(model: nn.Module, with_classifier: bool) -> dict[str, str]:
 
 
 def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` with the classifier that `model` has in the place of its own."""
+    """`state_dict` with its classifier replaced by that of `model`."""
     names = _classifier_names(model)
     own = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(f'{n}.' for n in names))}
     _logger.info(f'The classifier of the checkpoint has another size, {", ".join(names)} stays random: it is not used.')
@@ -344,7 +345,7 @@ def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) ->
 
 
 def classes_in_checkpoint(name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
-    """Number of classes of a checkpoint of the architecture `name`, read off its classifier; None where unknown."""
+    """Number of classes in a checkpoint of architecture `name`, by its classifier; 0 without one, None if unknown."""
     source, model_id = parse_model_name(name)
     cfg = get_pretrained_cfg(model_id) if source is None else None
     classifier = getattr(cfg, 'classifier', None)

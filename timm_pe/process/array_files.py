@@ -1,4 +1,4 @@
-"""Arrays in files: memory-mapped, made whole with all their blocks, one process at a time."""
+"""Memory-mapped array files, created whole with all blocks reserved, by one process at a time."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ def open_array(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode, without: str = 'to fill that view anew'
 ) -> np.memmap:
     try:
-        # to read first: opened for writing, a truncated file would grow to what its header says
+        # open for reading first: opening for writing would grow a truncated file to the size in its header
         array = np.load(path, mmap_mode='r', allow_pickle=False)
         if mode != 'r':
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
@@ -35,7 +35,7 @@ def open_array(
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, made: list[Path]) -> None:
-    """A file of zeros in numpy's format with all its blocks reserved: a full disk under a memory map would be a SIGBUS."""
+    """Create a file of zeros in numpy's format, all blocks reserved: a full disk under a memory map raises SIGBUS."""
     beside = path.with_name(f'.{path.name}.tmp')
     made.append(beside)
     with open(beside, 'wb') as f:
@@ -65,7 +65,7 @@ def write_whole(path: Path, content: bytes, made: list[Path]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, made: list[Path]) -> Iterator[None]:
-    """Another run that makes the same files waits."""
+    """Hold the folder's lock: another run that makes the same files waits."""
     path = folder / '.lock'
     if not path.exists():
         made.append(path)

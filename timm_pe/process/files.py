@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a short hash of what is in one."""
+"""Files that appear whole or not at all, and a short hash of a file's content."""
 
 import contextlib
 import hashlib
@@ -14,10 +14,10 @@ def sync_file(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a name beside `path` to write to; once the block ends well and its bytes are on the disk, it becomes `path`.
+    """Yield a temporary path beside `path`; when the block succeeds and its bytes are on the disk, it replaces `path`.
 
     Raises:
-        OSError: It cannot be written; what was at `path` is as it was.
+        OSError: It cannot be written; `path` is unchanged.
     """
     beside = f'{os.fspath(path)}.tmp'
     try:
@@ -31,5 +31,5 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def hash_content(content: bytes) -> int:
-    """64 bits of the SHA-256 of some bytes, never 0. Processors have instructions for it; a JPEG takes 30 times as long to decode."""
+    """64 bits of the SHA-256 of `content`, never 0. Fast (CPU instructions): decoding a JPEG takes 30 times longer."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], 'little') or 1

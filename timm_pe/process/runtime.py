@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Runtime:
-    """What every stage needs to know of the machine.
+    """What every stage needs to know about the machine.
 
     Attributes:
         device: Device of this rank.
@@ -35,7 +35,7 @@ class Runtime:
         world_size: Number of ranks.
         autocast: Context of a forward pass.
         scaler: Loss scaler of float16 AMP, else None.
-        model_dtype: Dtype of the parameters, None is float32.
+        model_dtype: Dtype of the parameters, None means float32.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class Runtime:
 
     @property
     def is_primary(self) -> bool:
-        """This rank writes files and talks."""
+        """Whether this rank writes files and logs."""
         return self.rank == 0
 
 
@@ -108,7 +108,7 @@ def setup_runtime(config: RunConfig) -> Runtime:
 
 @contextmanager
 def ranks_together(runtime: Runtime) -> Iterator[None]:
-    """All ranks go on, or all stop with the error of the first that has one."""
+    """Let all ranks continue, or stop all with the error of the first rank that has one."""
     failures: list[UsageError | RunError | None] = [None]
     try:
         yield
@@ -124,7 +124,7 @@ def ranks_together(runtime: Runtime) -> Iterator[None]:
 
 
 def on_primary(runtime: Runtime, write: Callable[[], None], what: str) -> None:
-    """Let the primary rank write something; to be called on all ranks, and where it fails all of them know.
+    """Write something on the primary rank; call it on all ranks, which all raise if it fails.
 
     Raises:
         RunError: It cannot be written.
@@ -154,18 +154,18 @@ def describe_precision(flags: DeviceFlags) -> str:
 
 
 def describe_teacher_precision(config: RunConfig, dtype: torch.dtype) -> str:
-    """Precision of a teacher of this dtype in words; AMP is the student's and the teacher's, --model-dtype the student's alone."""
+    """Precision of a teacher of this dtype in words; AMP applies to it too, --model-dtype to the student only."""
     return describe_precision(config) if config.amp and not config.teacher_dtype else str(dtype).removeprefix('torch.')
 
 
 def prepare_task(task: TrainingTask, config: RunConfig, runtime: Runtime) -> None:
-    """Moving average, compile, DDP, in this order: each wraps what the one before must still see unwrapped."""
+    """Compile the task and its moving average, then wrap the task in DDP: what is compiled must not be wrapped yet."""
     if config.torchcompile:
         task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
         if task.has_ema() and not config.model_ema_force_cpu:
             task.compile_ema(backend=config.torchcompile, mode=config.torchcompile_mode)
     if runtime.distributed:
-        if config.no_ddp_bb:  # DDP would then not even make them equal at the start
+        if config.no_ddp_bb:  # DDP would then not equalize them at the start either
             for buffer in cast(nn.Module, task.get_trainable_module()).buffers():
                 dist.broadcast(buffer, src=0)
         device_ids = [runtime.device] if runtime.device.type == 'cuda' else None

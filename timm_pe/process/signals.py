@@ -16,17 +16,17 @@ from ..errors import one_line
 from .runtime import Runtime
 
 _logger = logging.getLogger(__name__)
-# updates between two looks for signals where each look waits for the devices
+# updates between two checks for signals if each check waits for the devices
 SELDOM = 50
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 
 
-_masks: list[set[int]] = []  # of this thread, before each fork that is under way
-_entered = 0  # Interrupts that are
+_masks: list[set[int]] = []  # signal masks of this thread, before each fork in progress
+_entered = 0  # number of Interrupts entered
 
 
 def _before_fork() -> None:
-    """A worker of a run is born deaf: a signal to all processes must not end it before it knows what to do about one."""
+    """Block signals in a new worker: one sent to all processes must not end it before its handlers are set."""
     if _entered:
         _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
@@ -41,7 +41,7 @@ if hasattr(os, 'register_at_fork'):
 
 
 class Interrupted(BaseException):
-    """A run that was asked to stop, and did so; like KeyboardInterrupt it is none of the errors that code on the way handles.
+    """A run stopped by a signal; a BaseException like KeyboardInterrupt, so that `except Exception` does not catch it.
 
     Attributes:
         signum: The signal; the command line exits with 128 + signum, as shells do.
@@ -55,7 +55,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def stopping_at_once(where: str) -> Iterator[None]:
-    """While nothing is trained yet, let SIGTERM and SIGUSR1 end the process as SIGINT does, with what it has to tidy up.
+    """Before training begins, let SIGTERM and SIGUSR1 end the process as SIGINT does, with its clean-up.
 
     Raises:
         Interrupted: One came; `where` says when.
@@ -74,10 +74,10 @@ def stopping_at_once(where: str) -> Iterator[None]:
 
 
 class Interrupts:
-    """While it is entered, the first signal is kept for `requested`; a second SIGINT stops at once.
+    """Inside this context the first signal is kept for `requested`; a second SIGINT stops at once.
 
     Args:
-        runtime: Says whether there are other ranks to ask; None is a run alone.
+        runtime: Device and ranks; None for a single process.
     """
 
     def __init__(self, runtime: Runtime | None = None):
@@ -90,7 +90,7 @@ class Interrupts:
     def __enter__(self) -> 'Interrupts':
         if self.distributed and dist.get_backend() != 'gloo':
             self._join_hosts()
-        # Python lets only the main thread choose what a signal does
+        # Python allows only the main thread to set signal handlers
         here = SIGNALS if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self._handle) for number in here}
         global _entered
@@ -98,7 +98,7 @@ class Interrupts:
         return self
 
     def _join_hosts(self) -> None:
-        """A group of the hosts among themselves, where nobody waits for a device; else the devices ask now and then."""
+        """Make a gloo group, so that no check waits for a device; if it fails, devices check every `SELDOM` updates."""
         why = ''
         try:
             self.group = cast(dist.ProcessGroup, dist.new_group(backend='gloo'))
@@ -125,7 +125,7 @@ class Interrupts:
         self.signum = self.signum or signum
 
     def requested(self) -> int:
-        """The signal that any rank got, 0 for none. All ranks must ask the same number of times."""
+        """The signal that any rank got, 0 for none. All ranks must call it equally often."""
         if not self.distributed:
             return self.signum
         self.asked += 1
@@ -137,9 +137,9 @@ class Interrupts:
 
 
 def ignore_in_worker() -> None:
-    """Let a loader's worker live through signals that a terminal or a scheduler sends to all processes of a run.
+    """Let a loader worker survive signals that a terminal or a scheduler sends to all processes of a run.
 
-    The run itself finishes its step with the batches that the workers owe it, and ends them: from it, SIGTERM counts.
+    The main process finishes its step with the workers' batches, then ends them: a worker obeys only its SIGTERM.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:

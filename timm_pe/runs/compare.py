@@ -23,11 +23,11 @@ from ..method.names import TARGETS
 from ..method.weights import BEST, LAST, STUDENT
 from ..run_folder import RunFolder
 
-# what two runs of one method may differ in, next to their number in the name
+# flags in which two runs of one method may differ, besides the number in their name
 _OF_A_SEED = ('seed', 'experiment')
-# runs of one student, which a teacher is or is not added to
+# flags that identify a student, whether it is trained with a teacher or without
 _OF_A_STUDENT = ('model', 'model_kwargs')
-# what two of them must share for their difference to be the teacher's, next to the data folder
+# flags that two of them must share, besides the data folder, for their difference to be due to the teacher
 _OF_A_PAIR = (
     *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
     *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
@@ -44,7 +44,7 @@ _OF_A_PAIR = (
         'seed',
     ),
 )
-# what the report takes from an analysis.json
+# keys of an analysis.json that the report reads
 _KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
 
 
@@ -53,13 +53,13 @@ _KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'c
 
 @dataclass
 class Run:
-    """A run folder of train_distill, as far as its report needs it.
+    """A run folder of train_distill, as the report needs it.
 
     Attributes:
         folder: Where it is.
-        name: What the report calls it: the folder's name, with its parents' where two have the same.
+        name: Its name in the report: the folder's name, with its parents' if two have the same.
         args: args.yaml.
-        rows: summary.csv, a dict of numbers an epoch; None where an epoch has no value.
+        rows: summary.csv, one dict of numbers per epoch; None for a missing value.
         analysis: analysis.json, or None.
     """
 
@@ -76,24 +76,24 @@ class Run:
 
     @property
     def final(self) -> dict[str, float | None]:
-        """The last validated row; empty where there is none."""
+        """The last validated row; empty if there is none."""
         return self.validated[-1] if self.validated else {}
 
     @property
     def best(self) -> dict[str, float | None]:
-        """The first row of the highest top-1; empty where none was validated."""
+        """The first row of the highest top-1; empty if none was validated."""
         return max(self.validated, key=lambda row: cast(float, row['eval_top1']), default={})
 
     @property
     def exported(self) -> dict[str, float | None]:
-        """The row of the epoch that student.safetensors and model_best are: the first of the best --eval-metric; empty without one."""
+        """The row of student.safetensors and model_best: the first best by --eval-metric; empty without one."""
         metric = f'eval_{self.args.get("eval_metric") or "top1"}'
         sign = -1 if metric == 'eval_loss' else 1
         return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
 
     @property
     def unfinished(self) -> str:
-        """How far it has come, where that is not its end; '' for a finished run."""
+        """How far an unfinished run has come; '' for a finished run."""
         planned = self.args.get('stop_epoch') or self.args.get('epochs')
         done = int(cast(float, self.rows[-1]['epoch'])) + 1 if self.rows else 0
         return f'{done} of {planned} epochs' if planned and done < planned else ''
@@ -105,9 +105,9 @@ class Run:
 
     @cached_property
     def seconds(self) -> float | None:
-        """From the start (args.yaml is written) to the end (summary.csv is), by the files' times.
+        """Duration by the files' times: args.yaml is written at the start, summary.csv at the end.
 
-        None for a resumed run, and where the times can't be those of the run: a copy, or a clone.
+        None for a resumed run, and if the times can't be those of the run (a copy, or a clone).
         """
         if self.args.get('resume'):
             return None
@@ -117,7 +117,7 @@ class Run:
 
     @cached_property
     def params(self) -> int | None:
-        """Parameters of the student: the analysis counted them, else the tensors of student.safetensors do."""
+        """Parameters of the student, as the analysis counted them, else counted in student.safetensors."""
         if self.analysis and self.analysis.get('params'):
             return self.analysis['params']
         try:
@@ -142,7 +142,7 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """As many of the last parts of each path as tell it from the others."""
+    """The shortest end of each path that distinguishes it from the others."""
     names = []
     for path in paths:
         others = [p for p in paths if p != path]
@@ -175,7 +175,7 @@ def read_run(folder: RunFolder, name: str) -> Run:
 
 
 def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
-    """analysis.json; None where there is none, or one of another version, or of the folder's run before this one."""
+    """analysis.json; None if it is missing, of another version, or of an earlier run in the folder."""
     path = folder.analysis_file
     if not path.is_file():
         return None
@@ -187,7 +187,7 @@ def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]
         return None
     if path.stat().st_mtime >= folder.summary_file.stat().st_mtime:
         return analysis
-    # the older file; or a copy of both, where the times say nothing but the numbers agree
+    # it is older, or both files were copied: then the times say nothing, but the numbers agree
     top1 = row.get('eval_top1')
     return analysis if top1 is not None and abs(top1 - analysis['validation']['top1']) < 0.05 else None
 
@@ -197,7 +197,7 @@ def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone, or a single run.
+    """Runs that differ only in their seed, or a single run.
 
     Attributes:
         name: The runs' name without its number.
@@ -210,7 +210,7 @@ class Group:
     color: int = 0
 
     def mean(self, value: Callable[[Run], float | None]) -> tuple[float | None, float | None]:
-        """Mean and sample standard deviation of a value over the runs that have it; None where there is none."""
+        """Mean and sample standard deviation of a value over the runs that have it; None if there is none."""
         values = [v for v in map(value, self.runs) if v is not None]
         return (
             statistics.mean(values) if values else None,
@@ -219,7 +219,7 @@ class Group:
 
 
 def group_seeds(runs: Sequence[Run]) -> list[Group]:
-    """Put runs whose names end in -1, -2, ... together where they have equal arguments but for seed and name."""
+    """Group runs whose names end in -1, -2, ... and whose arguments are equal except for seed and name."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         match = re.fullmatch(r'(.+)-\d+', run.name)
@@ -235,7 +235,7 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 def baseline(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run that shows what a teacher adds: the same model without one, under equal conditions (see `differing`).
 
-    None for a run without a teacher, and where there is no such run.
+    None for a run without a teacher, and if there is no such run.
     """
     return next((other for other in _without_teacher(run, runs) if not differing(run, other)), None)
 
@@ -291,9 +291,9 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def why_no_difference(run: Run, runs: Sequence[Run]) -> str:
-    """What keeps a run with a teacher from having a `baseline`: the run that comes nearest, and what differs.
+    """Why a run with a teacher has no `baseline`: the closest run, and what differs.
 
-    Empty where it has one, and where no run is of its model without a teacher.
+    Empty if it has one, and if no run is of its model without a teacher.
     """
     others = [(differing(run, other), other.name) for other in _without_teacher(run, runs)]
     if not others or baseline(run, runs):
@@ -308,9 +308,9 @@ def teaches(run: Run, runs: Sequence[Run]) -> bool:
 
 
 def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | None:
-    """The row of the epoch whose weights taught the first other run that took some of this one's; None where none did.
+    """The row of the epoch whose weights another run (the first such) loaded as its teacher; None if none did.
 
-    Empty where the epoch was not validated, or the file does not tell it.
+    Empty if the epoch was not validated, or cannot be told from the file.
     """
     folder = Path(os.path.realpath(run.folder.path))
     for other in runs:
@@ -332,7 +332,7 @@ def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | Non
 
 
 def shown_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None]:
-    """The row that stands for a run: its last validated one; of a teacher of others, that of the weights they took."""
+    """The row that represents a run: its last validated one; for a teacher of others, that of the weights they took."""
     taught = taught_epoch(run, runs)
     return run.final if taught is None else taught
 
@@ -375,8 +375,8 @@ def command(run: Run) -> list[list[str]]:
     """The command line of a run: the flags whose values are not the parser's defaults, and no others.
 
     Returns:
-        Words that belong together, in lists: the program with the data folder, then each flag with its values. What can
-        be said in YAML alone (no colour jitter at all) is taken from args.yaml.
+        Lists of words that belong together: the program with the data folder, then each flag with its values. If a
+        setting can only be given in YAML (no colour jitter at all), the command is `-c args.yaml`.
     """
     parser = create_parser()
     chunks = [['train-distill']]

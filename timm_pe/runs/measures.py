@@ -1,4 +1,4 @@
-"""Numbers that tell what a student has learned: of features, logits and projectors, without knowing where they come from."""
+"""Measures of what a student has learned, computed from features, logits and projectors, whatever their origin."""
 
 import math
 import warnings
@@ -43,7 +43,7 @@ def hsic1(gram_x: torch.Tensor, gram_y: torch.Tensor) -> torch.Tensor:
         gram_y: Gram matrix `[n, n]` of the same n samples.
 
     Returns:
-        A scalar. Its expectation is 0 where the two are independent, so single values can be negative.
+        A scalar. Its expectation is 0 if the two are independent, so single values can be negative.
     """
     n = len(gram_x)
     x, y = (gram - gram.diagonal().diag() for gram in (gram_x, gram_y))
@@ -55,7 +55,7 @@ def hsic1(gram_x: torch.Tensor, gram_y: torch.Tensor) -> torch.Tensor:
 def linear_cka(x: torch.Tensor, y: torch.Tensor, batch_size: int = CKA_BATCH) -> float:
     """Linear CKA in minibatches (Nguyen, Raghu, Kornblith, arXiv 2010.15327, eq. 2): how alike two feature spaces are.
 
-    Numerator and denominators are averaged over the batches each on its own, which makes the value independent of their
+    Numerator and denominators are averaged over the batches separately, which makes the value independent of the batch
     size in expectation. The batches are drawn with a fixed seed: data sets are sorted by class.
 
     Args:
@@ -90,7 +90,7 @@ def class_statistics(feature: torch.Tensor, labels: torch.Tensor) -> tuple[dict[
     within_scatter is the mean squared distance of a feature to the mean of its class, between_scatter that of the class
     means (weighted by their images) to the mean of all: the traces of the two matrices of Fisher's discriminant. Cosines
     between the means of classes are centred (the mean of all taken off); as centred means sum up to about 0, their mean
-    cosine is -1 / (c - 1) where classes are as far apart as can be.
+    cosine is -1 / (c - 1) if classes are as far apart as possible.
 
     Args:
         feature: `[n, d]`.
@@ -131,14 +131,14 @@ def mean_off_diagonal(matrix: torch.Tensor) -> float:
 def probe(
     train: tuple[torch.Tensor, torch.Tensor], validation: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, float | None]:
-    """What simple classifiers make of frozen features: fitted on `train`, top-1 in percent on `validation`.
+    """Accuracy of simple classifiers on frozen features: fitted on `train`, top-1 in percent on `validation`.
 
     Args:
         train: Features `[n, d]` and labels `[n]`.
         validation: The same of other images.
 
     Returns:
-        nearest_centroid_top1 and linear_probe_top1 (multinomial logistic regression on standardized features); None where
+        nearest_centroid_top1 and linear_probe_top1 (multinomial logistic regression on standardized features); None if
         `train` has a single class.
     """
     from sklearn.linear_model import LogisticRegression
@@ -152,7 +152,7 @@ def probe(
     # features the student has trained on separate their classes without bound: keep the weights small
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # constant channels; a fit that would go on improving
+        warnings.simplefilter('ignore')  # constant channels; a fit that has not converged
         return {
             'nearest_centroid_top1': 100 * float(NearestCentroid().fit(x, y).score(x_val, y_val)),
             'linear_probe_top1': 100 * float(linear.fit(x, y).score(x_val, y_val)),
@@ -160,7 +160,7 @@ def probe(
 
 
 def calibration(logits: torch.Tensor, labels: torch.Tensor, num_bins: int = ECE_BINS) -> dict[str, Any]:
-    """Does a confidence of 80 % mean right in 80 of 100? (Guo et al., arXiv 1706.04599, eq. 3)
+    """Calibration: are 80 of 100 predictions with confidence 80 % right? (Guo et al., arXiv 1706.04599, eq. 3)
 
     Args:
         logits: `[n, c]`.
@@ -213,11 +213,11 @@ def projector_cosines(
         projection: The projectors, in eval mode.
         feature: The student's feature `[n, d]`.
         aim: The teacher's feature `[n, m]`.
-        teacher_norm: How the loss normalized that, see `losses.normalize_teacher`.
+        teacher_norm: How the loss normalized it, see `losses.normalize_teacher`.
         batch_size: Images in a batch; the norms 'batch' and 'whiten' depend on it, so take that of training.
 
     Returns:
-        Between projectors `[q, q]`, of each with the teacher `[q]`, of their mean with the teacher.
+        Cosines between projectors `[q, q]`, of each with the teacher `[q]`, of their mean with the teacher.
     """
     device = next((p.device for p in projection.parameters()), feature.device)
     q, ensemble = projection.num_projectors, 0.0

@@ -1,4 +1,4 @@
-"""The model card of a student: what README.md says of it, for timm's `generate_readme`."""
+"""The model card (README.md) of a student, for timm's `generate_readme`."""
 
 import os
 import re
@@ -29,7 +29,7 @@ _CITATION = """\
 }"""
 
 
-# names of classes in the card; config.json has all
+# most class names in the card; config.json has all
 _MAX_CLASSES = 20
 _PREDICT = """\
 import timm
@@ -52,14 +52,14 @@ session = onnxruntime.InferenceSession('FOLDER/model.onnx')
 
 
 def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, Any]:
-    """What timm's `generate_readme` makes the README.md of.
+    """The input from which timm's `generate_readme` makes the README.md.
 
-    What a user typed stands in code spans and code blocks, where neither Markdown nor HTML is read.
+    User input is put into code spans and code blocks, where neither Markdown nor HTML is interpreted.
 
     Args:
         student: The student.
         license: Identifier of the licence of its weights.
-        onnx: There is a model.onnx beside them.
+        onnx: Whether there is a model.onnx beside them.
     """
     run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
     data = args['dataset'] or _shown(args['data'] or args['data_dir'] or '')
@@ -81,7 +81,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
     taught = ', distilled from another network' if run.teacher else ''
     card = {
         'license': license,
-        # timm writes this line as it is, and knows no field for what follows it
+        # timm writes this line unchanged, and has no field for the lines after it
         'library_name': f'timm\n{_model_index(student, data, row)}'.rstrip(),
         'tags': ['image-classification', 'timm', *(['knowledge-distillation'] if run.teacher else [])],
         'description': f'A student trained with timm_pe{taught}.',
@@ -127,9 +127,9 @@ def _classes(student: Student, num_classes: int) -> str:
 
 
 def _kept_row(run: Run) -> dict[str, float | None] | None:
-    """The row of summary.csv of the epoch whose weights student.safetensors holds; None where no epoch was validated.
+    """The row of summary.csv of the epoch whose weights student.safetensors holds; None if no epoch was validated.
 
-    That is the one of model_best.pth.tar. Where that file is gone: the best row, the first of equals.
+    That is the epoch of model_best.pth.tar, or if that file is gone, the first of the best rows.
     """
     rows = _validated(run)
     if not rows:
@@ -166,7 +166,7 @@ def _describe_row(run: Run, row: Mapping[str, float | None], num_classes: int) -
 
 
 def _beside_the_student_alone(run: Run) -> dict[str, str]:
-    """What the same student reached without a teacher, where a run beside this one tells."""
+    """The result of the same student without a teacher, if there is such a run beside this one."""
     if not run.teacher:
         return {}
     folders = [
@@ -174,7 +174,7 @@ def _beside_the_student_alone(run: Run) -> dict[str, str]:
     ]
     try:
         others = read_runs([path for path in folders if path != run.folder.path.resolve()])
-    except UsageError:  # one that cannot be read is no reason not to export
+    except UsageError:  # an unreadable run must not prevent the export
         return {}
     alone, points = baseline(run, others), difference(run, others)
     if alone is None or points is None:
@@ -184,7 +184,7 @@ def _beside_the_student_alone(run: Run) -> dict[str, str]:
 
 
 def _model_index(student: Student, data: str, row: Mapping[str, float | None] | None) -> str:
-    """The metadata from which a hub reads what was measured; '' where nothing was."""
+    """The metadata from which a hub reads the metrics; '' if there are none."""
     metrics = _metrics(row) if row else {}
     kinds = {'top1': ('accuracy', 'top-1'), 'map': ('mAP', 'mAP')}
     measured = [{'type': kinds[k][0], 'name': kinds[k][1], 'value': v} for k, v in metrics.items() if k in kinds]
@@ -198,7 +198,7 @@ def _model_index(student: Student, data: str, row: Mapping[str, float | None] | 
 
 
 def _shown(path: str) -> str:
-    """A path without the folders it lies in: they are nobody's business on a hub."""
+    """An absolute path without its parent folders, which should not be public on a hub."""
     absolute = os.path.isabs(path) or os.path.isabs(path.split(':')[-1])
     return os.path.basename(os.path.normpath(path)) if '/' in path and absolute else path
 

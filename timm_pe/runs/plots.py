@@ -1,7 +1,7 @@
-"""Pictures of runs, one matplotlib Figure a function, drawn from plain numbers.
+"""Figures of runs: each function draws one matplotlib Figure from plain numbers.
 
-Backgrounds are transparent and the ink is of middle tone, so that a picture can be read on a light and on a dark page.
-Nothing here touches pyplot or the global style: a figure depends on what it is given alone.
+Backgrounds are transparent and text and axes are mid-grey, so that a figure is readable on light and dark pages.
+Nothing here touches pyplot or the global style: a figure depends on its arguments only.
 """
 
 import functools
@@ -21,24 +21,24 @@ from matplotlib.font_manager import get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-# as far from white as from black: text, axes and grid
+# of text, axes and grid: as far from white as from black
 INK = '#7a7a7a'
 COLORS = ('#3b82c4', '#e07b1a', '#3a9d5d', '#c9485b', '#9467bd', '#1f9e9e', '#b8860b', '#8c6d5a')
-# places in COLORS of the roles that a run can have, the same in every picture
+# index in COLORS of each role that a run can have, the same in every figure
 ALONE, TAUGHT, TEACHER = 0, 1, 4
 _DASHES = ('-', '--', ':', '-.')
-# more labels than this on the sides of a matrix cannot be read
+# beyond this number the labels of a matrix are unreadable
 _MAX_LABELS = 100
 
 
 def learning_curves(
     summaries: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str], colors: Sequence[int] | None = None
 ) -> Figure:
-    """Columns of summary.csv by epoch: a panel a column, a line a run.
+    """Columns of summary.csv by epoch: one panel per column, one line per run.
 
     Args:
         summaries: Name of a run -> its rows; values may be numbers, their text, or None or '' for an epoch without one.
-        columns: Which to draw, e.g. 'eval_top1'. One that no run has is left out.
+        columns: Columns to draw, e.g. 'eval_top1'. One that no run has is left out.
         colors: Place of each run in the palette; None takes them in order.
     """
     colors = colors or range(len(summaries))
@@ -52,7 +52,7 @@ def learning_curves(
     for axes, column in zip(panels, columns, strict=False):
         for i, rows in zip(colors, summaries.values(), strict=True):
             points = _points(rows, column)
-            # one epoch alone would be a line without length
+            # a single epoch is a line without length: it needs a marker
             axes.plot([x for x, _ in points], [y for _, y in points], **_line(i), marker='o' * (len(points) == 1))
         axes.set(title=column, xlabel='epoch')
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -95,7 +95,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: float | None = None, col
     }
     over, under = np.clip(confidence - accuracy, 0, None), np.clip(accuracy - confidence, 0, None)
     top.bar(height=accuracy, color=_color(color), label='accuracy', **place)
-    # the hatches are ink: the colour is that of the network alone
+    # the hatches are in INK: colour is for the network only
     if over.any():
         top.bar(height=over, bottom=accuracy, color='none', hatch='////', label='over-confident by', **place)
     if under.any():
@@ -129,7 +129,7 @@ def projector_similarity(matrix: Sequence[Sequence[float]]) -> Figure:
 
 
 def class_cosine(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
-    """Cosines between the mean features of classes, `[c, c]`; names are drawn where there is room for them."""
+    """Cosines between the mean features of classes, `[c, c]`; names are drawn if there is room for them."""
     values = np.asarray(matrix, dtype=float)
     c = len(values)
     labels = [_label(name, i) for i, name in enumerate(names)] if c <= _MAX_LABELS else []
@@ -148,7 +148,7 @@ def class_cosine(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
 
 
 def _label(name: str, index: int) -> str:
-    """A name as far as there is room, or its index where the font has not all of its letters."""
+    """A name, shortened to fit, or its index if the font lacks some of its letters."""
     if not _has_letters(name):
         return str(index)
     return name if len(name) <= 22 else name[:21] + '…'
@@ -186,7 +186,7 @@ def _color(i: int) -> str:
 
 
 def _heatmap(figure: Figure, axes: Axes, values: np.ndarray, labels: Sequence[str]) -> None:
-    # the whole range of a cosine: pictures of different runs can be compared by their colours
+    # the full range of a cosine, so that figures of different runs can be compared by colour
     image = axes.imshow(values, cmap='RdBu_r', vmin=-1, vmax=1, interpolation='nearest')
     if labels:
         axes.set_xticks(range(len(values)), labels)
@@ -197,7 +197,7 @@ def _heatmap(figure: Figure, axes: Axes, values: np.ndarray, labels: Sequence[st
 
 
 def _ink(figure: Figure) -> None:
-    """Draw all that is not data in the middle tone, on nothing."""
+    """Draw all that is not data in INK, on a transparent background."""
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)
@@ -213,13 +213,13 @@ def _ink(figure: Figure) -> None:
             axes.set_axisbelow(True)
 
 
-# the report's own
+# for the report
 
 
 def mean_curves(
     groups: Sequence[Sequence[Sequence[Mapping[str, Any]]]], column: str, colors: Sequence[int] | None = None
 ) -> Figure:
-    """A column of summary.csv by epoch: a line a group of runs, their mean, in a band from the lowest to the highest.
+    """A column of summary.csv by epoch: for each group of runs a line (mean) in a band (lowest to highest).
 
     No title and no legend: the page around it has both, as text that keeps its size on a phone. A column of positive
     numbers that spans more than a factor of 20, and is no percentage, is drawn on a logarithmic axis.

@@ -1,4 +1,4 @@
-"""A finished run, opened again: its parts as they were, its weights, and what its networks say of its images."""
+"""Reopens a finished run: its parts, its weights, and the outputs of its networks on its images."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ HINTS = {
 
 
 def without_weights(config: RunConfig) -> RunConfig:
-    """Settings that build the student of a run with random weights, which those of a checkpoint replace."""
+    """Settings that build the student of a run with random weights, to be replaced by those of a checkpoint."""
     return replace(
         config,
         pretrained=False,
@@ -57,14 +57,14 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 @dataclass
 class Options:
-    """What an analysis may be told; None is as in the run.
+    """Options of an analysis; None means as in the run.
 
     Attributes:
         checkpoint: 'last' or 'best'.
         data_dir: Where the data is now.
         teacher_checkpoint: Where the teacher's weights are now.
         device: Where to compute.
-        max_train_images: At most so many training images are looked at, the same ones in each run on the same data.
+        max_train_images: Most training images to use, the same ones in each run on the same data.
         batch_size: Images in a forward pass.
         workers: Loader processes.
     """
@@ -80,19 +80,19 @@ class Options:
 
 @dataclass
 class OpenRun:
-    """A finished run, built again.
+    """A finished run, rebuilt.
 
     Attributes:
         config: Its settings.
         epoch: That of the checkpoint, from 0, as in summary.csv.
         student: The student in eval mode.
         tap: Gives its penultimate feature.
-        teacher: Whom it is compared with, or None.
+        teacher: The teacher that it is compared with, or None.
         teacher_name: Name of the teacher's model.
         task: The task with its projectors; None for a run without them.
-        loaders: 'train' and 'validation', both as images are seen in evaluation.
-        class_names: One a class.
-        samples: Numbers of some validation images, and their pictures.
+        loaders: 'train' and 'validation', both with the transforms of validation.
+        class_names: One per class.
+        samples: Indices of some validation images, and their pictures as data URIs.
         runtime: Device and precision.
     """
 
@@ -111,7 +111,7 @@ class OpenRun:
 
 @dataclass
 class Split:
-    """What student and teacher say of the images of a split, on the CPU in float32.
+    """Outputs of student and teacher on the images of a split, on the CPU in float32.
 
     Attributes:
         feature: The student's, `[n, d]`.
@@ -129,7 +129,7 @@ class Split:
 
 
 class _FixedSubset(Subset[Any]):
-    """Some images of a data set; the loader gives the set its transform through it."""
+    """Some images of a data set; it passes the loader's transform on to the data set."""
 
     @property
     def transform(self) -> Any:
@@ -141,7 +141,7 @@ class _FixedSubset(Subset[Any]):
 
 
 def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
-    """The arguments of a run, with what the analysis does otherwise.
+    """The settings of a run, with the changes for the analysis.
 
     Raises:
         UsageError: Not a run folder, no such checkpoint, or a kind of run that has no top-1.
@@ -179,11 +179,12 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
 
     Args:
         folder: Run folder.
-        options: What is otherwise now.
-        others: More run folders: a run without a teacher is compared with that of the first that has one on the same data.
+        options: Changes to the run's settings.
+        others: More run folders: a run without a teacher is compared with the first teacher among them on the same
+            data.
 
     Raises:
-        UsageError: Anything of it that is not there any more, or does not fit.
+        UsageError: A part of the run is missing now, or does not fit.
     """
     config = read_run_config(folder, options)
     checkpoint = checkpoint_file(folder, options)
@@ -202,7 +203,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         with hint(HINTS['teacher']):
             teacher = create_run_teacher(teacher_config, parts.data, parts.runtime)
     if teacher is not None:
-        teacher.needs_logits = True  # the run may have done without them
+        teacher.needs_logits = True  # the run may not have needed them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
     epoch = _load_checkpoint(checkpoint, student, task)
     return OpenRun(
@@ -221,7 +222,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
 
 
 def _teacher_config(config: RunConfig, num_classes: int, others: Iterable[RunConfig]) -> RunConfig | None:
-    """Settings that name the teacher: the run's own, that of timm's distillation, or one of another run's."""
+    """Settings that name the teacher: the run's own, that of timm's distillation, or that of another run."""
     if config.teacher:
         return config
     if config.kd_model_name:
@@ -239,8 +240,8 @@ def _data_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _load_checkpoint(path: Path, student: nn.Module, task: ProjectorEnsembleTask | None) -> int:
-    """Load student and projectors, the moving average's where that is what the run evaluated; return the epoch."""
-    # the checkpoint tells, not args.yaml: a resume may have begun or ended the average after it
+    """Load student and projectors (the moving average if the run evaluated that); return the epoch."""
+    # from the checkpoint, not from args.yaml: a later resume may have switched the average on or off
     checkpoint = load_checkpoint_metadata(str(path))
     ema = 'state_dict_ema' in checkpoint and not saved_args(str(path)).get('model_ema_force_cpu')
     load_weights(student, read_state_dict(path, 'the checkpoint', use_ema=ema), 'the checkpoint', str(path))
@@ -253,7 +254,7 @@ def _load_checkpoint(path: Path, student: nn.Module, task: ProjectorEnsembleTask
 
 
 def read_class_names(dataset: Dataset[Any], num_classes: int) -> list[str]:
-    """Names of the classes of a data set, in their order; a class without one is called by its number."""
+    """Names of the classes of a data set, in their order; a class without one gets its number."""
     names = {index: name for name, index in (class_map_of(dataset) or {}).items()}
     return [names.get(c, str(c)) for c in range(num_classes)]
 
@@ -267,7 +268,7 @@ def _fixed_subset(dataset: Dataset[Any], size: int) -> Dataset[Any]:
 
 
 def _draw_samples(dataset: Dataset[Any]) -> list[tuple[int, str]]:
-    """Numbers of some images of a data set, and their pictures before any transform as data URIs."""
+    """Indices of some images of a data set, and their pictures before any transform as data URIs."""
     images = cast(Any, dataset)
     indices = np.sort(np.random.default_rng(0).permutation(len(images))[:NUM_SAMPLES]).tolist()
     transform, images.transform = images.transform, None
@@ -287,7 +288,7 @@ def _data_uri(image: Image.Image) -> str:
 
 @torch.inference_mode()
 def collect(run: OpenRun, split: str) -> Split:
-    """Show student and teacher a split, image by image.
+    """Run student and teacher on a split.
 
     Raises:
         UsageError: Labels that the student has no class for, or a student whose features are not finite.

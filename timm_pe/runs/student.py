@@ -1,4 +1,4 @@
-"""The student of a finished run, as it goes to others: its best weights in a plain model."""
+"""The student of a finished run for export: its best weights in a plain model."""
 
 import logging
 import os
@@ -24,21 +24,21 @@ from .reopen import read_class_names, without_weights
 
 _logger = logging.getLogger(__name__)
 
-# data sets that would be asked over the network for the names of their classes
+# data sets that would need the network for their class names
 _REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
 
 
 @dataclass
 class Student:
-    """What is exported of a run.
+    """The exported parts of a run.
 
     Attributes:
         run: The run, as the report knows it.
         model: The student with its best weights, in eval mode on the CPU.
         data_config: input_size, mean, std, interpolation, crop_pct of its validation.
-        label_names: One a class, or None where the data tell none.
+        label_names: One per class, or None if unknown.
         package: The package whose import registers the architecture, 'timm' for timm's own.
-        images: How many images it was validated on, None where they are not here.
+        images: Number of images it was validated on, None if they are not available.
     """
 
     run: Run
@@ -59,11 +59,12 @@ def _architecture(model: nn.Module) -> str:
 
 
 def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) -> Student:
-    """Build the student of a finished run again.
+    """Rebuild the student of a finished run.
 
     Args:
         folder: Run folder of train_distill.
-        data_dir: Where its data is now; None is where it was. It is only asked for the names of the classes.
+        data_dir: Where its data is now; None means where it was. It gives the class names and the number of validation
+            images.
 
     Raises:
         UsageError: Not a run folder, a run without a trained student, or weights that do not fit.
@@ -96,7 +97,7 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
 
 
 def _open_validation(config: RunConfig, model: nn.Module) -> Dataset[Any] | None:
-    """The split that the run was validated on; None where it is not here."""
+    """The split that the run was validated on; None if it is not available."""
     if config.dataset.split('/')[0].lower() in _REMOTE:
         return None
     try:
@@ -107,7 +108,7 @@ def _open_validation(config: RunConfig, model: nn.Module) -> Dataset[Any] | None
 
 
 def _read_label_names(folder: RunFolder, dataset: Dataset[Any] | None, num_classes: int) -> list[str] | None:
-    """Names of the classes in their order: those the run has learnt, which its data may not have any more."""
+    """Class names in order: those that the run has learnt, as its data may have changed; else those of the data."""
     learnt = {label: name for name, label in (saved_classes(folder) or {}).items()}
     if learnt:
         return _named([learnt.get(c, str(c)) for c in range(num_classes)])

@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: the one place where the order of the stages is written down."""
+"""Builds the parts of a run from its settings: the only place that defines the order of the stages."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,16 +22,16 @@ from .student import check_names, choose_num_classes, create_student, input_chan
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of.
+    """The parts of a run.
 
     Attributes:
         config: Its settings.
         runtime: Device, ranks, precision.
         student: The model to train. With a task it is on its device, else on the CPU.
-        datasets: Training split (None where only validation is asked for) and validation split.
+        datasets: Training split (None with --evaluate) and validation split.
         data: Their loaders.
         teacher: The teacher, or None.
-        task: The task, or None where nothing is trained.
+        task: The task, or None (see `build`).
         checkpoint: The training checkpoint of --resume, '' for a fresh run.
     """
 
@@ -51,16 +51,16 @@ class Parts:
 
 
 def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None, weights: str = '') -> Parts:
-    """Build what the settings ask for; with --evaluate neither teacher nor task.
+    """Build the parts of a run; with --evaluate neither teacher nor task.
 
-    The order matters: what can be refused cheaply comes first, and each stage draws from the seeded random state where the
-    one before left it, so that a run is built again as it was.
+    The order matters: cheap checks come first, and each stage continues the seeded random state of the one before, so
+    that a rebuilt run is the same.
 
     Args:
         config: The settings.
-        training: False for a look at a finished run: no training loader, and no task where there is no teacher.
+        training: False for reading a finished run: no training loader, and no task without a teacher.
         hints: What a user can do about an error of the 'data' or of the 'teacher'.
-        weights: File of the weights that the student is going to have, '' for those of the settings.
+        weights: File of the weights that the student will get, '' for those of the settings.
 
     Raises:
         UsageError: A setting, a file or a data set that does not fit.
@@ -94,7 +94,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
 
 @contextmanager
 def hint(text: str | None) -> Iterator[None]:
-    """Add to an error of the user what can be done about it."""
+    """Append a hint to a `UsageError`."""
     try:
         yield
     except UsageError as e:

@@ -1,15 +1,15 @@
-"""What the frozen teacher says of each training image, kept in files and read in place of running it.
+"""The frozen teacher's outputs for each training image, kept in files and read instead of running it.
 
-Augmentation is a function of (seed, view, image), so K views of the images can be asked about once: epoch e trains on view
-e mod K. The folder holds `manifest.json`, all that the answers depend on, and for each view
+Augmentation is a function of (seed, view, image), so the outputs for K views of the images are computed once: epoch e
+trains on view e mod K. The folder holds `manifest.json` with all that the outputs depend on, and for each view
 
-    view-0.feature.npy         float16 [n, m], times the row's scale; and view-0.logits.npy [n, c] where a loss compares logits
+    view-0.feature.npy         float16 [n, m], times the row's scale; view-0.logits.npy [n, c] if a loss compares logits
     view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
     view-0.source.npy          uint64 [n], hash of the image's file that the row was computed from
-    view-0.done.npy            uint8 [n], 1 where the row is there
+    view-0.done.npy            uint8 [n], 1 if the row is there
 
-Where images are files, `images.npy`, int64 [n, 2], has their sizes and times of change: only files that differ in these are
-read and compared with `source`.
+If images are files, `images.npy`, int64 [n, 2], has their sizes and modification times: only files that differ in these
+are read and compared with `source`.
 """
 
 import contextlib
@@ -57,22 +57,23 @@ class _View:
 
 
 class TeacherCache:
-    """Features and logits of a teacher for n images in K views, in memory-mapped files that are filled as rows are asked for.
+    """Features and logits of a teacher for n images in K views, in memory-mapped files filled on demand.
 
-    Rows are float16 with a scale of their own. Those that are computed now and those that are read later are the same numbers.
+    Rows are float16, each with its own scale. A row has the same numbers when it is computed and when it is read later.
 
     Args:
         folder: Where the files are, or will be.
-        manifest: What the rows depend on, JSON values by name; a folder made with others is refused.
+        manifest: All that the rows depend on, JSON values by name; a folder made with others is refused.
         num_images: n.
         widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
         num_views: K. Views do not depend on each other: a folder may have more, or get more later.
-        device: Where rows are wanted.
-        paths: The images' files, in the order of the rows; None where they are no files, whose changes are not seen.
+        device: Device to which rows are moved.
+        paths: The images' files, in the order of the rows; None if images are not files; changes then go unnoticed.
 
     Attributes:
-        counts: Rows that each view had when the folder was last looked at.
-        stale: Rows of each view in the folder whose image has changed since (see `find_changed`): they count as not there.
+        counts: Number of rows of each view when the folder was last read.
+        stale: Rows of each view in the folder whose image has changed since (see `find_changed`): they count as
+            missing.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class TeacherCache:
     # Files --------------------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """See what is there; nothing is written.
+        """Read the state of the folder; nothing is written.
 
         Raises:
             UsageError: A folder that is not a cache, one of another run (each difference is named), or damaged files.
@@ -134,7 +135,7 @@ class TeacherCache:
             self._mode = None
 
     def find_changed(self) -> None:
-        """Set `stale`, by the files' contents where their sizes or times are not what they were; nothing is written.
+        """Set `stale` by comparing the contents of files whose sizes or times have changed; nothing is written.
 
         Raises:
             UsageError: Damaged files.
@@ -147,7 +148,7 @@ class TeacherCache:
         path = self.folder / 'images.npy'
         if path.exists():
             known = open_array(path, known.shape, known.dtype, 'r', 'to have all images compared anew')
-        # one that is out of reach now is compared when it is back
+        # a file that is inaccessible now is compared when it is back
         away = stats[:, 0] < 0
         stats[away] = known[away]
         numbers = [int(p.name.split('.')[0].removeprefix('view-')) for p in self.folder.glob('view-*.done.npy')]
@@ -174,7 +175,7 @@ class TeacherCache:
                 self.stale[view] = differing[changed]
 
     def describe_stale(self) -> str:
-        """How many images have changed, and the first; '' where none has."""
+        """How many images have changed, and the first; '' if none has."""
         if not self.stale or self.paths is None:
             return ''
         images = np.unique(np.concatenate(list(self.stale.values()))).tolist()
@@ -250,10 +251,10 @@ class TeacherCache:
         return self._view
 
     def allocate(self) -> None:
-        """Make the files that are missing, at their full size: a disk that is too small is an error before training.
+        """Create the missing files at full size, so that a disk that is too small is an error before training.
 
         Raises:
-            UsageError: They cannot be made; what this call made is gone again.
+            UsageError: They cannot be created; files that this call created are removed.
         """
         made = [] if self.folder.exists() else [self.folder]
         try:
@@ -284,18 +285,18 @@ class TeacherCache:
 
     def _create_files(self, view: int, made: list[Path]) -> None:
         arrays = self._arrays(view)
-        # flags without their rows would call zeros an answer: they go first and come last
+        # flags without rows would mark zeros as valid: flags are deleted first and created last
         arrays['done'][0].unlink(missing_ok=True)
         for path, shape, dtype in arrays.values():
             create_array(path, shape, dtype, made)
 
     def _forget_stale(self, made: list[Path]) -> None:
-        """Unset the flags of the rows of images that have changed, and only then keep what the files are now."""
+        """Clear the flags of the rows of changed images, and only then store the files' new sizes and times."""
         for view, rows in self.stale.items():
             done = self._open_arrays(view, 'r+')['done']
             done[rows] = 0
             done.flush()
-        if self.stale:  # it has the pixels of some of these images
+        if self.stale:  # it has hashes of some of these images
             write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
             _logger.warning(f'Teacher cache: {self.describe_stale()}: they are computed again.')
         self.keep_stats(made)
@@ -305,7 +306,7 @@ class TeacherCache:
         """Keep the sizes and times of the files as `find_changed` saw them, so that they are not compared again.
 
         Args:
-            made: Takes the path of the file, for a caller that undoes what it made.
+            made: Gets the file's path, for a caller that undoes what it made.
 
         Raises:
             OSError: It cannot be written.
@@ -316,7 +317,7 @@ class TeacherCache:
             write_whole(self.folder / 'images.npy', file.getvalue(), made)
 
     def open(self) -> None:
-        """Begin to write what is missing (rows of a complete cache are read without).
+        """Open the cache to write missing rows (a complete cache is opened for reading).
 
         Raises:
             UsageError: Files that `allocate` should have made cannot be opened.
@@ -329,17 +330,17 @@ class TeacherCache:
     # Rows ---------------------------------------------------------------------------------------------------------------
 
     def missing(self, view: int) -> np.ndarray:
-        """Indices of the images whose rows of a view are not there."""
+        """Indices of the images that have no row in a view."""
         return np.flatnonzero(np.asarray(self._open(view).done) == 0)
 
     def __call__(self, target: IndexedTarget, compute: Callable[[], TeacherOutput]) -> TeacherOutput:
-        """What the teacher says of a batch, in float32 on the device; fields that are not kept are None.
+        """The teacher's output for a batch, in float32 on the device; fields that are not kept are None.
 
         Nothing here waits for the device unless rows are missing. Before `open` nothing is written.
 
         Args:
-            target: Which images, in which view. One that could not be read shows another image: the answer is never kept.
-            compute: Runs the teacher on the batch; called where a row is missing, whose answer is then kept.
+            target: Images and view. The output for an unreadable image, which shows another one, is never kept.
+            compute: Runs the teacher on the batch; called if a row is missing, which is then kept.
 
         Raises:
             UsageError: Values that are not finite.
@@ -354,17 +355,17 @@ class TeacherCache:
             computed = self._rounded(compute()) if (missing | replaced).any() else {}
             if missing.any():
                 kept = dict(computed)
-                if self.paths is not None:  # what is not known is 0, and stale once its file has another time
+                if self.paths is not None:  # an unknown hash is 0: the row is stale once its file's time changes
                     kept['source'] = np.zeros(len(missing), np.uint64) if target.sources is None else target.sources
                 self._keep(view, target.index[missing], {k: v[missing] for k, v in kept.items()})
             rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items() if name != 'source'}
             for name, values in computed.items():
                 rows[name][replaced] = values[replaced]
-        feature = cast(torch.Tensor, self._restored(rows, 'feature'))  # kept wherever a loss reads it
+        feature = cast(torch.Tensor, self._restored(rows, 'feature'))  # kept if a loss reads it
         return TeacherOutput(feature, self._restored(rows, 'logits'))
 
     def _restored(self, rows: Mapping[str, np.ndarray], name: str) -> torch.Tensor | None:
-        """A field of the teacher's output; None where it is not kept."""
+        """A field of the teacher's output; None if it is not kept."""
         if name not in self.widths:
             return None
         return self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
@@ -385,9 +386,9 @@ class TeacherCache:
                     f'weights right, is --teacher-dtype wide enough?'
                 )
                 if dist.is_initialized() and dist.get_rank() > 0:
-                    _logger.error(message)  # this rank alone knows, and one-line errors are those of rank 0
+                    _logger.error(message)  # only this rank knows, and rank 0 prints the one-line errors
                 raise UsageError(message)
-            # a float32 below 2^-126 has fewer digits: no scale may be
+            # a float32 below 2^-126 loses digits: no scale may be smaller
             exponents = np.maximum(np.frexp(np.abs(values).max(1))[1] - _EXPONENT, -126)
             rows[name] = np.ldexp(values, -exponents[:, None]).astype(np.float16)
             rows[f'{name}_scale'] = np.ldexp(np.float32(1), exponents)
@@ -401,7 +402,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Bring rows to the disk, and only then say that they are there: no crash leaves a flag without its row."""
+        """Write rows to the disk before setting their flags, so that no crash leaves a flag without its row."""
         self._flushed = time.monotonic()
         if not self._pending or self._view is None:
             return
@@ -413,14 +414,14 @@ class TeacherCache:
 
 
 def _differs(name: str, there: Any, here: Any) -> bool:
-    """Whether two values of a manifest cannot be of one cache; of pixels only those of the same bytes are compared."""
+    """Whether two values of a manifest are incompatible; pixels are only compared for files of the same bytes."""
     if name == 'pixels' and isinstance(there, list) and len(there) == len(here):
         return any(str(t).split()[:1] == h.split()[:1] and t != h for t, h in zip(there, here, strict=True))
     return there != here
 
 
 def _show(value: Any, other: Any) -> str:
-    """A value of a manifest for a message: of the lines of a transform those that the other has not."""
+    """A value of a manifest for a message; of a transform only the lines that the other one lacks."""
     lines = isinstance(value, list) and isinstance(other, list) and all(isinstance(v, str) for v in [*value, *other])
     if lines and sorted(value) != sorted(other):
         return ' '.join(v for v in value if v not in other) or 'nothing'

@@ -1,4 +1,4 @@
-"""Checkpoints in timm's format, and the student as safetensors. Every file is written beside and moved into place."""
+"""Checkpoints in timm's format, and the student as safetensors. Files are written beside, then renamed."""
 
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ _ENTRIES = {
 }
 # entries of a RunState that checkpoints of earlier commits do not have
 _ADDED = {'seconds', 'meaning'}
-# flags that say where and how a part of a run is run, or whose change is told elsewhere
+# flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
     *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
     *('data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'teacher_checkpoint', 'teacher_pretrained'),
@@ -49,7 +49,7 @@ _NOT_COMPARED = {
     *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
     *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
 }
-# what projectors lead to: to another they start new
+# what projectors map to: if it changes, they start new
 _NEW_PROJECTORS = {'target', 'teacher'}
 
 
@@ -62,11 +62,11 @@ class Saver(CheckpointSaver):
         optimizer: Its optimizer.
         config: Run settings, stored in the checkpoints as timm stores them.
         scaler: AMP loss scaler or None.
-        decreasing: A lower metric is better.
+        decreasing: Whether a lower metric is better.
         evaluated_model: Gives the module whose weights were evaluated (the EMA's if on).
 
     Attributes:
-        run: Where the run is, stored in the checkpoints.
+        run: The run's position, stored in the checkpoints.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Saver(CheckpointSaver):
 
     def _duplicate(self, src: str, dst: str) -> None:
         if os.path.exists(dst) and os.path.samefile(src, dst):
-            return  # to rename one name of a file to another does nothing
+            return  # renaming one name of a file to another does nothing
         beside = dst + '.tmp'
         if os.path.exists(beside):
             os.unlink(beside)
@@ -123,35 +123,35 @@ class Saver(CheckpointSaver):
         os.replace(beside, dst)
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
-        """timm's bookkeeping, and where the run is."""
+        """timm's state, and the run's position."""
         return {**super().state_dict(epoch, metric), 'run': vars(self.run) if self.run else None}
 
     def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
-        """Save `last`, `checkpoint-N` and, where it is the best so far, `model_best` and `student.safetensors`."""
+        """Save `last`, `checkpoint-N` and, if it is the best so far, `model_best` and `student.safetensors`."""
         best_before = self.best_metric
         best_metric, best_epoch = super().save_checkpoint(epoch, metric)
         # without any metric the student is the newest; a fresh run replaces that of an old one
         due = self.best_metric != best_before or self.best_metric is None or not self.folder.student_file.exists()
         if due and not (self._last_is_there and self._student_is_newer()):
             save_student(self.evaluated_model(), self.folder.student_file)
-        for path in self.folder.recovery_files():  # what `last` holds now is further
+        for path in self.folder.recovery_files():  # `last` is newer now
             path.unlink()
         return best_metric, best_epoch
 
     def _student_is_newer(self) -> bool:
-        """Than `last`, after which it is written."""
+        """Whether the student is newer than `last`, after which it is written."""
         student, last = self.folder.student_file, self.folder.last_file
         return student.exists() and student.stat().st_mtime_ns > last.stat().st_mtime_ns
 
     def continue_from(self, path: str, metrics: Mapping[int, float] | None = None) -> bool:
-        """Continue the history of a folder from one of its checkpoints, whose weights the model has.
+        """Continue the history of a folder from one of its checkpoints, whose weights are loaded.
 
         Args:
             path: The checkpoint.
-            metrics: Metric of each epoch so far, where the history was ranked by another: it is ranked anew.
+            metrics: Metric of each epoch so far, to rank the history anew if it was ranked by another one.
 
         Returns:
-            The checkpoint is the `last` one, of a whole epoch.
+            Whether the checkpoint is the `last` one, of a whole epoch.
         """
         checkpoint = load_checkpoint_metadata(path)
         saved = checkpoint.get('saver') or {}
@@ -161,19 +161,19 @@ class Saver(CheckpointSaver):
         if metrics is not None:
             self._rank_anew(checkpoint['epoch'], metrics)
             metric = metrics.get(epoch)
-        # those of the process before us are ours to clean
+        # clean up the recovery files of the earlier process
         for other in self.folder.recovery_files():
             if not os.path.samefile(other, path):
                 other.unlink()
             else:
                 self.curr_recovery_file = str(other)
         if is_last and epoch is not None:
-            # what follows on the writing of `last` is done again: a kill may have come in the midst of it
+            # repeat what follows the writing of `last`: a kill may have interrupted it
             self._last_is_there = True
             self.save_checkpoint(epoch, metric)
             self._last_is_there = False
         if metrics is None and best_epoch(self.folder) not in (None, self.best_epoch):
-            self._restore_best()  # the best of what followed on this checkpoint and is left, or by another metric
+            self._restore_best()  # model_best is of later epochs that are discarded, or by another metric
         return is_last
 
     def _rank_anew(self, last: int, metrics: Mapping[int, float]) -> None:
@@ -186,7 +186,7 @@ class Saver(CheckpointSaver):
         self._restore_best()
 
     def _restore_best(self) -> None:
-        """Make model_best and the student those of the best epoch, where its checkpoint is kept."""
+        """Set model_best and the student to the best epoch, if its checkpoint is kept."""
         path = self._checkpoint_path(self.best_epoch)
         if not os.path.exists(path):
             return
@@ -198,9 +198,7 @@ class Saver(CheckpointSaver):
         state_dict = (checkpoint.get('state_dict_ema') if averaged else None) or checkpoint['state_dict']
         _save_weights(model, state_dict, self.folder.student_file)
         at = os.stat(path).st_mtime_ns
-        os.utime(
-            self.folder.student_file, ns=(at, at)
-        )  # as old as its weights: it tells whether those of `last` are due yet
+        os.utime(self.folder.student_file, ns=(at, at))  # as old as its weights: see `_student_is_newer`
 
 
 def save_student(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -209,7 +207,7 @@ def save_student(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _save_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Write weights of a model; of split batch norms the main ones', which have the names of plain ones and are evaluated."""
+    """Write a model's weights; of split batch norms only the main ones, which have plain names and are evaluated."""
     norms = (name for name, module in unwrap_model(model).named_modules() if isinstance(module, SplitBatchNorm2d))
     auxiliary = tuple(f'{name}.aux_bn.' for name in norms)
     kept = {k: v for k, v in state_dict.items() if not k.startswith(auxiliary)}
@@ -219,11 +217,11 @@ def _save_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor], path
             pass
         mode = os.stat(beside).st_mode
         save_file(tensors, beside, metadata={'format': 'pt'})
-        os.chmod(beside, mode)  # that of every other file: safetensors makes its own for the user alone
+        os.chmod(beside, mode)  # the usual mode: safetensors makes its file readable by the owner only
 
 
 def best_epoch(folder: RunFolder) -> int | None:
-    """The epoch of a run folder's model_best, whose weights the student has; None where it has no such file."""
+    """The epoch of a run folder's model_best, whose weights the student has; None if it has no such file."""
     try:
         return load_checkpoint_metadata(str(folder.best_file)).get('epoch')
     except Exception:  # gone, or whatever it may be by now
@@ -231,7 +229,7 @@ def best_epoch(folder: RunFolder) -> int | None:
 
 
 def saved_classes(folder: RunFolder) -> dict[str, int] | None:
-    """The class names of a run's training data and their labels, as its newest checkpoint has them; None where unknown."""
+    """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
     for file in (folder.last_file, folder.best_file):
         try:
             state = _run_state(load_checkpoint_metadata(str(file)), str(file))
@@ -243,10 +241,10 @@ def saved_classes(folder: RunFolder) -> dict[str, int] | None:
 
 
 def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) -> None:
-    """Refuse images whose classes are others than those that a run has learnt, or have another order.
+    """Refuse data whose classes, or their order, differ from those that a run has learnt.
 
     Raises:
-        UsageError: With the first class that differs, after `what` asks for it.
+        UsageError: The message begins with `what` and names the first class that differs.
     """
     other_class = describe_other_class(saved_classes(folder), class_map_of(dataset))
     if other_class:
@@ -257,7 +255,7 @@ def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) ->
 
 
 def saved_args(path: str) -> dict[str, Any]:
-    """The settings that a training checkpoint was saved with, empty where it holds none."""
+    """The settings that a training checkpoint was saved with, empty if it holds none."""
     args = load_checkpoint_metadata(path).get('args')
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -265,8 +263,8 @@ def saved_args(path: str) -> dict[str, Any]:
 def find_resume(flags: RunFlags) -> str:
     """The training checkpoint that --resume means.
 
-    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, and ''
-    where there is none yet.
+    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, or
+    '' if there is none yet.
 
     Raises:
         UsageError: No such checkpoint.
@@ -295,11 +293,12 @@ def resume(
 ) -> tuple[int | None, RunState | None]:
     """Continue from `--resume`: weights, projectors, optimizer, scaler; with --no-resume-opt a fresh optimizer.
 
-    With --no-resume-opt a run may be about something else than before; to another teacher or target its projectors start new.
+    With --no-resume-opt the run's meaning may differ (see `run_meaning`); with another teacher or target its projectors
+    start new.
 
     Returns:
-        The epoch to start with, None where the checkpoint names none; and where exactly the run was, None where the
-        checkpoint is not of train_distill or the optimizer is fresh.
+        The epoch to start with, None if the checkpoint names none; and the run's exact position, None if the checkpoint
+        is not of train_distill or the optimizer is fresh.
 
     Raises:
         UsageError: No such checkpoint, unreadable, or of another model, class map, teacher, optimizer or projectors.
@@ -343,12 +342,12 @@ def resume(
     except Exception as e:  # timm and torch trip in many ways over an optimizer or projectors of another run
         raise UsageError(f"--resume: '{path}' does not fit this run: {one_line(e)}") from e
     if epoch is not None and not _is_of_whole_epoch(checkpoint, path):
-        epoch -= 1  # saved in that epoch, not after it
+        epoch -= 1  # saved within that epoch
     return epoch, None if config.no_resume_opt else run
 
 
 def _is_of_whole_epoch(checkpoint: dict[str, Any], path: str) -> bool:
-    """Whether a checkpoint was saved after its epoch, not in it; of one that does not say so itself the name tells."""
+    """Whether a checkpoint was saved after its epoch, not within it; if it does not say so, by its file name."""
     run = (checkpoint.get('saver') or {}).get('run')
     return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
 
@@ -374,7 +373,7 @@ def _run_state(checkpoint: dict[str, Any], path: str) -> RunState | None:
 
 
 def describe_differences(config: RunConfig, path: str) -> str:
-    """The flags of a checkpoint that are others now, as far as they bear on what is trained."""
+    """The flags that differ from those of a checkpoint, as far as they affect training."""
     saved, now = saved_args(path), config.as_dict()
     names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
@@ -405,7 +404,7 @@ def resume_ema(path: str, task: TrainingTask, meaning: Mapping[str, Any]) -> Non
 
 
 def _read(path: str) -> dict[str, Any]:
-    """A training checkpoint that has what one has, its tensors not read yet."""
+    """A checked training checkpoint, its tensors not read yet."""
     find_checkpoint(path, '--resume')
     try:
         checkpoint = load_checkpoint_metadata(path)

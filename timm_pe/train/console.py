@@ -1,4 +1,4 @@
-"""What a run says: the start table, progress, summary.csv."""
+"""What a run prints: warnings, the start table, progress, a line per epoch."""
 
 import logging
 import platform
@@ -31,19 +31,19 @@ from .run_task import has_random_weights
 _logger = logging.getLogger(__name__)
 
 
-# of a bar, at any width of the terminal: what does not fit is cut off at its end
+# format of a progress bar; what does not fit the terminal is cut off at the end
 _BAR = '{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining}{postfix}'
 
 
 class _TqdmHandler(logging.Handler):
-    """Log lines that do not tear a progress bar."""
+    """Writes log lines without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _is_no_bare_load(record: logging.LogRecord) -> bool:
-    """False for timm's 'Loaded state_dict from checkpoint': what the weights are for is said by ours."""
+    """False for timm's 'Loaded state_dict from checkpoint': our own messages name their purpose."""
     return "from checkpoint '" not in str(record.msg)
 
 
@@ -59,7 +59,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     handler = _TqdmHandler()
     handler.setFormatter(root.handlers[0].formatter)
     root.handlers = [handler]
-    logging.captureWarnings(True)  # those of libraries, which would tear the bar
+    logging.captureWarnings(True)  # those of libraries would break the bar
 
 
 def _count(params: int) -> str:
@@ -249,9 +249,10 @@ class Progress:
         left: float | None = None,
         waiting: float | None = None,
     ) -> None:
-        """Say that `done` batches are done; now and then with loss terms, speed, learning rate, seconds left and the share of waiting for data.
+        """Show that `done` batches are done; at intervals with loss terms, speed, learning rate, seconds left and the
+        share of time spent waiting for data.
 
-        Without `left`, those that are left of the pass itself are said, at its end too.
+        Without `left`, the seconds left of the pass itself are shown, at its end too.
         """
         self.bar.update(done - self.bar.n)
         if terms is None:
@@ -266,15 +267,15 @@ class Progress:
             _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left {_duration(left)}')
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         self.bar.close()
 
 
 def say_epoch(head: Sequence[str], train_metrics: Mapping[str, float], lr: float, seconds: float, left: float) -> None:
-    """The line that stays of an epoch; on a terminal that is too narrow it is broken between its parts.
+    """Log the final line of an epoch; on a narrow terminal it wraps between its parts.
 
     Args:
-        head: Its number and, where it was validated, its metrics, in words.
+        head: Its number and, if it was validated, its metrics, in words.
         train_metrics: Means of its loss and terms, and images_per_s.
         lr: Learning rate at its end.
         seconds: How long it took.

@@ -26,7 +26,7 @@ from .student import place_student
 
 _logger = logging.getLogger(__name__)
 
-# as a reader knows them
+# display names
 METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'loss': 'val loss'}
 
 
@@ -40,7 +40,7 @@ def create_evaluator(flags: LossFlags, runtime: Runtime, loader: Any) -> Classif
 
 
 def batch_to_device(config: RunConfig, runtime: Runtime, input: Any, target: Any) -> tuple[Any, Any]:
-    """A loader's batch where the run computes, in its dtype and memory format (a prefetching loader did the first two)."""
+    """A loader's batch on the run's device, in its dtype and memory format (a prefetcher has done the first two)."""
     if config.no_prefetcher:
         input = _on_device(input, runtime.device, runtime.model_dtype or torch.float32)
         target = target.to(runtime.device)
@@ -70,7 +70,7 @@ def evaluate(
         loader: Validation loader.
         runtime: Device, ranks, precision.
         config: Run settings.
-        progress: Where to show it.
+        progress: Shows the progress.
         after_batch: Called after each batch.
 
     Raises:
@@ -93,7 +93,7 @@ def evaluate(
         evaluator.update(output, target)
         progress.update(i + 1)
         after_batch()
-    # of a stream each rank has seen all: see read_whole_on_each_rank
+    # each rank has seen the whole of a stream: see read_whole_on_each_rank
     shared = runtime.distributed and not isinstance(plain_loader(loader).dataset, IterableDataset)
     return evaluator.compute(distributed=shared)
 
@@ -117,7 +117,7 @@ def validate(
 
 
 def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
-    """Say how many images of a pass over a loader could not be read, or were with a warning, where no pass before said so."""
+    """Log how many images of a pass were unreadable or gave a warning, unless the pass before had the same number."""
     for describe in (describe_unreadable, describe_warnings):
         number, said = describe(loader.dataset, images, runtime.distributed)
         known = loader.__dict__.setdefault('_said', {})
@@ -127,19 +127,19 @@ def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
 
 
 def format_metrics(metrics: Mapping[str, float], num_classes: int) -> str:
-    """Metrics on one line, percentages to three places; of five classes or fewer the best five say nothing."""
+    """Metrics on one line, percentages to three places; top-5 is omitted for five classes or fewer."""
     shown = {k: v for k, v in metrics.items() if k != 'loss' and not (k == 'top5' and num_classes <= 5)}
     percent = [f'{METRIC_NAMES.get(k, k)} {v:.3f} %' for k, v in shown.items()]
     return '  '.join([*percent, f'val loss {metrics["loss"]:.4f}'])
 
 
 def evaluate_checkpoint(parts: Parts) -> None:
-    """Validate the weights of --evaluate, and say what came out."""
+    """Validate the weights of --evaluate, and log the metrics."""
     config, path = parts.config, parts.config.evaluate
     folder = RunFolder.around(path)
     if folder is not None:
         check_learnt_classes(folder, parts.data.eval.dataset, '--evaluate')
-    # a moving average that the run kept on the CPU was not what it evaluated
+    # the run did not evaluate a moving average that it kept on the CPU
     state_dict = read_state_dict(path, '--evaluate', use_ema=not config.model_ema_force_cpu)
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()

@@ -1,4 +1,4 @@
-"""What a run looks at before it begins: is the teacher sound, and does it know its classes?"""
+"""Checks before training: are the teacher's outputs finite, and is its accuracy above chance?"""
 
 import copy
 import logging
@@ -29,7 +29,8 @@ _logger = logging.getLogger(__name__)
 def look_at_first_batch(
     task: ProjectorEnsembleTask, data: Data, runtime: Runtime, cache: TeacherCache | None = None
 ) -> None:
-    """Ask the teacher about the batch that epoch 0 will start with: is it sound, and what does it make of an 'auto' activation?
+    """Run the teacher on the first batch of epoch 0: refuse outputs that are not finite, and decide an 'auto'
+    activation.
 
     Raises:
         UsageError: A feature or logit that is not finite.
@@ -52,10 +53,10 @@ def look_at_first_batch(
 
 
 def check_teacher(parts: Parts) -> TeacherAgreement | None:
-    """Validate the teacher through the student's own loader: a teacher that was not loaded right teaches nothing.
+    """Validate the teacher through the student's own loader: a wrongly loaded teacher teaches nothing.
 
     Returns:
-        For a run with trackers, what the student's validations can be compared with.
+        For a run with trackers, the teacher's predictions to compare the student's with; else None.
     """
     config, teacher, data, runtime = parts.config, parts.teacher, parts.data, parts.runtime
     num_classes = parts.num_classes
@@ -106,9 +107,9 @@ def check_teacher(parts: Parts) -> TeacherAgreement | None:
 
 
 def _own_input(parts: Parts, teacher: Teacher) -> dict[str, Any] | None:
-    """The data config by which the teacher was validated itself, normalized for it as the run's batches are.
+    """The data config of the teacher's own validation, with the normalization of the run's batches.
 
-    None where it is not known, is that of this run, or cannot be had through the teacher as this run uses it.
+    None if it is unknown, equals this run's, or cannot be used with the teacher as this run sets it up.
     """
     config, data = parts.config, parts.data
     own = teacher_input(config, teacher)

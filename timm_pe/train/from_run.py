@@ -1,4 +1,4 @@
-"""What a run takes from the folder of another one: an evaluation how its student was built and fed, a teacher likewise."""
+"""Settings taken from another run's folder: how its student was built and fed, for an evaluation or for a teacher."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ from ..errors import UsageError, one_line
 from ..method.teacher import Teacher
 from ..run_folder import RunFolder
 
-# how a run says that its student was built and fed: what a teacher takes from there, ...
+# flags that say how a run's student was built and fed: those that a teacher takes, ...
 _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
-# what of it says how its run validated it
+# flags that define the input of the run's validation
 _OF_ITS_INPUT = ('img_size', 'input_size', 'crop_pct', 'interpolation')
-# ... and what an evaluation takes, that it computes what the run's own validation did. Of flags in one line none is taken where
-# one of them is given: they say one thing together
+# ... and those that an evaluation takes, to compute what the run's own validation did. Flags in one tuple belong
+# together: none of them is taken if one is given
 _OF_AN_EVALUATION = (
     *((name,) for name in ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'num_classes', 'in_chans', 'gp', 'bn_eps')),
     ('img_size', 'input_size'),
@@ -32,7 +32,7 @@ _OF_AN_EVALUATION = (
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
     *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
 )  # fmt: skip
-# what a pretrained cfg says of a model's input
+# fields of a pretrained cfg about the model's input
 _INPUT_FIELDS = ('mean', 'std', 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
 
 
@@ -41,14 +41,14 @@ def read_settings(folder: RunFolder, what: str, names: Iterable[str]) -> dict[st
 
     Args:
         folder: Its folder.
-        what: What the folder was given for ('--teacher-checkpoint'), for messages.
+        what: The flag that names the folder ('--teacher-checkpoint'), for messages.
         names: Flags to read.
 
     Returns:
-        Their values, None where the run says nothing of them.
+        Their values, None if the run does not have them.
 
     Raises:
-        UsageError: One is none of the flag's values.
+        UsageError: A value is not valid for its flag.
     """
     path = folder.args_file
 
@@ -81,10 +81,10 @@ def read_settings(folder: RunFolder, what: str, names: Iterable[str]) -> dict[st
 
 
 def fill_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an evaluation takes from the run of its checkpoint; none where nothing is evaluated.
+    """Settings that an evaluation takes from the run of its checkpoint; none without --evaluate.
 
     Args:
-        given: What the command line and YAML say.
+        given: Settings of the command line and YAML.
 
     Raises:
         UsageError: See `read_settings`.
@@ -102,7 +102,7 @@ def _of_an_evaluation(folder: RunFolder, given: Collection[str]) -> dict[str, An
 
 
 def describe_evaluation(config: RunConfig) -> str:
-    """In words which settings of --evaluate are those of its run, and which that run had at another value; '' for no run."""
+    """A message on which settings of --evaluate are those of its run and which differ from it; '' without a run."""
     folder = RunFolder.around(config.evaluate)
     if folder is None:
         return ''
@@ -124,10 +124,10 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """How the teacher is built and fed: by its flags, and where they say nothing by the run that made it.
+    """How the teacher is built and fed: by its flags, else by the run that trained it.
 
     Attributes:
-        mean: What its images are normalized with; None is what belongs to its model.
+        mean: Mean of its normalization; None means that of its model.
         std: Likewise.
         kwargs: More arguments of its architecture.
     """
@@ -154,10 +154,10 @@ def check_teacher_run(flags: TeacherFlags) -> None:
 
 
 def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of the teacher, from the run folder that its weights are given by.
+    """The name of the teacher, from the run folder that gives its weights.
 
     Args:
-        given: What the command line and YAML say.
+        given: Settings of the command line and YAML.
 
     Raises:
         UsageError: See `read_settings`.
@@ -169,7 +169,7 @@ def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teacher_input(flags: TeacherFlags, teacher: Teacher) -> dict[str, Any] | None:
-    """timm's data config of the images that the teacher was itself validated on; None where that is not known."""
+    """timm's data config of the images that the teacher was itself validated on; None if unknown."""
     network = unwrap_model(teacher.model)
     folder = RunFolder.around(flags.teacher_checkpoint)
     if not getattr(network, 'pretrained_cfg', None) or (
@@ -184,7 +184,7 @@ def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
     """How the teacher of a run is built and fed.
 
     Raises:
-        UsageError: See `read_settings`, and a model of that run that cannot be looked up.
+        UsageError: See `read_settings`; or that run's model cannot be looked up.
     """
     folder = RunFolder.around(flags.teacher_checkpoint)
     if folder is None:
@@ -196,9 +196,9 @@ def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
         'in_chans': run['in_chans'],
         'global_pool': run['gp'],
         'bn_eps': run['bn_eps'],
-        # an architecture of one size was built for that of its images
+        # an architecture with a fixed input size was built for that of its images
         'img_size': built.get('img_size'),
-        # what that run's model name and overlay said of its input; the name of the teacher may have another tag
+        # input fields from that run's model name and overlay; the name of the teacher may have another tag
         'pretrained_cfg_overlay': {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS},
     }
     kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **flags.teacher_kwargs}
@@ -206,7 +206,7 @@ def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
 
 
 def _built_in(run: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What timm built the student of a `run` with, `pretrained_cfg` and `img_size` in it."""
+    """The arguments that timm built the student of a `run` with, including `pretrained_cfg` and `img_size`."""
     given = {key: run[key] for key in ('img_size', 'input_size', 'in_chans')}
     overlay = {'pretrained_cfg_overlay': run['pretrained_cfg_overlay']} if run['pretrained_cfg_overlay'] else {}
     try:

@@ -1,4 +1,4 @@
-"""The command line of a run: first its flags, then what needs torch."""
+"""The command line of a run: it reads the flags before it imports torch."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO, prog: str
 
     Args:
         argv: Command line; None takes that of the process.
-        log_level: What to say at least.
+        log_level: Lowest level of messages to log.
         prog: Command to name in messages.
     """
     config = parse_config(argv, prog, more=fill_from_runs)
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None, log_level: int = logging.INFO, prog: str
 
 
 def fill_from_runs(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings that are taken from the run folders that others name; see `from_run.py`."""
+    """Settings taken from the run folders that other settings name; see `from_run.py`."""
     if not given.get('evaluate') and not given.get('teacher_checkpoint'):
         return {}
     from .from_run import fill_evaluation, fill_teacher

@@ -1,4 +1,4 @@
-"""What an epoch of training keeps count of: its loss terms, its optimizer steps, its images."""
+"""Counters of an epoch of training: its loss terms, its optimizer steps, its images."""
 
 import logging
 import time
@@ -31,12 +31,12 @@ class LossMeter:
 
     Args:
         device: Where the terms are.
-        distributed: Read those of all ranks.
-        skip: Leave batches with a term that is not finite out, and do not raise.
+        distributed: Whether to read those of all ranks.
+        skip: Discard batches with a term that is not finite, instead of raising.
 
     Attributes:
         count: Images of all ranks in the means, as of the last reading.
-        bad: With `skip`, what was not finite and where first, as of the last reading.
+        bad: With `skip`, which terms were not finite, and at which batch first, as of the last reading.
     """
 
     def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
@@ -46,18 +46,18 @@ class LossMeter:
         self.steps = 0
 
     def state(self) -> dict[str, Any]:
-        """What was added up, to go on from with `load_state`."""
+        """The sums so far, for `load_state`."""
         return {'names': self.names, 'steps': self.steps, 'sums': self.sums.cpu()} if self.names else {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was added up before."""
+        """Continue from the sums of an earlier `state`."""
         if state:
             self._start(state['names'])
             self.steps = state['steps']
             self.sums.copy_(state['sums'])
 
     def start_anew(self, names: Iterable[str]) -> None:
-        """Forget what was added up: a resumed epoch goes on with other terms."""
+        """Discard the sums: a resumed epoch continues with other terms."""
         _logger.warning(
             f'The loss terms have changed in the middle of the epoch, {", ".join(self.names)} then and '
             f'{", ".join(names)} now: the losses of this epoch are means over its batches from {self.steps} on.'
@@ -102,7 +102,7 @@ class LossMeter:
         )
         step = min(firsts)
         if step < _NEVER:
-            # the terms before their weighted sum: 'loss' is only the culprit where no term is
+            # 'loss', the weighted sum, is only to blame if no term is
             bad = [n for n, first in zip(self.names, firsts, strict=True) if first == step]
             self.bad = describe_nonfinite(bad, int(step))
             if not self.skip:
@@ -111,7 +111,7 @@ class LossMeter:
 
 
 class Accumulation:
-    """Which batches end an optimizer step, and how many share it; the batches left over at the end share their own.
+    """Which batches end an optimizer step, and how many share it; batches left over at the end share one of their own.
 
     Args:
         num_batches: Batches in an epoch.
@@ -131,7 +131,7 @@ class Accumulation:
 
     def size(self, i: int) -> int:
         """How many batches share the optimizer step of batch `i`."""
-        if i >= self.num_batches:  # a stream that is longer than it said: a step of its own for each batch
+        if i >= self.num_batches:  # a stream longer than announced: one step for each batch
             return 1
         first = i - i % self.steps
         return min(self.steps, self.num_batches - first)
@@ -150,8 +150,8 @@ class EpochCount:
         num_batches: Batches in it.
         accumulation: Which of them end an optimizer step.
         meter: Its loss terms.
-        curves: What the trackers are told.
-        progress: What the terminal is told.
+        curves: Its reports to the trackers.
+        progress: Its progress on the terminal.
         update: Optimizer steps since the start of the run.
         images: Images of all ranks that this process has trained on.
         waited: Seconds that it has waited for the loader.
@@ -180,7 +180,7 @@ class EpochCount:
         return self.waited / (time.perf_counter() - self.began)
 
     def timed(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
-        """The batches; how long each is waited for is counted."""
+        """Yield the batches, and add up the time spent waiting for them."""
         batches = iter(batches)
         while True:
             began = time.perf_counter()
@@ -201,10 +201,10 @@ class EpochCount:
 
 
 class Pace:
-    """How long a run trains: so far, and still.
+    """How long a run has trained, and how long it will still take.
 
     Args:
-        span: Which epochs this process trains, and what earlier ones took.
+        span: Which epochs this process trains, and how long earlier ones took.
         num_batches: Batches in an epoch.
     """
 
@@ -217,7 +217,7 @@ class Pace:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that the run has trained in all its parts, None where earlier ones are not known."""
+        """Seconds that the run has trained in all its parts, None if those of earlier parts are unknown."""
         before = self.span.seconds_before
         return None if before is None else before + time.perf_counter() - self.began
 
@@ -228,18 +228,18 @@ class Pace:
         return f'{self.seconds:.0f} s{" in all" if self.span.is_resumed else ""}'
 
     def left(self, epochs: float) -> float:
-        """Seconds that the run still needs at its pace so far; 0 where there is none yet.
+        """Seconds that the run still needs at its pace so far; 0 if there is none yet.
 
         Args:
-            epochs: Epochs that are trained, those of earlier parts too, the running one in part.
+            epochs: Number of epochs trained, including earlier parts, and the current one as a fraction.
         """
         done = epochs - self.span.first - self.share_before
-        if done <= 0:  # resumed behind the last batch of an epoch: there is no pace yet
+        if done <= 0:  # resumed after the last batch of an epoch: there is no pace yet
             return 0.0
         return (time.perf_counter() - self.began) * (self.span.end - epochs) / done
 
     def split(self, epochs: int) -> tuple[float, float]:
-        """Seconds since the split before, and those that the run still needs; `epochs` as for `left`."""
+        """Seconds since the last call, and those that the run still needs; `epochs` as for `left`."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         return seconds, self.left(epochs)

@@ -1,4 +1,4 @@
-"""What is done about NaN and infinity: named, never saved, and with --nonfinite skip passed over."""
+"""Handling of NaN and infinity: reported, never saved, and skipped with --nonfinite skip."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class NonFiniteLoss(RunError):
 
 
 def check_finite(task: TrainingTask, runtime: Runtime) -> None:
-    """Refuse weights that a gradient has made NaN or infinite before a loss could show it; to be called on all ranks.
+    """Refuse weights that a gradient has made NaN or infinite, before a loss shows it; call it on all ranks.
 
     Raises:
         NonFiniteLoss: Some are, on some rank.
@@ -36,7 +36,7 @@ def check_finite(task: TrainingTask, runtime: Runtime) -> None:
 
 
 def describe_nonfinite(names: Sequence[str], batch: int) -> str:
-    """The terms that were not finite at a batch first, and where to look when it was not the student's own loss."""
+    """The terms that were first not finite at a batch, and a hint if the task loss is not among them."""
     named = [n for n in names if n != 'loss'] or list(names)
     of_teacher = bool(named) and 'task_loss' not in named and named != ['loss']
     hint = ' (the loss on the labels was: look at the teacher, its weights and --teacher-dtype)' if of_teacher else ''
@@ -44,13 +44,13 @@ def describe_nonfinite(names: Sequence[str], batch: int) -> str:
 
 
 class UpdateGuard:
-    """Makes an update whose gradients are not finite one of zero gradients, on the device and without waiting for it.
+    """Zeroes the gradients of an update if they are not finite, on the device and without waiting for it.
 
-    Momentum and weight decay go on as after any other batch; running statistics of the batches are put back.
+    Momentum and weight decay continue as after any other batch; running statistics of the batches are restored.
 
     Args:
-        module: What is trained.
-        scales: The optimizer steps through a loss scaler, which itself leaves out such updates.
+        module: The trained module.
+        scales: Whether the optimizer steps through a loss scaler, which itself skips such updates.
     """
 
     def __init__(self, module: nn.Module, scales: bool):
@@ -85,13 +85,13 @@ class UpdateGuard:
         self.updates += 1
 
     def say(self, why: str) -> None:
-        """Say how many updates were dropped since the last word; waits for the device.
+        """Log how many updates were dropped since the last call; waits for the device.
 
         Args:
             why: The terms that were not finite, and where.
 
         Raises:
-            NonFiniteLoss: All of them were.
+            NonFiniteLoss: All of them were, and there was more than one.
         """
         dropped, (dropped_before, updates_before) = int(self.dropped), self.said
         new, of = dropped - dropped_before, self.updates - updates_before

@@ -1,4 +1,4 @@
-"""Where exactly a run is: what a checkpoint holds besides timm's entries, so that a resumed run ends bit for bit the same.
+"""The exact position of a run: what a checkpoint holds besides timm's entries, for a bit-equal resume.
 
 It is the entry 'run' of the saver's state. Random states are tensors and integers, so that the file still loads with
 weights_only.
@@ -32,20 +32,20 @@ _RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
 
 @dataclass
 class RunState:
-    """A moment of a run.
+    """The exact position of a run.
 
     Attributes:
-        epoch: Epoch that is trained, or was last.
-        batch: Batches of it that are trained; `settings['batches']` once all are.
-        validated: The epoch is finished, its validation and its checkpoint too.
-        metric: What the epoch was ranked by, where it was validated.
+        epoch: The current epoch, or the last one trained.
+        batch: Number of its batches that are trained; `settings['batches']` once all are.
+        validated: Whether the epoch is finished, including validation and checkpoint.
+        metric: The metric that ranks the epoch, if it was validated.
         train_metrics: Training metrics of the epoch once all its batches are trained.
-        settings: What the number of a batch depends on.
+        settings: What the number of a batch depends on, see `run_settings`.
         data: Number and hash of the training images.
-        schedule: State of a plateau schedule, which follows from no number.
-        ranks: For each rank its random states, sums of losses, and buffers where ranks have their own.
-        seconds: How long the run has trained, in all its parts; None in a checkpoint that does not say it.
-        meaning: What the run is about, see `run_meaning`; empty in a checkpoint that does not say it.
+        schedule: State of a plateau schedule, which the epoch does not determine.
+        ranks: For each rank its random states, sums of losses, and buffers if ranks have their own.
+        seconds: How long the run has trained, in all its parts; None if the checkpoint does not have it.
+        meaning: What defines the run, see `run_meaning`; empty if the checkpoint does not have it.
     """
 
     epoch: int
@@ -69,9 +69,9 @@ class Span:
         first: First epoch, from 0.
         schedule: Epochs of the schedule, with warmup prefix and cooldown.
         end: One past the last epoch.
-        resumed: Where exactly the run was, None for a run that starts at the beginning of an epoch.
-        seconds_before: Seconds that earlier parts of the run have trained, None where that is not known.
-        is_resumed: There were earlier parts.
+        resumed: The run's exact position, None for a run that starts at the beginning of an epoch.
+        seconds_before: Seconds that earlier parts of the run have trained, None if unknown.
+        is_resumed: Whether there were earlier parts.
     """
 
     first: int
@@ -83,7 +83,7 @@ class Span:
 
 
 def run_settings(config: RunConfig, num_batches: int, world_size: int) -> dict[str, Any]:
-    """What must be equal for batch k of an epoch to be the same batch."""
+    """The settings that must be equal for batch k of an epoch to be the same batch."""
     return {
         'ranks': world_size,
         'batch_size': config.batch_size,
@@ -94,11 +94,11 @@ def run_settings(config: RunConfig, num_batches: int, world_size: int) -> dict[s
 
 
 def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runtime) -> dict[str, Any]:
-    """What a run is about: what goes on under another of these is another run. To be called on all ranks.
+    """What defines a run: if one of these changes, it is another run. Call it on all ranks.
 
     Returns:
-        The architecture of the student, the kind of task, the class map (None where the data tell none), what is distilled,
-        the teacher's name and the hashes of its weights (none of weights that were drawn).
+        The architecture of the student, the kind of task, the class map (None if unknown), what is distilled, the
+        teacher's name and the hashes of its weights (none for random weights).
     """
     student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
     if isinstance(teacher, DistillationTeacher):
@@ -115,13 +115,13 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         'teacher_weights': hashes,
     }
     shared = [meaning]
-    if runtime.distributed:  # weights that timm draws for a teacher of its own differ between ranks
+    if runtime.distributed:  # random weights of timm's own teacher differ between ranks
         dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
 
 def is_meaning(value: Any) -> bool:
-    """Whether a value from a file is like what `run_meaning` gives, or empty."""
+    """Whether a value from a file has the form of `run_meaning`, or is empty."""
     kinds: dict[str, type | tuple[type, ...]] = {'classes': (dict, type(None)), 'teacher_weights': dict}
     names = {'model', 'task', 'target', 'teacher', *kinds}
     return value == {} or (
@@ -130,7 +130,7 @@ def is_meaning(value: Any) -> bool:
 
 
 def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What of a run's meaning is another, each told in a few words. What is not known of one of them is not compared."""
+    """The parts of a run's meaning that changed, each described. Parts that one of the two lacks are not compared."""
     changes = {
         name: f'{name} {then[name]} then, {now[name]} now'
         for name in ('model', 'task', 'target')
@@ -146,7 +146,7 @@ def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
 
 
 def _is_same_teacher(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """By its weights, whatever it is called; where they were drawn, by its name."""
+    """Compare teachers by their weights, whatever their names; if the weights are random, by name."""
     of_then, of_now = then['teacher_weights'], now['teacher_weights']
     if not of_then or not of_now:
         return bool(of_then) == bool(of_now) and then['teacher'] == now['teacher']
@@ -183,7 +183,7 @@ def _set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
-    """Running statistics of the trained module and of its moving average: each rank has its own in between."""
+    """Running statistics of the trained module and its moving average, which differ between ranks within an epoch."""
     modules = {'module': task.get_trainable_module(), 'ema': task.get_trainable_module(ema=True)}
     return {
         f'{which}.{name}': buffer
@@ -195,7 +195,7 @@ def _buffers(task: TrainingTask) -> dict[str, torch.Tensor]:
 
 
 def _generators(task: TrainingTask) -> dict[str, torch.Generator]:
-    """Generators that the moving average has of its own: one in bfloat16 is rounded at random."""
+    """The moving average's own generators: an average in bfloat16 is rounded at random."""
     average = task.get_trainable_module(ema=True)
     made = vars(average).items() if average is not None else ()
     return {f'{name} {value.device.type}': value for name, value in made if isinstance(value, torch.Generator)}
@@ -204,7 +204,7 @@ def _generators(task: TrainingTask) -> dict[str, torch.Generator]:
 def take_rank_state(
     task: TrainingTask, runtime: Runtime, losses: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """What belongs to each rank, from all of them; to be called on all."""
+    """The state of each rank, gathered from all; call it on all ranks."""
     own = {'random': _random_states(runtime.device), 'losses': dict(losses or {})}
     own['generators'] = {name: generator.get_state() for name, generator in _generators(task).items()}
     if not runtime.distributed:
@@ -234,7 +234,7 @@ def check_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> N
 
 
 def restore_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> Mapping[str, Any]:
-    """Put random states and buffers of this rank back.
+    """Restore the random states and buffers of this rank.
 
     Returns:
         Its sums of losses.

@@ -30,9 +30,9 @@ NOT_BEGUN = 'the same command starts again'
 
 
 def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
-    """The command that goes on with a run: its own, with --resume auto and the name of its folder.
+    """The command that resumes a run: its own, with --resume auto and the name of its folder.
 
-    What made it begin as it did is left out: the checkpoint knows where it is.
+    Flags about its start are omitted: the checkpoint has the position.
     """
     words = [word for word in argv if word not in ('--overwrite', '--no-resume-opt')]
     for flag in ('--resume', '--experiment', '--start-epoch'):
@@ -46,9 +46,10 @@ def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
 
 
 def leave_ranks() -> None:
-    """Leave the process group, at an end that all ranks come to.
+    """Leave the process group, when all ranks end.
 
-    A rank that fails alone must not: the others wait in a collective, and it would wait for them in place of ending the job.
+    A rank that fails alone must not call this: the others wait in a collective, and it would wait for them instead of
+    ending the job.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -56,13 +57,14 @@ def leave_ranks() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
-    """One line in place of a traceback.
+    """Print errors as one line instead of a traceback.
 
     Args:
         prog: Command to name before it.
-        resume: How to go on after a signal.
+        resume: How to continue after a signal, in words.
 
-    Exit code 2 for a user's mistake, 1 for a run that cannot go on, 128 + the signal's number for one that was stopped.
+    Exit code 2 for a user's mistake, 1 for a run that cannot continue, 128 + the signal's number for one that was
+    stopped.
     """
     try:
         yield
@@ -100,8 +102,8 @@ def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> No
 
     Args:
         config: Run settings.
-        argv: Command line, to name the one that goes on.
-        log_level: What to say at least.
+        argv: Command line, from which the command that resumes the run is made.
+        log_level: Lowest level of messages to log.
         prog: Command to name in messages.
     """
     setup_logging(log_level)

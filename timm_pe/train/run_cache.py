@@ -1,4 +1,4 @@
-"""The cache that a run asks for with --teacher-cache: what its rows depend on, opened on all ranks together."""
+"""Opens the cache of --teacher-cache on all ranks together, and lists what its rows depend on."""
 
 import contextlib
 import logging
@@ -28,9 +28,9 @@ _logger = logging.getLogger(__name__)
 
 
 def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, runtime: Runtime) -> TeacherCache | None:
-    """The cache that --teacher-cache names, looked at; None without the flag.
+    """The cache that --teacher-cache names, its state read; None without the flag.
 
-    Only sizes and times of files that were found to have the same content are written, to a complete cache.
+    It writes only to a complete cache: the new sizes and times of files whose content is unchanged.
 
     Raises:
         UsageError: See `TeacherCache.look` and `TeacherCache.find_changed`; or a cache with missing rows and ranks on several machines.
@@ -73,7 +73,7 @@ def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, r
                 f'(python -m timm_pe.precompute, with the same flags; images that it cannot read have to be mended)'
             )
     if runtime.is_primary and cache.is_complete:
-        with contextlib.suppress(OSError):  # a folder to read from alone: they are compared again next time
+        with contextlib.suppress(OSError):  # a read-only folder: they are compared again next time
             cache.keep_stats([])
     _hash_sources(dataset, paths is not None and not cache.is_complete)
     return cache
@@ -85,7 +85,7 @@ def _hash_sources(dataset: SeededDataset, wanted: bool) -> None:
 
 
 def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime: Runtime) -> None:
-    """Make the files that a cache lacks, and open it. A teacher that has nothing left to say leaves the device.
+    """Create the missing files of a cache, and open it. If it is complete, the teacher is moved to the CPU.
 
     Raises:
         UsageError: See `TeacherCache.allocate`.
@@ -105,7 +105,7 @@ def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime:
 def create_manifest(
     config: RunConfig, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """All that the teacher's answers depend on: its weights and input, the images, their transforms and draws."""
+    """All that the teacher's outputs depend on: its weights and input, the images, their transforms and draws."""
     dataset = data.train.dataset
     size = data.config['input_size']
     height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
@@ -140,7 +140,7 @@ def _describe_transform(dataset: Dataset[Any]) -> list[str]:
 
 
 def _on_several_machines(runtime: Runtime) -> bool:
-    """Whether ranks do not share one page cache, through which alone they can write to one memory-mapped file."""
+    """Whether ranks run on several machines, without the shared page cache that writing to one mapped file needs."""
     if not runtime.distributed:
         return False
     boot = Path('/proc/sys/kernel/random/boot_id')

@@ -95,14 +95,14 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
     if teacher.folded:
         _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
     if runtime.distributed:
-        # ranks seed differently and DDP never sees the teacher: weights that were drawn would differ between them
+        # ranks have different seeds and DDP does not wrap the teacher: random weights would differ between ranks
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
 
 
 def _torchvision_name(flags: TeacherFlags) -> str:
-    """Which of torchvision's classifiers the teacher's checkpoint is of; '' for none that can be built without memory."""
+    """The torchvision classifier that fits the teacher's checkpoint; '' if none (of those that build on meta)."""
     names = read_state_dict(str(flags.teacher_checkpoint), '--teacher-checkpoint', flags.teacher_ema).keys()
     for other in torchvision.models.list_models(module=torchvision.models):
         with contextlib.suppress(Exception), torch.device('meta'):
@@ -117,7 +117,7 @@ def has_random_weights(flags: TeacherFlags) -> bool:
 
 
 def other_class_of_teacher(flags: TeacherFlags, data: Data) -> str:
-    """The first class that the run of the teacher has learnt otherwise than the data has it; '' where none or not known."""
+    """The first class in which the teacher's run and the data differ; '' if none or unknown."""
     folder = RunFolder.around(flags.teacher_checkpoint)
     return describe_other_class(saved_classes(folder), class_map_of(data.eval.dataset)) if folder is not None else ''
 
@@ -128,7 +128,7 @@ def create_run_task(
     teacher: Teacher | None,
     runtime: Runtime,
 ) -> TrainingTask:
-    """Ours with --teacher, timm's own distillation tasks with --kd-model-name, else timm's classification tasks."""
+    """Make our task with --teacher, timm's distillation task with --kd-model-name, else timm's classification task."""
     criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
@@ -209,10 +209,10 @@ def _create_timm_kd_task(
 
 
 def check_loss_weights(flags: LossFlags, num_classes: int | None) -> None:
-    """Refuse weights and counts of the task loss that can't be read, or are not those of `num_classes`; None knows no number.
+    """Refuse weights and counts of the task loss that can't be read or don't match `num_classes` (None: not checked).
 
     Raises:
-        UsageError: With the flag, and both numbers.
+        UsageError: The message has the flag, and both numbers.
     """
     _load_loss_weights(flags, num_classes)
 

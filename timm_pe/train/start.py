@@ -1,4 +1,4 @@
-"""The start of a run: optimizer, resumed state, schedule, folder. Its end is a whole `Trainer`."""
+"""The start of a run: optimizer, resumed state, schedule, folder. It returns a complete `Trainer`."""
 
 import logging
 import os
@@ -45,10 +45,10 @@ from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
-# settings of an optimizer, the learning rate and the weight decay apart, that a resume takes from the checkpoint
+# optimizer settings, besides learning rate and weight decay, that a resume takes from the checkpoint
 _OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
 
-# what a run reads and does not keep a copy of
+# inputs of which a run keeps no copy
 _INPUTS = ('data', 'data_dir', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
 
 
@@ -58,8 +58,8 @@ class Found:
 
     Attributes:
         path: The checkpoint, '' for a fresh run.
-        epoch: The epoch to start with, None where the checkpoint names none.
-        state: Where exactly the run was, None where the checkpoint does not say it.
+        epoch: The epoch to start with, None if the checkpoint names none.
+        state: The run's exact position, None if the checkpoint does not have it.
     """
 
     path: str = ''
@@ -68,13 +68,13 @@ class Found:
 
 
 def start(parts: Parts) -> Trainer | None:
-    """Make the trainer of a run; the order of what it does is that of what depends on what.
+    """Make the trainer of a run; its steps are in the order of their dependencies.
 
     Weights are loaded before the moving average copies them, the average is made before both are compiled, and all of them
     before DDP wraps them. The run's folder comes last: a run that cannot start leaves nothing behind.
 
     Returns:
-        The trainer; None where --resume auto finds that the run is finished.
+        The trainer; None if --resume auto finds that the run is finished.
 
     Raises:
         UsageError: A setting, a checkpoint or a folder that does not fit.
@@ -147,7 +147,7 @@ def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Opt
     """Raise unless each projector parameter is in exactly one group of the optimizer.
 
     Raises:
-        RuntimeError: Projectors that would silently not train, or train twice as fast.
+        RuntimeError: A projector would silently not train, or train twice as fast.
     """
     grouped = [id(p) for group in optimizer.param_groups for p in group['params']]
     for name, param in projection.named_parameters():
@@ -195,10 +195,10 @@ def _create_span(config: RunConfig, found: Found, resumed: RunState | None, num_
 
 
 def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str, Any]) -> Found:
-    """Weights, optimizer and scaler of the checkpoint; on all ranks the same one.
+    """Load weights, optimizer and scaler of the checkpoint, which must be the same on all ranks.
 
     Raises:
-        UsageError: See `checkpoints.resume`; or machines whose disks hold different checkpoints.
+        UsageError: See `checkpoints.resume`; or the machines' disks hold different checkpoints.
     """
     config, runtime, path = parts.config, parts.runtime, parts.checkpoint
     assert parts.task is not None
@@ -219,7 +219,7 @@ def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str
 
 
 def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Learning rate and weight decay of a resumed optimizer, which brings its own; says which flags are others than before."""
+    """Learning rate and weight decay of a resumed optimizer, from its checkpoint; warns of flags that differ."""
     differences = checkpoints.describe_differences(config, path)
     if differences:
         _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
@@ -227,7 +227,7 @@ def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.opt
     resumed_lr = first.get('initial_lr', first['lr'])
     resumed_decay = max(group.get('weight_decay', config.weight_decay) for group in optimizer.param_groups)
     others: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)]
-    # `defaults` is what the optimizer was made with, its groups have what the checkpoint brought
+    # `defaults` has this run's settings, the groups have those of the checkpoint
     others += [(name, first[name], optimizer.defaults[name]) for name in _OF_A_STEP if name in optimizer.defaults]
     for name, resumed, given in others:
         if resumed != given:
@@ -262,7 +262,7 @@ def _describe_images(data: Data) -> dict[str, Any]:
 
 
 def _accept_state(parts: Parts, images: Mapping[str, Any], state: RunState | None) -> RunState | None:
-    """What of a checkpoint's state holds for this run; where something in it has changed, say what follows."""
+    """A checkpoint's state if it is valid for this run, else None; logs what has changed and the consequence."""
     if state is None or parts.config.start_epoch is not None:
         return None
     if state.data != images:
@@ -303,7 +303,7 @@ def _resume_schedule(
 
 
 def _finish(parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span) -> None:
-    """--resume auto found nothing left to train; a kill may have left files of the last epoch to write."""
+    """Write missing files of the last epoch, after a kill: --resume auto found nothing left to train."""
     if parts.runtime.is_primary and found.path:
         folder = RunFolder(os.path.dirname(found.path))
         _continue_folder(parts.config, _create_saver(parts, optimizer, folder), found, span)
@@ -313,7 +313,7 @@ def _finish(parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: 
 def _open_run_folder(
     parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span
 ) -> tuple[RunFolder, Saver | None, Trackers]:
-    """Make the run's folder with args.yaml, and on the primary rank saver and trackers. Nothing is written before."""
+    """Make the run's folder with args.yaml, and on the primary rank saver and trackers; the first files written."""
     config, runtime = parts.config, parts.runtime
     folder, saver, trackers = RunFolder(_folder_path(parts)), None, Trackers()
     with ranks_together(runtime):
@@ -343,7 +343,7 @@ def _fill_folder(
         and (span.first > 0 or span.resumed)
         and os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder.path)
     )
-    # with --resume auto a row without weights is of an epoch that a kill cut short: it is trained and written again
+    # with --resume auto, a row without weights is of an epoch that a kill interrupted: it is trained and written again
     if not goes_on and folder.results() and (config.resume != 'auto' or folder.has_weights()):
         _check_own_inputs(config, folder)
         folder.make_room(config.overwrite)
@@ -358,10 +358,10 @@ def _fill_folder(
 
 
 def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
-    """Refuse a fresh run that would move an earlier one, or delete it, with what it reads in it.
+    """Refuse a fresh run that would move or delete an earlier run with files that it reads.
 
     Raises:
-        UsageError: With the flag whose file lies in the run's own folder.
+        UsageError: The message names the flag whose file lies in the run's own folder.
     """
     own = os.path.realpath(folder.path)
     for name in _INPUTS:
@@ -399,13 +399,13 @@ def _continue_folder(config: RunConfig, saver: Saver, found: Found, span: Span) 
 
 
 def _metric_then(config: RunConfig, found: Found) -> str:
-    """What the epochs of the checkpoint were ranked by."""
+    """The metric by which the epochs of the checkpoint were ranked."""
     saved = checkpoints.saved_args(found.path)
     return ranked_by(replace(config, **{k: saved[k] for k in ('eval_metric', 'task') if k in saved}))
 
 
 def _metrics_so_far(found: Found, column: str, start_epoch: int) -> dict[int, float]:
-    """A column of summary.csv in the folder of the checkpoint, as far as it goes before an epoch."""
+    """A column of summary.csv in the folder of the checkpoint, for the epochs before `start_epoch`."""
     folder = RunFolder(os.path.dirname(found.path))
     rows = folder.rows_by_epoch() if folder.summary_file.exists() else {}
     metrics = {epoch: row.get(column) for epoch, row in rows.items() if epoch < start_epoch}

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse models that do not exist and files that are not there, before anything is built or fetched.
+    """Refuse models and files that do not exist, before anything is built or fetched.
 
     Raises:
         UsageError: See `check_model_name` and `find_checkpoint`.
@@ -50,7 +50,7 @@ def check_names(config: RunConfig) -> None:
             find_checkpoint(getattr(config, flag), '--' + flag.replace('_', '-'))
     for flag in ('class_map', 'class_stats'):
         path = getattr(config, flag)
-        if path and os.path.exists(path) and not os.path.isfile(path):  # a device would be read without end
+        if path and os.path.exists(path) and not os.path.isfile(path):  # reading a device would never end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
     check_teacher_run(config)
     said = describe_evaluation(config)
@@ -59,7 +59,7 @@ def check_names(config: RunConfig) -> None:
 
 
 def input_channels(config: RunConfig) -> int:
-    """Channels that the student is going to see, before it is built.
+    """Input channels of the student, before it is built.
 
     Raises:
         UsageError: A model that cannot be looked up.
@@ -74,13 +74,13 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
         config: Run settings.
         dataset: The validation split.
         weights: File of the weights, '' for none.
-        flag: What it was given for, for messages.
+        flag: The flag that names the file, for messages.
 
     Returns:
-        The number; None where neither tells, which leaves the model its own.
+        The number; None if unknown, which keeps the model's own.
 
     Raises:
-        UsageError: Nothing tells the number of labels of multi-label data.
+        UsageError: The number of labels of multi-label data is unknown.
     """
     given = given_classes(config)
     if given is not None:
@@ -93,7 +93,7 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
 
 
 def _model_args(config: RunConfig, overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm makes of the flags that say how the student is built: arguments of its factory, model_name and pretrained_cfg too."""
+    """The arguments of timm's factory, with model_name and pretrained_cfg, for the flags that define the student."""
     more = {'pretrained_cfg_overlay': dict(overlay)} if overlay else {}
     try:
         return resolve_model_input_args(config.model, config.as_dict(), **{**config.model_kwargs, **more})
@@ -117,14 +117,14 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
     overlay = dict(config.pretrained_cfg_overlay)
     if config.pretrained_path:
         file = str(find_checkpoint(config.pretrained_path, '--pretrained-path'))
-        # read before timm does, for its errors, but for the .npz of JAX that some models convert
+        # read here first, for better errors; except the .npz of JAX that some models convert
         weights = None if file.endswith('.npz') else read_state_dict(file, '--pretrained-path')
-        # timm takes a classifier for so many classes, which is also its default where --num-classes is not given; none for -1
+        # timm loads a classifier of this many classes, also its default without --num-classes; for -1 none
         classes = classes_in_checkpoint(config.model, weights) if weights else None
         fits = classes and classes == (num_classes or _default_classes(config.model))
         overlay = {'file': file, 'num_classes': classes if fits else -1, **overlay}
     if overlay.get('file'):
-        # a model of the hub or of a folder has one, which timm would ask in place of the file
+        # a hub or local-dir model has a source, which timm would use instead of the file
         overlay.setdefault('source', '')
     kwargs = _architecture_args(config, overlay, num_classes)
     if config.pretrained_path:
@@ -205,7 +205,7 @@ def _check_classifier(model: nn.Module, config: RunConfig) -> None:
 
 
 def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
-    """timm adapts pretrained weights to the model and leaves out the rest: refuse a file of which nothing was taken."""
+    """Refuse a file of which nothing was loaded: timm adapts pretrained weights to the model and omits the rest."""
     check_values(model, weights, '--pretrained-path', path)
     own = {name: v for name, v in model.state_dict().items() if v.ndim > 1}
     by_shape: dict[torch.Size, list[torch.Tensor]] = {}
@@ -233,7 +233,7 @@ def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
     tools = f'Evaluate:  train-distill --evaluate {path}\nExport:    timm-pe export {path} --output exported'
     try:
         args = _model_args(config, {})
-    except UsageError:  # the folder of a local-dir model, or the hub, is gone: the run is through all the same
+    except UsageError:  # the folder of a local-dir model, or the hub, is gone: the run is complete anyway
         return tools
     kwargs = {k: v for k, v in args.items() if k not in ('model_name', 'pretrained_cfg') and v is not None}
     more = {'global_pool': config.gp, 'bn_eps': config.bn_eps, 'num_classes': num_classes}

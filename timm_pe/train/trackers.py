@@ -33,7 +33,7 @@ _WEIGHTS = {
 
 
 class Tracker(Protocol):
-    """What a run needs of a tracker. Steps are optimizer updates since the start of the run."""
+    """The interface of a tracker. Steps are optimizer updates since the start of the run."""
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Keep the run's arguments."""
@@ -45,24 +45,24 @@ class Tracker(Protocol):
         """Keep a picture `[3, h, w]` of values from 0 to 1."""
 
     def close(self, failed: bool = False) -> None:
-        """Write out what is left; `failed` says that the run ended by an error."""
+        """Write what is left; `failed` means that the run ended with an error."""
 
 
 class TensorBoardTracker:
     """Event files in RUN/tensorboard.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
-        resumed: The run goes on in this folder: what an earlier process wrote from the first new step on is dropped from
-            the curves. A run that starts anew drops all of them.
+        resumed: Whether the run continues in this folder: old points from the first new step on are then dropped from
+            the curves. A fresh run drops all of them.
     """
 
     def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
         from torch.utils.tensorboard import SummaryWriter
 
         self.create = lambda step: SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=step)
-        # only the first step of a resumed run says what of the old curves must go
+        # only the first step of a resumed run tells which old points to drop
         self.writer = None if resumed else self.create(0)
         self.text: str | None = None
 
@@ -93,12 +93,12 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run whose files are in RUN/wandb; WANDB_MODE and WANDB_API_KEY of the environment hold.
+    """A Weights & Biases run whose files are in RUN/wandb; WANDB_MODE and WANDB_API_KEY of the environment apply.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
-        resumed: Go on with the run that was last tracked in this folder.
+        resumed: Whether to continue the run that was last tracked in this folder.
     """
 
     def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
@@ -143,15 +143,15 @@ class TrackioTracker:
     """A trackio run of project timm_pe; its data base is in RUN/trackio, or in TRACKIO_DIR of the environment.
 
     Args:
-        flags: What is asked of trackers.
+        flags: Flags of the trackers.
         folder: The run's folder.
-        resumed: Go on with the run of this name.
+        resumed: Whether to continue the run of this name.
     """
 
     def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
         place = os.environ.get('TRACKIO_DIR')
         own = os.path.join(os.path.abspath(folder), 'trackio')
-        os.environ['TRACKIO_DIR'] = place or own  # read when it is imported, and never again
+        os.environ['TRACKIO_DIR'] = place or own  # trackio reads it only when it is imported
         try:
             import trackio
         finally:
@@ -191,7 +191,7 @@ def is_tracked(flags: TrackerFlags) -> bool:
 class Trackers:
     """The trackers of a run; none on all ranks but the primary.
 
-    A tracker that fails while the run goes on is named once and left out. Used as a context it closes them all.
+    A tracker that fails during the run is reported once and dropped. Used as a context it closes them all.
 
     Args:
         trackers: The trackers to write to.
@@ -234,12 +234,12 @@ class Trackers:
 
 
 def start_trackers(config: RunConfig, folder: str, resumed: bool) -> Trackers:
-    """Start what the flags ask for; on the primary rank alone.
+    """Start the trackers that the flags select; on the primary rank only.
 
     Args:
         config: Run settings, which the trackers keep.
         folder: The run's folder.
-        resumed: The run goes on in this folder, and so do its curves.
+        resumed: Whether the run and its curves continue in this folder.
 
     Raises:
         UsageError: A tracker that does not start.
@@ -266,13 +266,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weighted_terms(task: TrainingTask, terms: Mapping[str, float]) -> dict[str, float]:
-    """Raw loss terms under their names, and each that has a weight in the task's loss also times that."""
+    """Raw loss terms by name, and for each that has a weight in the task's loss also the weighted value."""
     weights = {name: getattr(task, attribute) for name, attribute in _WEIGHTS.items() if hasattr(task, attribute)}
     return {**terms, **{f'{name}_weighted': weights[name] * value for name, value in terms.items() if name in weights}}
 
 
 class StepCurves:
-    """What an epoch of training tells the trackers at its log intervals. Steps between them cost nothing.
+    """Reports an epoch of training to the trackers at its log intervals. Steps between them cost nothing.
 
     Args:
         trackers: The run's trackers; with none of them nothing is done.
@@ -368,14 +368,14 @@ def sample_grid(images: torch.Tensor, mean: Sequence[float], std: Sequence[float
 def log_epoch(
     trackers: Trackers, task: TrainingTask, step: int, metrics: Mapping[str, float], agreement: float | None
 ) -> None:
-    """Tell the trackers of an epoch, under the names of summary.csv; 'epoch' is how many are done.
+    """Report an epoch to the trackers, under the names of summary.csv; 'epoch' is the number of epochs done.
 
     Args:
         trackers: The run's trackers.
         task: The task.
         step: Optimizer updates since the start of the run.
         metrics: The epoch's row of summary.csv.
-        agreement: Percentage of validation images on which student and teacher agree, where measured.
+        agreement: Percentage of validation images on which student and teacher agree, if measured.
     """
     terms = {k.removeprefix('train_'): v for k, v in metrics.items() if k.startswith('train_')}
     weighted = {f'train_{k}': v for k, v in weighted_terms(task, terms).items()}
@@ -384,13 +384,13 @@ def log_epoch(
 
 
 class TeacherAgreement:
-    """How often the student names the class that the teacher names, on the validation images.
+    """How often student and teacher predict the same class on the validation images.
 
-    The teacher's classes are those it gave when it was validated before the first epoch, so nothing is computed twice.
+    The teacher's predictions are recorded when it is validated before the first epoch, so nothing is computed twice.
 
     Args:
-        max_images: Images of this rank that count: those after them only make its share as long as the others'. None
-            where there are none of these.
+        max_images: Number of images of this rank that count: later ones only pad its share to the length of the others.
+            None without padding.
     """
 
     def __init__(self, max_images: int | None = None):
@@ -400,7 +400,7 @@ class TeacherAgreement:
         self.percent: float | None = None
 
     def record(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The teacher's `forward`, which also remembers the classes of its logits `[b, c]`, batch by batch."""
+        """The teacher's `forward`, which also records the predicted classes of its logits `[b, c]`, batch by batch."""
 
         def recorded(input: torch.Tensor) -> torch.Tensor:
             logits = forward(input)

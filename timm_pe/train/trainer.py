@@ -43,13 +43,13 @@ class Trainer:
         scheduler: Learning rate schedule or None.
         span: Which epochs to train.
         images: Number and hash of the training images, kept in checkpoints.
-        meaning: What the run is about (see `run_meaning`), kept in checkpoints.
-        cache: What the teacher says of the training images with --teacher-cache, else None.
-        guard: Leaves out updates that are not finite, with --nonfinite skip, else None.
+        meaning: What defines the run (see `run_meaning`), kept in checkpoints.
+        cache: The teacher's outputs for the training images with --teacher-cache, else None.
+        guard: Drops updates that are not finite, with --nonfinite skip, else None.
         folder: The run's folder.
         saver: Checkpoint saver on the primary rank, else None.
         trackers: Trackers on the primary rank, none on the others.
-        agreement: Measures agreement with the teacher for the trackers, where that costs nothing, else None.
+        agreement: Measures agreement with the teacher for the trackers, if that costs nothing, else None.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class Trainer:
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
         self.interrupts = Interrupts(self.runtime)
         self.pace = Pace(span, len(self.data.train))
-        # A CPU's allocator gives the memory of freed gradients back to the system, and pages it in again: up to 5 % of a
-        # step. There they are freed just before the backward that makes new ones. A GPU's allocator keeps the memory, and the
-        # activations of the next forward can have it: there they are freed right after the step.
+        # A CPU's allocator returns the memory of freed gradients to the system and pages it in again, up to 5 % of a
+        # step, so on a CPU they are freed just before the backward that makes new ones. A GPU's allocator keeps the
+        # memory for the activations of the next forward, so on a GPU they are freed right after the step.
         self.frees_late = self.runtime.device.type == 'cpu'
 
     # The run ------------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train, validate and save, epoch by epoch; a resumed run goes on at the batch where it was.
+        """Train, validate and save, epoch by epoch; a resumed run continues at the batch where it was.
 
         Raises:
-            Interrupted: A signal asked the run to stop; a checkpoint of where it stopped is written.
-            RunError: It cannot go on; earlier checkpoints are intact.
+            Interrupted: A signal asked the run to stop; a checkpoint of that point is written.
+            RunError: It cannot continue; earlier checkpoints are intact.
         """
         config, span = self.config, self.span
         metric_name = ranked_by(config)
@@ -120,7 +120,7 @@ class Trainer:
         return (number + 1) % config.val_interval == 0 or number == self.span.end - 1 or milestone
 
     def _train(self, number: int, start: int, losses: Mapping[str, Any]) -> RunState:
-        """An epoch's training, or the rest of it; gives where the run is after it."""
+        """Train an epoch, or the rest of it; returns the run's position after it."""
         num_batches = len(self.data.train)
         metrics = self.train_epoch(number, start, losses)
         self._share_running_statistics()
@@ -131,7 +131,7 @@ class Trainer:
         return state
 
     def _share_running_statistics(self) -> None:
-        """Make the running statistics of all ranks equal, as --dist-bn says; with --sync-bn they are."""
+        """Make the running statistics of all ranks equal, as --dist-bn says; with --sync-bn they already are."""
         config, runtime = self.config, self.runtime
         if not runtime.distributed or config.sync_bn or config.dist_bn not in ('broadcast', 'reduce'):
             return
@@ -170,7 +170,7 @@ class Trainer:
                 self.train_step(epoch, i, input, target)
                 self._report(epoch, i, input)
                 recovery_due |= bool(self.config.recovery_interval) and (i + 1) % self.config.recovery_interval == 0
-                # after the last batch saving and stopping are the caller's
+                # after the last batch the caller saves and stops
                 if self.accumulation.ends_at(i) and i + 1 != epoch.num_batches:
                     recovery_due = self._save_or_stop(epoch, i, recovery_due)
         finally:
@@ -183,18 +183,18 @@ class Trainer:
         return metrics
 
     def train_step(self, epoch: EpochCount, i: int, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> None:
-        """One batch: forward, backward, and the optimizer's step where the batch ends one.
+        """One batch: forward, backward, and the optimizer's step if the batch ends one.
 
         Args:
             epoch: The epoch, which counts the batch.
             i: Number of the batch in it.
             input: Images `[b, ch, h, w]` on the device, or a NaFlex batch.
-            target: Labels `[b]` or soft labels `[b, c]`, with the images' indices where the teacher is cached.
+            target: Labels `[b]` or soft labels `[b, c]`, with the images' indices if the teacher is cached.
         """
         starts, ends, last = self.accumulation.starts_at(i), self.accumulation.ends_at(i), i + 1 == epoch.num_batches
         size = batch_size(input)
         if self.guard is not None and starts:
-            self.guard.before_forward()  # before the batch changes the running statistics that it may have to put back
+            self.guard.before_forward()  # before the batch changes the running statistics that it may have to restore
         with self._gradients_of_one_rank(not ends):
             with self.runtime.autocast():
                 result = self._forward(input, target)
@@ -208,7 +208,7 @@ class Trainer:
             return
         epoch.update += 1
         if last and hasattr(self.optimizer, 'sync_lookahead'):
-            self.optimizer.sync_lookahead()  # it passes over parameters without a gradient: before zero_grad
+            self.optimizer.sync_lookahead()  # before zero_grad: it skips parameters without a gradient
         if not self.frees_late or last:
             self.optimizer.zero_grad()
         self.task.update_ema(step=epoch.update)
@@ -218,20 +218,20 @@ class Trainer:
             self.scheduler.step_update(num_updates=epoch.update, metric=None)
 
     def _gradients_of_one_rank(self, wanted: bool) -> AbstractContextManager[Any]:
-        """While gradients are added up over batches, DDP need not share them between ranks."""
+        """Skip DDP's exchange of gradients between ranks while they are accumulated over batches."""
         return self.task.no_sync() if self.runtime.distributed and wanted else nullcontext()
 
     def _forward(self, input: torch.Tensor, target: torch.Tensor | IndexedTarget) -> dict[str, torch.Tensor]:
-        """The task's terms; with a cache the teacher runs only where that has no answer yet."""
+        """The task's terms; with a cache the teacher runs only if rows are missing."""
         if not isinstance(target, IndexedTarget):
             return self.task(input, target)
         assert self.cache is not None
-        # a complete cache sends the teacher to the host; an image that breaks later still has to be asked about
+        # with a complete cache the teacher is on the CPU; an image that becomes unreadable later still needs it
         teacher = self.cache(target, lambda: cast(Teacher, self.task.teacher).to(input.device)(input))
         return self.task(input, target.target, teacher=teacher)
 
     def _backward(self, loss: torch.Tensor, steps: bool, measure: Callable[[], None] | None) -> None:
-        """Backward, and where the optimizer `steps`, its step; `measure` looks at its gradients before they are clipped."""
+        """Backward, and the optimizer's step if `steps`; `measure` reads the gradients before they are clipped."""
         config, optimizer, scaler = self.config, self.optimizer, self.runtime.scaler
         second_order = getattr(optimizer, 'is_second_order', False)
         guard = self.guard if steps else None
@@ -240,14 +240,14 @@ class Trainer:
         if clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
             if measure is not None:
-                # clipping asks for its parameters when they are unscaled and not clipped yet, which nobody else can tell
+                # clipping reads its parameters after unscaling, before clipping: the only moment to measure gradients
                 parameters = _after(measure, parameters)
         elif measure is not None and scaler is not None:
             # a step may write into its gradients (foreach Nesterov does): look at them where a scaler would clip them
             clip_grad, parameters = float('inf'), _after(measure, self.task.get_clip_parameters(exclude_head=False))
         if scaler is not None:
             if guard is not None and parameters is not None:
-                # the scaler clips by itself, and clipping by value would make an infinite gradient finite: look before it
+                # the scaler clips by itself, and clipping by value would make an infinite gradient finite: check before
                 parameters, guard = _after(guard.after_backward, parameters), None
             scaler(
                 loss,
@@ -258,7 +258,7 @@ class Trainer:
                 create_graph=second_order,
                 need_update=steps,
             )
-            if guard is not None:  # the scaler has left out the step of infinite gradients: what is left is to count it
+            if guard is not None:  # the scaler has skipped the step of infinite gradients: only count it
                 guard.after_backward()
         else:
             loss.backward(create_graph=second_order)
@@ -301,7 +301,7 @@ class Trainer:
         return input, target
 
     def _report(self, epoch: EpochCount, i: int, input: Any) -> None:
-        """Show and track the terms, at the end of the epoch and at each log interval: there alone the device is waited for."""
+        """Show and track the terms at an epoch's end and each log interval, the only waits for the device."""
         if i + 1 != epoch.num_batches and (i + 1) % self.config.log_interval:
             epoch.progress.update(i + 1)
             return
@@ -316,7 +316,7 @@ class Trainer:
             torchvision.utils.save_image(input.float(), path, padding=0, normalize=True)
 
     def _save_or_stop(self, epoch: EpochCount, i: int, recovery_due: bool) -> bool:
-        """Save where that is due or the run is asked to stop; gives whether it is still due."""
+        """Save if that is due or the run is asked to stop; returns whether it is still due."""
         signum = self.interrupts.requested()
         if signum or recovery_due:
             epoch.meter.read()  # never save what a non-finite loss has touched
@@ -332,12 +332,12 @@ class Trainer:
     # Validation ---------------------------------------------------------------------------------------------------------
 
     def validate(self, state: RunState) -> OrderedDict[str, float]:
-        """Validate the weights, and where there is a moving average that too; its metrics are the ones that count.
+        """Validate the weights and, if there is one, the moving average, whose metrics then count.
 
         Args:
-            state: Where the run is, saved if it is asked to stop.
+            state: The run's position, saved if it is asked to stop.
         """
-        # ranks of a stream may differ in their numbers of batches: they are not asked together
+        # ranks may have different numbers of a stream's batches: they cannot check for signals together
         is_stream = isinstance(self.data.eval.dataset, IterableDataset)
         ask = (lambda: None) if is_stream else (lambda: self._stop_if_asked(state))
         with_average = self.task.has_ema() and not self.config.model_ema_force_cpu
@@ -356,7 +356,7 @@ class Trainer:
     def _say_epoch(
         self, state: RunState, metrics: Mapping[str, float] | None, best: tuple[float | None, int | None]
     ) -> None:
-        """The one line that stays of an epoch."""
+        """Log the final line of an epoch."""
         number, (_, best_epoch) = state.epoch, best
         validation = format_metrics(metrics, self.num_classes).split('  ') if metrics else []
         if validation and best_epoch is not None:
@@ -374,13 +374,13 @@ class Trainer:
         return self.accumulation.updates_after(len(self.data.train))
 
     def state(self, epoch: int, batch: int, losses: Mapping[str, Any] | None = None, **more: Any) -> RunState:
-        """Where the run is; to be called on all ranks.
+        """The run's position; call it on all ranks.
 
         Args:
             epoch: The epoch.
             batch: How many of its batches are trained.
-            losses: Sums of its losses so far, where it is not through.
-            **more: What else is known, see `RunState`.
+            losses: Sums of its losses so far, if it is not finished.
+            **more: Further fields of `RunState`.
         """
         return RunState(
             epoch,
@@ -395,7 +395,7 @@ class Trainer:
         )
 
     def save_recovery(self, state: RunState) -> None:
-        """Write a recovery checkpoint of weights that are finite; to be called on all ranks.
+        """Write a recovery checkpoint if the weights are finite; call it on all ranks.
 
         Raises:
             NonFiniteLoss: They are not; nothing is written.
@@ -421,7 +421,7 @@ class Trainer:
     def _save_epoch(
         self, state: RunState, eval_metrics: Mapping[str, float] | None, metric: float | None
     ) -> tuple[float | None, int | None]:
-        """An epoch's row in summary.csv and its checkpoints; gives the best metric and its epoch on the primary rank."""
+        """Write an epoch's row and checkpoints; returns the best metric and its epoch on the primary rank."""
         check_finite(self.task, self.runtime)
         number, num_batches, lr = state.epoch, len(self.data.train), mean_lr(self.optimizer)
         state = self.state(number, num_batches, train_metrics=state.train_metrics, validated=True, metric=metric)
@@ -446,6 +446,6 @@ class Trainer:
 
 
 def _after(first: Callable[[], None], values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """`values`, and `first` is called when they are asked for."""
+    """Yield `values`, after a call of `first`."""
     first()
     yield from values
