@@ -204,7 +204,7 @@ def test_classes_that_do_not_fit_the_data_are_refused(caplog):
 
 
 def test_fewer_images_than_a_batch_is_refused(image_folder):
-    with pytest.raises(UsageError, match='36 training images on 1 rank.* no batch of 64'):
+    with pytest.raises(UsageError, match='36 training images on 1 rank.* fewer than one batch of 64'):
         open_data(folder(image_folder, '-j', '0', '-b', '64'))
 
 

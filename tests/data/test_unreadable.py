@@ -46,13 +46,17 @@ def test_a_few_unreadable_images_are_counted_and_the_first_is_named(workers, com
     truncate(images / 'train' / 'bee' / '3.png')
     (images / 'train' / 'cat' / '5.png').write_bytes(b'')
     said = run([*command, '-j', workers], capsys)
-    assert re.search(r"2 of 72 images could not be read, the first is '\w+/\d.png': others were taken", said)
+    assert re.search(
+        r"2 of 72 images could not be read and were replaced by other images, the first is '\w+/\d.png'", said
+    )
     assert len(summary(tmp_path / 'run')) == 1
 
 
 def test_unreadable_images_of_the_validation_split_are_counted_too(command, images, capsys):
     truncate(images / 'val' / 'ant' / '1.png')
-    assert "1 of 18 images could not be read, the first is 'ant/1.png'" in run(command, capsys)
+    assert "1 of 18 images could not be read and were replaced by other images, the first is 'ant/1.png'" in run(
+        command, capsys
+    )
 
 
 def test_readable_images_are_not_spoken_of(command, capsys):
@@ -99,7 +103,10 @@ def test_a_count_is_told_once_and_names_the_file(images):
     truncate(images / 'train' / 'ant' / '0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     assert isinstance(dataset[0][0], Image.Image)
-    assert "1 of 72 images could not be read, the first is 'ant/0.png'" in describe_unreadable(dataset, 72, False)[1]
+    assert (
+        "1 of 72 images could not be read and were replaced by other images, the first is 'ant/0.png'"
+        in describe_unreadable(dataset, 72, False)[1]
+    )
     assert describe_unreadable(dataset, 72, False) == (0, '')
 
 

@@ -555,7 +555,7 @@ def test_the_row_of_an_image_that_cannot_be_read_is_left_open_until_it_can(image
     precompute.main([*argv, '-j', workers])
     said = capsys.readouterr().err
     assert (
-        said.count("1 of 36 images could not be read, the first is 'bee/4.png': others were taken") == 1
+        said.count("1 of 36 images could not be read and were replaced by other images, the first is 'bee/4.png'") == 1
     )  # once, though each view draws it
     assert '70 of 72 rows there' in said
     for view in range(2):

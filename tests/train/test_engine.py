@@ -59,7 +59,7 @@ def test_tta_averages_the_logits_of_neighbours(tta):
     torch.manual_seed(0)
     logits, target = torch.randn(8, 3), torch.tensor([0, 0, 1, 1, 2, 2, 0, 0])
     runtime = SimpleNamespace(device=torch.device('cpu'), distributed=False, autocast=nullcontext, model_dtype=None)
-    args = SimpleNamespace(task='classification', tta=tta, no_prefetcher=False, channels_last=False)
+    args = SimpleNamespace(task='classification', tta=tta, no_prefetcher=False, channels_last=False, torchcompile=None)
     progress = SimpleNamespace(update=lambda i: None)
     metrics = evaluate(lambda x: x, [(logits, target)], runtime, args, progress)
     if tta:

@@ -11,7 +11,6 @@ import torch.nn as nn
 import torchvision
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, distribute_bn
-from torch.utils.data import IterableDataset
 
 from ..config.derive import ranked_by
 from ..data.draws import IndexedTarget, seeded_mixup
@@ -77,6 +76,7 @@ class Trainer:
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
         self.interrupts = Interrupts(self.runtime)
         self.pace = Pace(span, len(self.data.train))
+        self.epoch_images = 0  # images of all ranks in the last epoch
         # A CPU's allocator returns the memory of freed gradients to the system and pages it in again, up to 5 % of a
         # step, so on a CPU they are freed just before the backward that makes new ones. A GPU's allocator keeps the
         # memory for the activations of the next forward, so on a GPU they are freed right after the step.
@@ -123,6 +123,7 @@ class Trainer:
         """Train an epoch, or the rest of it; returns the run's position after it."""
         num_batches = len(self.data.train)
         metrics = self.train_epoch(number, start, losses)
+        say_unreadable(self.data.train, self.epoch_images, self.runtime)
         self._share_running_statistics()
         state = self.state(number, num_batches, train_metrics=dict(metrics))
         if self.config.recovery_interval:
@@ -177,7 +178,7 @@ class Trainer:
             epoch.progress.close()
         if self.cache is not None:
             self.cache.flush()
-        say_unreadable(self.data.train, epoch.images, self.runtime)
+        self.epoch_images = epoch.images
         metrics = epoch.meter.read()
         metrics['images_per_s'] = epoch.images_per_s
         return metrics
@@ -337,15 +338,12 @@ class Trainer:
         Args:
             state: The run's position, saved if it is asked to stop.
         """
-        # ranks may have different numbers of a stream's batches: they cannot check for signals together
-        is_stream = isinstance(self.data.eval.dataset, IterableDataset)
-        ask = (lambda: None) if is_stream else (lambda: self._stop_if_asked(state))
         with_average = self.task.has_ema() and not self.config.model_ema_force_cpu
         for ema in (False, True) if with_average else (False,):
             what = 'Test (EMA)' if ema else 'Test'
             model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
             forward = model if self.agreement is None else self.agreement.compare(model)
-            metrics = validate(forward, self.data, self.runtime, self.config, what, ask)
+            metrics = validate(forward, self.data, self.runtime, self.config, what, lambda: self._stop_if_asked(state))
             if self.agreement is not None:
                 self.agreement.finish(self.runtime.distributed)
             if with_average and not ema:
