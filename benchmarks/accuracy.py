@@ -83,9 +83,13 @@ class Suite:
     overrides: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # no method has it, and it stays when fewer seeds are asked for
+        self.tuning_seed = max(self.seeds) + 1000
+
     def tuning_runs(self) -> dict[float, Run]:
         """The student alone at each of `rates`, with a seed that no method has. Empty if the suite fixes the rate."""
-        flags = {**self.student, 'seed': max(self.seeds) + 1000}
+        flags = {**self.student, 'seed': self.tuning_seed}
         return {r: self._run(self.folder, f'tune-lr{r:g}', {**flags, 'lr': r}) for r in self.rates}
 
     def tuned(self) -> dict[float, float] | None:
@@ -94,6 +98,13 @@ class Suite:
         if not all(results.values()):
             return None
         return dict(sorted(((rate, r['top1']) for rate, r in results.items()), key=lambda rate_top1: -rate_top1[1]))
+
+    def missing_data(self) -> list[str]:
+        """Folders of data and weights that the runs read and that are not there."""
+        named = [self.common.get('data_dir'), self.teacher.get('data_dir')]
+        named += [model.removeprefix('local-dir:') for model in (self.teacher['model'],) if 'local-dir:' in model]
+        named += [self.overrides['data_dir']] if 'data_dir' in self.overrides else []
+        return [path for path in dict.fromkeys(filter(None, named)) if not Path(path).is_dir()]
 
     def teacher_run(self) -> Run | None:
         """The run that trains the teacher; None if the suite takes an existing one."""
@@ -155,7 +166,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
         return done
     run.folder.mkdir(parents=True, exist_ok=True)
     config, log = run.folder / 'config.yaml', run.folder / 'log.txt'
-    if config.exists() and yaml.safe_load(config.read_text()) != run.flags:
+    if run.result_file.exists() or (config.exists() and yaml.safe_load(config.read_text()) != run.flags):
         raise RuntimeError(f"'{run.folder}' holds a run with other flags: remove it, or give another --output")
     config.write_text(yaml.safe_dump(run.flags))
     command = [sys.executable, str(SCRIPT), '-c', str(config)]
@@ -352,15 +363,28 @@ def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, 
 
 def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
     """Teacher, then all methods and seeds, `jobs` at a time; `done` is called after each run."""
+    if suite.missing_data():
+        raise RuntimeError(f'{", ".join(suite.missing_data())} is missing: `make data` builds it')
     teacher = suite.teacher_run()
+    tuning = suite.tuning_runs()
+    todo = sum(run.result() is None for run in [*([teacher] if teacher else []), *tuning.values()])
+    print(
+        f'{suite.name}: {todo} runs of teacher and learning rate first, then {len(suite.methods) * len(suite.seeds)} of methods '
+        f'and seeds, those that are finished not again; each logs to {suite.folder}/RUN/log.txt',
+        flush=True,
+    )
     if teacher:
         said = teacher.result() is None
+        if not said and not (teacher.folder / 'student.safetensors').exists():
+            raise RuntimeError(
+                f"'{teacher.folder}' has results and no weights, as an archive of runs: remove it, and the teacher is trained"
+            )
         result = execute(teacher, threads)
         if said:
             print(f'{suite.name}: teacher {result["top1"]:.2f} %, {result["seconds"]:.0f} s', flush=True)
         if any(load_method(m)['teacher'] == 'timm' for m in suite.methods):
             export_for_timm(suite)
-    for rate, run in suite.tuning_runs().items():
+    for rate, run in tuning.items():
         fresh = run.result() is None
         result = execute(run, threads)
         if fresh:
@@ -404,9 +428,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--methods', nargs='+', choices=methods, metavar='METHOD', help="these alone, not the suite's")
     parser.add_argument('--seeds', type=int, nargs='+', help="these, not the suite's")
     parser.add_argument('--output', type=Path, default=Path('output/accuracy'), help='where runs go')
-    parser.add_argument(
-        '--results', type=Path, default=ROOT / 'results' / 'accuracy.json', help='summary, and a .md beside'
-    )
+    parser.add_argument('--results', type=Path, help='summary, and a .md beside (accuracy.json in --output)')
     parser.add_argument('--jobs', type=int, default=1 if cuda else 2, help='runs at a time')
     parser.add_argument('--threads', type=int, default=8 if cuda else 1, help='CPU threads of each')
     parser.add_argument('--device', default='cuda' if cuda else 'cpu')
@@ -416,6 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--no-run', action='store_true', help='run nothing, summarize what is there')
     parser.add_argument('--no-analysis', action='store_true', help='do not look inside the runs')
     args = parser.parse_args(argv)
+    results = args.results or args.output / 'accuracy.json'
     if any('=' not in s for s in args.set):
         parser.error(f'--set takes FLAG=VALUE, got {" ".join(args.set)}')
     overrides = {k.replace('-', '_'): yaml.safe_load(v) for k, v in (s.split('=', 1) for s in args.set)}
@@ -427,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> dict[str, Any]:
         with writing:  # parallel runs may end at the same time
-            return write_results(chosen, args.results, args.device)
+            return write_results(chosen, results, args.device)
 
     try:
         for suite in chosen if not args.no_run else ():
@@ -437,12 +460,14 @@ def main(argv: list[str] | None = None) -> None:
                 if suite.tuned() is not None:
                     analyse([suite.run(m, s) for m in suite.methods for s in suite.seeds], args.threads * args.jobs)
     except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as e:
-        parser.error(str(e))
+        print(f'accuracy.py: error: {e}', file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        parser.error('interrupted: the same command goes on')
+        print('accuracy.py: interrupted; the same command goes on', file=sys.stderr)
+        sys.exit(130)
     known = save()
     print('\n\n'.join(format_table(known['suites'][suite.name]) for suite in chosen))
-    print(f'\n{args.results}, {args.results.with_suffix(".md").name}')
+    print(f'\n{results}, {results.with_suffix(".md").name}')
 
 
 if __name__ == '__main__':

@@ -82,8 +82,8 @@ def test_a_run_is_a_row_of_its_last_epoch_and_its_best_one(family):
         'student-1 test_vit, seed 1',
         'student_pe-1 test_vit, seed 1',
     ]
-    assert family.column('runs', 'Top-1 %') == ['98.50 epoch 2, which taught', '81.00', '87.00']
-    assert family.column('runs', 'Best epoch') == ['2 98.50 %', '2 81.50 %', '2 87.50 %']
+    assert family.column('runs', 'Top-1 %') == ['98.50 epoch 3, which taught', '81.00', '87.00']
+    assert family.column('runs', 'Best epoch') == ['3 98.50 %', '3 81.50 %', '3 87.50 %']
     assert family.column('runs', 'Parameters') == ['1,234,567'] * 3
     assert family.column('runs', 'Teacher') == ['–', '–', 'cifar_resnet20']
     assert 'means' not in family.tables
@@ -92,12 +92,12 @@ def test_a_run_is_a_row_of_its_last_epoch_and_its_best_one(family):
 @pytest.mark.parametrize(
     ('file', 'args', 'shown'),
     [
-        ('', {}, '98.50 epoch 2, which taught'),
-        ('', {'eval_metric': 'loss'}, '98.50 epoch 2, which taught'),
-        ('model_best.pth.tar', {}, '98.50 epoch 2, which taught'),
-        ('checkpoint-0.pth.tar', {}, '68.00 epoch 0, which taught'),
-        ('milestone-1.pth.tar', {}, '68.00 epoch 0, which taught'),
-        ('last.pth.tar', {}, '98.00 epoch 3, which taught'),
+        ('', {}, '98.50 epoch 3, which taught'),
+        ('', {'eval_metric': 'loss'}, '98.50 epoch 3, which taught'),
+        ('model_best.pth.tar', {}, '98.50 epoch 3, which taught'),
+        ('checkpoint-0.pth.tar', {}, '68.00 epoch 1, which taught'),
+        ('milestone-1.pth.tar', {}, '68.00 epoch 1, which taught'),
+        ('last.pth.tar', {}, '98.00 epoch 4, which taught'),
         ('checkpoint-1.pth.tar', {}, '–'),  # was not validated
     ],
 )
@@ -471,7 +471,7 @@ def test_mean_curves_are_the_mean_over_seeds_with_their_range():
     assert axes.lines[0].get_ydata().tolist() == [2, 3, 6]
     assert axes.lines[0].get_color() == plots.COLORS[1]  # a group without the column keeps its colour
     band = axes.collections[0].get_paths()[0].vertices
-    assert {(x, y) for x, y in band.tolist()} >= {(0, 1), (0, 3), (1, 2), (1, 5), (2, 4), (2, 8)}
+    assert {(x, y) for x, y in band.tolist()} >= {(1, 1), (1, 3), (2, 2), (2, 5), (3, 4), (3, 8)}
     assert axes.get_yscale() == 'linear'
     top1 = plots.mean_curves([[[{'epoch': 0, 'eval_top1': 1}, {'epoch': 1, 'eval_top1': 99}]]], 'eval_top1')
     assert top1.axes[0].get_yscale() == 'linear'

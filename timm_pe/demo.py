@@ -154,7 +154,7 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from .runs import plots
 
     groups = [
-        [[{'epoch': epoch, 'eval_top1': top1} for epoch, top1 in r['curve'].items()] for r in runs[kind]]
+        [[{'epoch': epoch - 1, 'eval_top1': top1} for epoch, top1 in r['curve'].items()] for r in runs[kind]]
         for kind in ('student', 'student_pe')
     ]
     figure = plots.mean_curves(groups, 'eval_top1', [plots.ALONE, plots.TAUGHT])

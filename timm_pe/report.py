@@ -83,6 +83,11 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return '–' if value is None else f'{value:{"+" if sign else ""},.{digits}f}'.replace('-', '−')
 
 
+def nth(epoch: float | None) -> str:
+    """An epoch of summary.csv as people count, from 1; a dash for None."""
+    return number(None if epoch is None else epoch + 1, 0)
+
+
 def plus_minus(mean_std: tuple[float | None, float | None], digits: int = 2, sign: bool = False) -> str:
     """Mean and, if there is one, standard deviation."""
     mean, std = mean_std
@@ -338,7 +343,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, plus_minus=plus_minus, duration=duration)
+    environment.filters.update(number=number, nth=nth, plus_minus=plus_minus, duration=duration)
     return environment.get_template('report_template.html').render(
         version=__version__,
         today=date.today().isoformat(),

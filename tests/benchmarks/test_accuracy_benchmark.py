@@ -86,6 +86,45 @@ def test_a_run_that_fails_is_named_with_what_it_said(accuracy, tiny, capsys):
     )
 
 
+def test_fewer_seeds_leave_the_runs_of_the_tuning_as_they_are(accuracy, tmp_path):
+    suite = accuracy.load_suite('emoji_equal', tmp_path, {})
+    tuning = [run.flags for run in suite.tuning_runs().values()]
+    assert {flags['seed'] for flags in tuning} == {1008}
+    suite.seeds = [3]
+    assert [run.flags for run in suite.tuning_runs().values()] == tuning
+
+
+def test_missing_data_is_named_with_what_builds_it_before_anything_is_written(accuracy, tiny, tmp_path, capsys):
+    file = tmp_path / 'suites' / 'tiny.yaml'
+    suite = yaml.safe_load(file.read_text())
+    suite['common'] = {'data_dir': str(tmp_path / 'nowhere'), 'num_classes': 3}
+    file.write_text(yaml.safe_dump(suite))
+    with pytest.raises(SystemExit) as e:
+        accuracy.main(tiny)
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f'accuracy.py: error: {tmp_path / "nowhere"} is missing: `make data` builds it\n'
+    assert not (tmp_path / 'out').exists()
+
+
+def test_runs_of_an_archive_are_never_written_into(accuracy, tiny, tmp_path, capsys):
+    teacher = accuracy.load_suite('tiny', tmp_path / 'out', {'device': 'cpu'}).teacher_run()
+    teacher.folder.mkdir(parents=True)
+    for flags, said in (({'seed': 1}, 'holds a run with other flags'), (teacher.flags, 'has results and no weights')):
+        teacher.result_file.write_text(json.dumps({'flags': flags, 'top1': 50.0}))
+        with pytest.raises(SystemExit):
+            accuracy.main(tiny)
+        assert said in capsys.readouterr().err
+        assert [path.name for path in teacher.folder.iterdir()] == ['result.json']
+
+
+def test_results_go_beside_the_runs_unless_said_otherwise(accuracy, tiny, tmp_path, capsys):
+    without_results = [word for word in tiny if word != '--results' and not word.endswith('accuracy.json')]
+    accuracy.main([*without_results, '--no-run'])
+    assert (tmp_path / 'out' / 'accuracy.json').is_file()
+    assert not (tmp_path / 'results').exists()
+
+
 def test_differences_are_paired_by_seed_with_a_t_interval(accuracy):
     d = accuracy.compare({1: 51.0, 2: 53.0, 3: 52.0, 4: 99.0}, {1: 50.0, 2: 51.0, 3: 52.0})
     assert d['of_seeds'] == [1.0, 2.0, 0.0]

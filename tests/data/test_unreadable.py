@@ -52,6 +52,15 @@ def test_a_few_unreadable_images_are_counted_and_the_first_is_named(workers, com
     assert len(summary(tmp_path / 'run')) == 1
 
 
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_an_unreadable_image_is_not_told_again_by_timm_in_each_epoch(workers, command, images, capfd):
+    truncate(images / 'train' / 'bee' / '3.png')
+    run([*command, '--epochs', '2', '-j', workers])
+    said = capfd.readouterr().err
+    assert 'Skipped sample' not in said
+    assert said.count('1 of 72 images could not be read') == 1
+
+
 def test_unreadable_images_of_the_validation_split_are_counted_too(command, images, capsys):
     truncate(images / 'val' / 'ant' / '1.png')
     assert "1 of 18 images could not be read and were replaced by other images, the first is 'ant/1.png'" in run(

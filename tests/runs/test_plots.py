@@ -40,13 +40,13 @@ def test_curves_have_a_panel_a_column_and_a_line_a_run():
 
 def test_curves_leave_out_epochs_without_a_value():
     figure = plots.learning_curves({'a': ROWS}, ['eval_top1'])
-    np.testing.assert_allclose(lines(figure)[0].get_xydata(), [(0, 0), (2, 20), (4, 40)])
+    np.testing.assert_allclose(lines(figure)[0].get_xydata(), [(1, 0), (3, 20), (5, 40)])
 
 
 def test_curves_take_numbers_and_none_as_well_as_text():
     rows = [{'epoch': 0.0, 'eval_top1': None}, {'epoch': 1.0, 'eval_top1': 7.5}]
     line = lines(plots.learning_curves({'a': rows}, ['eval_top1']))[0]
-    np.testing.assert_allclose(line.get_xydata(), [(1, 7.5)])
+    np.testing.assert_allclose(line.get_xydata(), [(2, 7.5)])
     assert line.get_marker() == 'o'  # a single epoch can be seen
 
 

@@ -73,7 +73,8 @@ def setup_runtime(config: RunConfig) -> Runtime:
             raise UsageError(
                 f"--device: no CUDA device for this rank, '{name}' needs one on each: --device cpu needs none"
             )
-        _logger.warning(f"No CUDA device here: '--device {name}' falls back to the CPU.")
+        if not config.evaluate:  # an evaluation is often of a run of this machine
+            _logger.warning(f"No CUDA device here: '--device {name}' falls back to the CPU.")
         name = 'cpu'
     try:
         torch.device(name)

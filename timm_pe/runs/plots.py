@@ -66,7 +66,8 @@ def learning_curves(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
-    return [(float(r['epoch']), float(r[column])) for r in rows if r.get(column) not in (None, '')]
+    # people count epochs from 1, summary.csv from 0
+    return [(float(r['epoch']) + 1, float(r[column])) for r in rows if r.get(column) not in (None, '')]
 
 
 def _line(i: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import setup_default_logging, world_info_from_env
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..config.declare import default_of
@@ -39,12 +40,20 @@ class _TqdmHandler(logging.Handler):
     """Writes log lines without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        if get_worker_info() is None:
+            tqdm.write(self.format(record), file=sys.stderr)
+        else:  # a loader process has a copy of the bar from when it was forked, which tqdm would draw again
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _is_no_bare_load(record: logging.LogRecord) -> bool:
     """False for timm's 'Loaded state_dict from checkpoint': our own messages name their purpose."""
     return "from checkpoint '" not in str(record.msg)
+
+
+def _is_no_skipped_image(record: logging.LogRecord) -> bool:
+    """False for timm's line about each unreadable image and epoch: they are counted, and the first is named."""
+    return not str(record.msg).startswith('Skipped sample')
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -54,6 +63,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     # it would list all files that are kept, after every epoch
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     logging.getLogger('timm.models._helpers').addFilter(_is_no_bare_load)
+    logging.getLogger('timm.data.dataset').addFilter(_is_no_skipped_image)
     logging.getLogger('huggingface_hub').propagate = False  # it prints by itself
     root = logging.getLogger()
     handler = _TqdmHandler()
