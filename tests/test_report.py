@@ -621,6 +621,13 @@ def test_what_is_no_run_is_refused_in_one_line(spoil, said, tmp_path, capsys):
     assert os.listdir(tmp_path) == ['run']
 
 
+def test_a_folder_that_is_not_there_is_named_with_the_one_that_was_meant(tmp_path, capsys):
+    make_run(tmp_path, 'alone-1')
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / 'alone')])
+    assert f"RUN '{tmp_path / 'alone'}': no such folder, did you mean alone-1?" in capsys.readouterr().err
+
+
 def test_a_run_given_twice_is_refused(tmp_path, capsys):
     folder = str(make_run(tmp_path, 'run'))
     assert 'is given twice' in refused([folder, folder + '/', '-o', str(tmp_path / 'r.html')], capsys)

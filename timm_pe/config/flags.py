@@ -45,7 +45,7 @@ class TeacherFlags:
 class CacheFlags:
     """Cache of the teacher."""
 
-    teacher_cache: str | None = flag(None, "keep what the teacher says of each training image in this folder, and read it from there; python -m timm_pe.precompute fills it ahead", metavar='DIR', needs='teacher', added=True)
+    teacher_cache: str | None = flag(None, "keep what the teacher says of each training image in this folder, and read it from there; timm-pe precompute fills it ahead", metavar='DIR', needs='teacher', added=True)
     teacher_cache_views: int = flag(1, 'augmented views of each image in the cache: epoch e trains on view e mod K, so give more than one', metavar='K', at_least=1, needs='teacher_cache', added=True)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import json
 import math
 import os
@@ -158,6 +159,12 @@ def read_run(folder: RunFolder, name: str) -> Run:
         UsageError: Not a run folder, files that can't be read, a run without epochs or of multi-label data.
     """
     missing = folder.missing(folder.args_file, folder.summary_file)
+    if not folder.path.is_dir():
+        beside = [path.name for path in folder.path.parent.glob('*') if path.is_dir()]
+        near = difflib.get_close_matches(folder.path.name, beside, n=3)
+        raise UsageError(
+            f"RUN '{folder.path}': no such folder{', did you mean ' + ' or '.join(near) + '?' if near else ''}"
+        )
     if missing:
         raise UsageError(f"RUN '{folder.path}' is no run folder of train_distill: it has no {' and no '.join(missing)}")
     try:
