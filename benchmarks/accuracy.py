@@ -11,7 +11,6 @@ one is resumed. The results so far go to RESULTS as JSON and as a table after ev
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 import yaml
 from environment import environment
+
+from timm_pe.runs.compare import confidence_interval
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = ROOT.parent / 'train_distill.py'
@@ -101,9 +102,9 @@ class Suite:
 
     def missing_data(self) -> list[str]:
         """Folders of data and weights that the runs read and that are not there."""
-        named = [self.common.get('data_dir'), self.teacher.get('data_dir')]
-        named += [model.removeprefix('local-dir:') for model in (self.teacher['model'],) if 'local-dir:' in model]
-        named += [self.overrides['data_dir']] if 'data_dir' in self.overrides else []
+        model = self.teacher['model']
+        named = [{**flags, **self.overrides}.get('data_dir') for flags in (self.common, self.teacher)]
+        named += [model.removeprefix('local-dir:')] if model.startswith('local-dir:') else []
         return [path for path in dict.fromkeys(filter(None, named)) if not Path(path).is_dir()]
 
     def teacher_run(self) -> Run | None:
@@ -232,12 +233,8 @@ def compare(values: dict[int, float], baseline: dict[int, float]) -> dict[str, A
         return None
     differences = [values[s] - baseline[s] for s in seeds]
     mean = statistics.mean(differences)
-    if len(seeds) == 1:
-        return {'mean': mean, 'low': None, 'high': None, 'of_seeds': differences}
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
-    return {'mean': mean, 'low': mean - half, 'high': mean + half, 'of_seeds': differences}
+    low, high = confidence_interval(differences) or (None, None)
+    return {'mean': mean, 'low': low, 'high': high, 'of_seeds': differences}
 
 
 def summarize(suite: Suite) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs of the script that write down what happened inside: in this process, or on two ranks in two others.
 
-python tests/recorded_runs.py < JOBS.json        # one rank, with what torchrun would put into its environment
+python tests/recorded_runs.py < JOBS.json    # one rank, with torchrun's environment; a port and a job in each entry
 """
 
 import contextlib

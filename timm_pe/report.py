@@ -361,7 +361,6 @@ def render(runs: Sequence[Run]) -> str:
         reliability=draw_reliability(groups),
         projectors=projector_pictures(groups),
         samples=collect_samples(groups, runs),
-        groups_of_runs=groups,
         commands={run.name: format_command(command(run)) for run in runs},
         configs={run.name: yaml.safe_dump(run.args, default_flow_style=False, allow_unicode=True) for run in runs},
     )

@@ -40,6 +40,7 @@ def start(code: str, *argv: str, cwd: Path = ROOT) -> subprocess.CompletedProces
     ('words', 'message'),
     [
         ('--teachr x', 'unknown argument --teachr, did you mean --teacher?'),
+        ('--data x', 'unknown argument --data: give it without --data'),
         ('--epochs three', "argument --epochs: invalid int value: 'three'"),
         ('--loss cross', "argument --loss: invalid choice: 'cross'"),
         ('data --teacher resnet34 --pe-projector lin', "argument --pe-projector: invalid choice: 'lin'"),

@@ -26,10 +26,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [s for a in self._actions for s in a.option_strings]
             near = [m for u in unknown for m in difflib.get_close_matches(u.split('=')[0], known, n=1, cutoff=0.7)]
-            near = [m for m in near if not (m == '--dataset' and '--data' in unknown)] + ['--data-dir'] * (
-                '--data' in unknown
-            )
             hint = f', did you mean {", ".join(near)}?' if near else ' (--help lists the known ones)'
+            if unknown[0] in {f'--{a.dest}' for a in self._actions if not a.option_strings}:
+                hint = f': give it without {unknown[0]}'
             self.error(f'unknown argument {" ".join(unknown)}{hint}')
         return parsed
 

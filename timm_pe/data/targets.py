@@ -57,7 +57,8 @@ class MultiLabelTargets(MultiLabelTarget):
                 f'--task multilabel: the targets of the data set do not fit: {one_line(e)} (got {target!r:.100})'
             ) from e
         # read as indices, they would name only classes 0 and 1, several times
-        if not self.dense and self.num_classes > 2 and len(target) == self.num_classes and set(target) <= {0, 1}:
+        values = torch.as_tensor(target)
+        if not self.dense and self.num_classes > 2 and len(values) == self.num_classes and int(values.max()) <= 1:
             raise UsageError(
                 f'--task multilabel: an image has the target {target!r:.100}, a vector of 0 and 1: add --target-format multihot'
             )

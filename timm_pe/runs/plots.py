@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -162,7 +161,7 @@ def _has_letters(text: str) -> bool:
 @functools.cache
 def _letters() -> frozenset[int]:
     """The characters of the font that pictures are written in."""
-    return frozenset(get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
+    return frozenset(font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap())
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
