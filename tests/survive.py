@@ -63,9 +63,9 @@ def write_images(root: Path, train: int = 24, validation: int = 6) -> Path:
 def start(argv: list[str], said: Path) -> int:
     """Fork a run that writes what it says to a file; gives its pid."""
     pid = os.fork()
+    os.setpgid(pid, pid)  # by both, so that the group is there for whichever of them is first
     if pid:
         return pid
-    os.setsid()
     out = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
