@@ -7,11 +7,19 @@ WORKERS ?= 2
 ARRAYS ?= 4
 
 # targets of their own
-NOT_HERE := --ignore tests/registry --ignore tests/survival --ignore tests/browser
+NOT_HERE := --ignore tests/registry --ignore tests/survival --ignore tests/browser --ignore tests/gpu
 RELEASE := .venv-release
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
+DEVICE ?= cuda
+RESULTS ?= output/test_gpu.jsonl
+GPU_TIME ?= output/gpu_time.json
+TIMM_WHEEL ?=
+GPU_SITE := output/timm_wheel
+GPU_READY = $(if $(TIMM_WHEEL),$(GPU_SITE),$(VENV)/.test)
+ON_GPU = $(if $(TIMM_WHEEL),PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON),$(BIN)/python)
+
+.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-gpu bench-gpu test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -43,6 +51,13 @@ test-survival: $(VENV)/.test
 # what `make test-long` has of options next to each other, and ARRAYS more of such arrays: in each, other threes meet
 test-combinations: $(VENV)/.test
 	COMBINATIONS=$(ARRAYS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_combinations.py
+
+# needs a CUDA device, DEVICE=cpu none; with TIMM_WHEEL=FILE it runs in the environment of $(PYTHON), with that timm
+test-gpu: $(GPU_READY)
+	DEVICE=$(DEVICE) RESULTS=$(RESULTS) OMP_NUM_THREADS=1 $(ON_GPU) -m pytest -n $(WORKERS) tests/gpu
+
+bench-gpu: $(GPU_READY)
+	$(ON_GPU) benchmarks/gpu_time.py --device $(DEVICE) --output $(GPU_TIME)
 
 # the runs of test-survival for an hour, and the memory of a long run
 soak: $(VENV)/.test
@@ -93,6 +108,10 @@ format: $(VENV)/.test
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("timm_pe needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+
+$(GPU_SITE): $(TIMM_WHEEL)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade --target $@ $<
+	touch $@
 
 $(VENV)/.%: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'

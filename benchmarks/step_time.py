@@ -50,6 +50,7 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
 from timm_pe.method.weights import check_model_name
+from timm_pe.process.runtime import use_fast_kernels
 from timm_pe.train.build import build as build_parts
 from timm_pe.train.meters import LossMeter
 from timm_pe.train.start import start
@@ -865,6 +866,7 @@ def main(argv: list[str] | None = None) -> None:
         if least < 1:
             parser.error(f'--{name.replace("_", "-")} must be 1 or more, got {least}')
     logging.getLogger('timm_pe').setLevel(logging.WARNING)
+    use_fast_kernels(torch.device(args.device))
     try:
         pairs = [read_pair(pair, args.image_size) for pair in args.pairs]
         run(args, pairs, Results(args.output, args.device))

@@ -8,15 +8,40 @@ import pytest
 import torch
 
 import train_distill
+from timm_pe.train.trainer import Trainer
 
 # those of the fixture image_folder
 CLASSES = ('ant', 'bee', 'cat')
+PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--teacher-num-classes', '3']
+# steps that differ in what they compute
+KINDS = [
+    '',
+    '--pe-projector mlp --pe-loss logsum --distill-loss-weight 1',
+    '--pe-projector linear_bn --pe-teacher-norm batch',
+    '--pe-projector orthogonal --pe-teacher-norm layer',
+    '--pe-loss mse --distill-loss-weight 1 --pe-act relu --pe-projectors 1',
+    '--pe-target logits --kd-loss-weight 0.5',
+    '--kd-loss-weight 0.5 --grad-accum-steps 2 --nonfinite skip',
+    '--model-ema --model-ema-decay 0.9 --channels-last --opt adamw --clip-grad 1',
+    '--opt lookahead_adamw --clip-grad 0.05 --clip-mode agc',
+    '--opt lamb --clip-grad 0.1 --clip-mode value --sched-on-updates --drop 0.2',
+    '--loss bce --smoothing 0.1',
+]
 
 
 def run(argv: list[str], capsys=None) -> str:
     """A run of the script; what it said, where `capsys` is given."""
     train_distill.main(argv)
     return capsys.readouterr().err if capsys else ''
+
+
+def make_trainer(argv: list[str], monkeypatch) -> Trainer:
+    """The trainer of a run, as it is before the first epoch."""
+    made: list[Trainer] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'fit', lambda self: made.append(self))
+        run(argv)
+    return made[0]
 
 
 def refused(argv: list[str], capsys, code: int = 2) -> str:

@@ -11,11 +11,12 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any
 
+import helpers
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from helpers import run
+from helpers import KINDS, PAIR
 from timm.utils import unwrap_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,21 +29,7 @@ from timm_pe.train.meters import LossMeter, batch_scale
 from timm_pe.train.nonfinite import UpdateGuard
 from timm_pe.train.trainer import Trainer
 
-PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--teacher-num-classes', '3']
 CUDA, META = torch.device('cuda'), torch.device('meta')
-FLAGS = [
-    '',
-    '--pe-projector mlp --pe-loss logsum --distill-loss-weight 1',
-    '--pe-projector linear_bn --pe-teacher-norm batch',
-    '--pe-projector orthogonal --pe-teacher-norm layer',
-    '--pe-loss mse --distill-loss-weight 1 --pe-act relu --pe-projectors 1',
-    '--pe-target logits --kd-loss-weight 0.5',
-    '--kd-loss-weight 0.5 --grad-accum-steps 2 --nonfinite skip',
-    '--model-ema --model-ema-decay 0.9 --channels-last --opt adamw --clip-grad 1',
-    '--opt lookahead_adamw --clip-grad 0.05 --clip-mode agc',
-    '--opt lamb --clip-grad 0.1 --clip-mode value --sched-on-updates --drop 0.2',
-    '--loss bce --smoothing 0.1',
-]
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +46,13 @@ def autocasts(monkeypatch) -> None:
 
 
 def make_trainer(argv: list[str], monkeypatch) -> Trainer:
-    """The trainer of a run, as it is before the first epoch."""
-    made: list[Trainer] = []
-    monkeypatch.setattr(Trainer, 'fit', lambda self: made.append(self))
-    run(argv)
-    assert made[0].task is not None
-    teacher = getattr(made[0].task, 'teacher', None)
-    if teacher is not None:  # what it finds out once, on a batch of the run, needs numbers
+    """The trainer of a run, whose teacher has found out what it finds out once: that needs numbers."""
+    trainer = helpers.make_trainer(argv, monkeypatch)
+    teacher = getattr(trainer.task, 'teacher', None)
+    if teacher is not None:
         with torch.no_grad():
             teacher(torch.randn(8, 3, 32, 32))
-    return made[0]
+    return trainer
 
 
 def put_on(device: torch.device, trainer: Trainer) -> None:
@@ -110,7 +94,7 @@ def fake_epoch(trainer: Trainer, monkeypatch, soft: bool = False) -> None:
     trainer.train_epoch(0)
 
 
-@pytest.mark.parametrize('flags', FLAGS)
+@pytest.mark.parametrize('flags', KINDS)
 def test_an_epoch_never_waits_for_the_device_and_never_leaves_it(flags, small_run, monkeypatch):
     trainer = make_trainer([*small_run, *PAIR, '--epochs', '1', *flags.split()], monkeypatch)
     with FakeTensorMode():
@@ -126,7 +110,7 @@ def test_soft_labels_do_not_wait_either(small_run, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['float16', 'bfloat16'])
-@pytest.mark.parametrize('flags', FLAGS)
+@pytest.mark.parametrize('flags', KINDS)
 def test_under_cudas_autocast_a_forward_stays_on_the_device_and_its_losses_are_float32(
     flags, dtype, small_run, monkeypatch
 ):

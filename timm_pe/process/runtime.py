@@ -83,9 +83,7 @@ def setup_runtime(config: RunConfig) -> Runtime:
         torch.empty(0, device=device)
     except (RuntimeError, ValueError, AssertionError) as e:
         raise UsageError(f"--device: cannot use '{name}': {one_line(e)}") from e
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+    use_fast_kernels(device)
     distributed, rank = joined['distributed'], joined['global_rank']
     random_seed(config.seed, rank)
     if config.sync_bn and distributed and device.type == 'cpu':
@@ -105,6 +103,13 @@ def setup_runtime(config: RunConfig) -> Runtime:
         else None,
         model_dtype=model_dtype,
     )
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """On CUDA, let float32 products use TF32 and let cuDNN choose its kernels by trying them, as timm's script does."""
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
 
 
 @contextmanager
