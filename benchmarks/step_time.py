@@ -92,8 +92,8 @@ class Case:
         """A model on the device, with the same random weights each time."""
         torch.manual_seed(0)
         fixed = timm.get_pretrained_cfg(name).fixed_input_size
-        model = timm.create_model(name, num_classes=CLASSES, **({'img_size': self.image_size} if fixed else {}))
-        return model.to(self.device)
+        with torch.device(self.device):  # to draw the weights there is faster
+            return timm.create_model(name, num_classes=CLASSES, **({'img_size': self.image_size} if fixed else {}))
 
     def create_teacher(self, **kwargs: Any) -> Teacher:
         """A teacher without logits; batches are in the student's normalization."""

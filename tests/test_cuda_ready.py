@@ -15,9 +15,11 @@ import helpers
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from helpers import KINDS, PAIR
 from timm.utils import unwrap_model
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,3 +241,24 @@ def test_what_is_compiled_is_one_graph_each_and_nothing_is_compiled_after_the_fi
 def test_inductor_equals_eager():
     eager, compiled = steps(compiled_task(None), 3), steps(compiled_task('inductor'), 3)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_ranks_of_which_ddp_splits_the_graph_take_the_steps_of_an_eager_one(one_rank):
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    eager, task = steps(compiled_task(None), 3), compiled_task(record)
+    task.prepare_distributed(bucket_cap_mb=1)
+    assert steps(task, 3) == pytest.approx(eager, rel=1e-4)
+    assert len(graphs) > 2  # one for each bucket of the student, and the teacher's
