@@ -137,13 +137,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     ):
         # not FeatureDistillationTask's: it would build its own Linear and its own idea of the widths
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
-        _check_choice('target', target, TARGETS)
-        _check_choice('teacher_norm', teacher_norm, TEACHER_NORMS)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
-        if multi_label and needs_logits:
-            raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
-        if kd_temperature <= 0:
-            raise UsageError(f'the KD temperature must be above 0, got {kd_temperature}')
+        _check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
         student = unwrap_model(student_model)
         _check_apart(student, teacher_model)
         tap = FeatureTap(student, student_tap, before_dropout=True)
@@ -176,14 +171,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.multi_label, self.threshold = multi_label, threshold
         task_weight, distill_weight, loss = TARGETS[target]
         self.feature_loss_name = feature_loss or loss
-        self.feature_loss = create_feature_loss(self.feature_loss_name).to(self.device)
-        if any(p.requires_grad for p in self.feature_loss.parameters()):
-            raise UsageError(
-                f"feature loss '{self.feature_loss_name}' has parameters, which no optimizer trains: freeze them, or make "
-                f'them part of a projector'
-            )
-        if isinstance(self.feature_loss, KlLoss):
-            self.feature_loss.temperature = kd_temperature
+        self.feature_loss = _create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
         self.target, self.teacher_norm = target, teacher_norm
         self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
         self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
@@ -336,6 +324,26 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             raise UsageError(
                 f"feature loss '{self.feature_loss_name}' has no gradient: the projectors would learn nothing"
             )
+
+
+def _check_settings(target: str, teacher_norm: str, temperature: float, compares_many_labels: bool) -> None:
+    _check_choice('target', target, TARGETS)
+    _check_choice('teacher_norm', teacher_norm, TEACHER_NORMS)
+    if compares_many_labels:
+        raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
+    if temperature <= 0:
+        raise UsageError(f'the KD temperature must be above 0, got {temperature}')
+
+
+def _create_frozen_loss(name: str, temperature: float) -> nn.Module:
+    loss = create_feature_loss(name)
+    if any(p.requires_grad for p in loss.parameters()):
+        raise UsageError(
+            f"feature loss '{name}' has parameters, which no optimizer trains: freeze them, or make them part of a projector"
+        )
+    if isinstance(loss, KlLoss):
+        loss.temperature = temperature
+    return loss
 
 
 def _resolve_teacher(
