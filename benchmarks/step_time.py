@@ -50,7 +50,7 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
 from timm_pe.method.weights import check_model_name
-from timm_pe.process.runtime import use_fast_kernels
+from timm_pe.process.runtime import has_fast_bfloat16, use_fast_kernels
 from timm_pe.train.build import build as build_parts
 from timm_pe.train.meters import LossMeter
 from timm_pe.train.start import start
@@ -659,12 +659,6 @@ def bounds(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         check(pair, 'cached epoch / plain epoch of the student', 1.05, entry['ratios']['ours_cached']['student'])
         check(pair, 'seeding / decode + transform', 0.02, entry['seeded_augmentation']['share'])
     return found
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether a CPU has AVX512-BF16 or AMX; the bound on a bfloat16 teacher is for those."""
-    names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-    return device == 'cpu' and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def format_interval(measured: Mapping[str, float]) -> str:

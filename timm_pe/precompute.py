@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from .config.cli import exit_with_error
 from .config.run_config import RunConfig, parse_config
-from .data.epochs import view_loader
+from .data.epochs import first_batch, view_loader
 from .data.loaders import Data
 from .method.teacher import Teacher
 from .process.runtime import Runtime
@@ -24,8 +24,10 @@ from .train.console import Progress, setup_logging
 from .train.evaluate import batch_to_device, say_unreadable
 from .train.first_look import check_teacher
 from .train.main import fill_from_runs
+from .train.position import run_meaning
 from .train.run import leave_ranks, one_line_errors
 from .train.run_cache import allocate_cache, open_teacher_cache
+from .train.teacher_precision import settle_precision
 
 _logger = logging.getLogger(__name__)
 PROG = 'python -m timm_pe.precompute'
@@ -82,6 +84,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     with one_line_errors(prog, 'the same command goes on where it was stopped'):
         parts = build(config)  # as for training, so that it refuses what the training run would refuse
         data, runtime, teacher = parts.data, parts.runtime, parts.teacher
+        assert parts.task is not None
+        settle_precision(parts, run_meaning(config, parts.task, data, runtime), partial(first_batch, data.train))
         cache = open_teacher_cache(config, teacher, data, runtime)
         assert cache is not None and teacher is not None  # --teacher-cache is given, which needs --teacher
         if not cache.is_complete:

@@ -339,7 +339,7 @@ def test_a_position_that_is_none_is_refused(alone, tmp_path, capsys):
         checkpoint['saver']['run'] = odd
         torch.save(checkpoint, tmp_path / 'last.pth.tar')
         with pytest.raises(UsageError, match='is no training checkpoint'):
-            checkpoints._run_state(load_checkpoint_metadata(str(tmp_path / 'last.pth.tar')), 'last.pth.tar')
+            position.read_run_state(load_checkpoint_metadata(str(tmp_path / 'last.pth.tar')), 'last.pth.tar')
     argv = [*argv, '--output', str(tmp_path), '--resume', str(tmp_path / 'last.pth.tar')]
     assert 'is no training checkpoint' in refused(argv, capsys)
 
@@ -540,7 +540,7 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
 def test_a_signal_before_training_has_its_code_and_its_line_and_leaves_nothing(
     signum, images, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(start, 'look_at_first_batch', lambda *args: signal.raise_signal(signum))
+    monkeypatch.setattr(start, 'prepare_teacher', lambda *args: signal.raise_signal(signum))
     with pytest.raises(SystemExit) as e:
         train_distill.main([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'])
     assert e.value.code == 128 + signum

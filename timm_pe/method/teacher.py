@@ -103,8 +103,6 @@ class Teacher(nn.Module):
         self.fingerprint = dict(fingerprint or {})
         network = unwrap_model(model)
         self.needs_logits = needs_logits
-        # None: not known yet. The network inside a wrapper (compiled, DDP) is not called around it
-        self._has_pre_logits: bool | None = None if model is network else False
         self._pre_logits = self._run_to_pre_logits
         self._compiled = False
         own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
@@ -127,15 +125,38 @@ class Teacher(nn.Module):
         self.tap = FeatureTap(network, tap)
         self.channels_last = channels_last
         self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self._memory_format)  # type: ignore[call-overload]  # takes all three together
-        self.dtype = dtype
-        self.input_dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.input_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.width = self.tap.width
         self.num_classes: int | None = getattr(network, 'num_classes', None)
         self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
         self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
         self.eval()
+        self.set_precision(dtype, autocast_dtype)
+
+    @property
+    def precision(self) -> str:
+        """The dtype it computes in, in words: 'float32', or 'AMP float16' under an autocast of its own."""
+        name = str(self.autocast_dtype or self.input_dtype).removeprefix('torch.')
+        return f'AMP {name}' if self.autocast_dtype else name
+
+    def set_precision(self, dtype: torch.dtype | None = None, autocast_dtype: torch.dtype | None = None) -> None:
+        """Change the precision, before `compile`; a lower `dtype` rounds the weights for good.
+
+        Args:
+            dtype: See the class.
+            autocast_dtype: See the class.
+        """
+        if dtype is not None:
+            self.model.to(dtype)
+            self.input_dtype = dtype
+        self.dtype = dtype
+        is_bare = self.model is unwrap_model(self.model)
+        # what the network can do is found out anew. None: not known yet. The network inside a wrapper (compiled, DDP) is
+        # not called around it
+        self._has_pre_logits: bool | None = None if is_bare else False
+        self._size_of.clear()
         # a low dtype of its own needs no autocast, and a wrapper may keep weights of its own
-        self.autocast_dtype = autocast_dtype if dtype is None and model is network else None
+        self.autocast_dtype = autocast_dtype if dtype is None and is_bare else None
         if self.autocast_dtype is not None:
             self._cast_for_autocast(self.autocast_dtype)
 

@@ -159,9 +159,10 @@ def describe_precision(flags: DeviceFlags) -> str:
     return f'AMP {flags.amp_dtype}' if flags.amp else (flags.model_dtype or 'float32')
 
 
-def describe_teacher_precision(config: RunConfig, dtype: torch.dtype) -> str:
-    """Precision of a teacher of this dtype in words; AMP applies to it too, --model-dtype to the student only."""
-    return describe_precision(config) if config.amp and not config.teacher_dtype else str(dtype).removeprefix('torch.')
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a device of this type is a CPU with AVX512-BF16 or AMX."""
+    names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return device == 'cpu' and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def prepare_task(task: TrainingTask, config: RunConfig, runtime: Runtime) -> None:

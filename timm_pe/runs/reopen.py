@@ -27,9 +27,10 @@ from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
-from ..train.checkpoints import check_learnt_classes, saved_args
+from ..train.checkpoints import check_learnt_classes, saved_args, saved_precision
 from ..train.run_task import create_run_teacher
 from ..train.student import place_student
+from ..train.teacher_precision import take_precision
 
 CHECKPOINTS = ('last', 'best')
 MAX_TRAIN_IMAGES = 5000
@@ -204,6 +205,9 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
             teacher = create_run_teacher(teacher_config, parts.data, parts.runtime)
     if teacher is not None:
         teacher.needs_logits = True  # the run may not have needed them
+        precision = saved_precision(str(checkpoint))
+        if config.teacher_dtype == 'auto' and precision is not None:
+            take_precision(teacher, precision)
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
     epoch = _load_checkpoint(checkpoint, student, task)
     return OpenRun(

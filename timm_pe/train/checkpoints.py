@@ -7,7 +7,6 @@ import os
 import reprlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -28,7 +27,7 @@ from ..method.weights import LAST, check_state_dict, check_weights, find_checkpo
 from ..process.files import replaced, sync_file
 from ..process.runtime import Runtime
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
-from .position import RunState, changes_of_meaning, is_meaning
+from .position import RunState, changes_of_meaning, read_run_state
 
 _logger = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ _ENTRIES = {
     ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
     ('epoch', 'version'): int,
 }
-# entries of a RunState that checkpoints of earlier commits do not have
-_ADDED = {'seconds', 'meaning'}
 # flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
     *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
@@ -232,7 +229,7 @@ def saved_classes(folder: RunFolder) -> dict[str, int] | None:
     """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
     for file in (folder.last_file, folder.best_file):
         try:
-            state = _run_state(load_checkpoint_metadata(str(file)), str(file))
+            state = read_run_state(load_checkpoint_metadata(str(file)), str(file))
         except Exception:  # gone, or whatever it may be by now
             continue
         if state and state.meaning.get('classes'):
@@ -258,6 +255,27 @@ def saved_args(path: str) -> dict[str, Any]:
     """The settings that a training checkpoint was saved with, empty if it holds none."""
     args = load_checkpoint_metadata(path).get('args')
     return vars(args) if isinstance(args, argparse.Namespace) else {}
+
+
+def saved_precision(path: str, meaning: Mapping[str, Any] | None = None) -> str | None:
+    """The precision of the teacher (see `Teacher.precision`) that the projectors of a training checkpoint were trained with.
+
+    Args:
+        path: The checkpoint, '' for none.
+        meaning: That of the run that goes on with it (see `run_meaning`); None if it is the same run.
+
+    Returns:
+        None if that run goes on without the projectors of the checkpoint.
+    """
+    checkpoint = load_checkpoint_metadata(path) if path else {}
+    run = read_run_state(checkpoint, path)
+    changed = changes_of_meaning(run.meaning, meaning) if run and meaning is not None else {}
+    if not checkpoint.get('task_state') or changed.keys() & _NEW_PROJECTORS:
+        return None
+    if run and run.teacher_precision:
+        return run.teacher_precision
+    then = saved_args(path)  # of a commit before --teacher-dtype auto
+    return then.get('teacher_dtype') or (f'AMP {then.get("amp_dtype")}' if then.get('amp') else 'float32')
 
 
 def find_resume(flags: RunFlags) -> str:
@@ -304,7 +322,7 @@ def resume(
         UsageError: No such checkpoint, unreadable, or of another model, class map, teacher, optimizer or projectors.
     """
     checkpoint = _read(path)
-    run = _run_state(checkpoint, path)
+    run = read_run_state(checkpoint, path)
     changes = changes_of_meaning(run.meaning, meaning) if run else {}
     if changes:
         said = f"--resume: '{path}' is of a run about something else ({'; '.join(changes.values())})"
@@ -352,29 +370,11 @@ def _is_of_whole_epoch(checkpoint: dict[str, Any], path: str) -> bool:
     return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
 
 
-def _run_state(checkpoint: dict[str, Any], path: str) -> RunState | None:
-    run = (checkpoint.get('saver') or {}).get('run')
-    if run is None:
-        return None
-    names = {f.name for f in fields(RunState)}
-    # what later commits added may be missing
-    if not isinstance(run, dict) or not names - _ADDED <= set(run) <= names:
-        raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
-    state = RunState(**run)
-    if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
-        raise UsageError(
-            f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
-        )
-    if not is_meaning(state.meaning):
-        raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
-    if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
-        raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
-    return state
-
-
 def describe_differences(config: RunConfig, path: str) -> str:
     """The flags that differ from those of a checkpoint, as far as they affect training."""
     saved, now = saved_args(path), config.as_dict()
+    if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
+        saved['teacher_dtype'] = 'auto'
     names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
     return ', '.join(said)
@@ -392,7 +392,7 @@ def _check_optimizer(flags: OptimizerFlags, checkpoint: dict[str, Any], path: st
 def resume_ema(path: str, task: TrainingTask, meaning: Mapping[str, Any]) -> None:
     """Load the moving average from `--resume`; a checkpoint without one starts it at its weights."""
     checkpoint = load_checkpoint_metadata(path)
-    run = _run_state(checkpoint, path)
+    run = read_run_state(checkpoint, path)
     try:
         if run and changes_of_meaning(run.meaning, meaning).keys() & _NEW_PROJECTORS:
             weights = checkpoint.get('state_dict_ema') or _weights(checkpoint)

@@ -24,7 +24,7 @@ from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
-from ..process.runtime import Runtime, describe_precision, describe_teacher_precision
+from ..process.runtime import Runtime, describe_precision
 from ..version import __version__
 from .cache import TeacherCache
 from .run_task import has_random_weights
@@ -113,6 +113,7 @@ def start_table(
     rates: tuple[float, float],
     teacher: Teacher | None = None,
     cache: TeacherCache | None = None,
+    why_precision: str = '',
 ) -> str:
     """Every resolved choice of a run, in one table.
 
@@ -127,6 +128,7 @@ def start_table(
         rates: Learning rate and weight decay.
         teacher: The `Teacher`, or None.
         cache: The `TeacherCache`, or None.
+        why_precision: Why the teacher has its precision, in words; '' if there is nothing to say.
     """
     size = 'x'.join(map(str, data.config['input_size']))
     columns = [
@@ -145,7 +147,7 @@ def start_table(
             'input': _teacher_input(teacher, data.config['input_size']),
             'mean': _numbers(teacher.mean),
             'std': _numbers(teacher.std),
-            'precision': describe_teacher_precision(config, teacher.dtype or teacher.input_dtype),
+            'precision': f'{teacher.precision}{f" (auto: {why_precision})" if why_precision else ""}',
         }
         rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
         projection = cast(ProjectorEnsembleTask, task).projection

@@ -1,6 +1,7 @@
 """Checks before training: are the teacher's outputs finite, and is its accuracy above chance?"""
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from timm.task import evaluation_sample_limit
 from torch.utils.data import IterableDataset
 
 from ..data.epochs import first_batch
-from ..data.loaders import Data, create_eval_loader
+from ..data.loaders import create_eval_loader
 from ..errors import UsageError
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
@@ -20,14 +21,33 @@ from .build import Parts
 from .cache import TeacherCache
 from .evaluate import format_metrics, validate
 from .from_run import teacher_input
+from .run_cache import open_teacher_cache
 from .run_task import has_random_weights, other_class_of_teacher
+from .teacher_precision import settle_precision
 from .trackers import TeacherAgreement, is_tracked
 
 _logger = logging.getLogger(__name__)
 
 
+def prepare_teacher(parts: Parts, meaning: Mapping[str, Any]) -> tuple[TeacherCache | None, str]:
+    """Settle the teacher's precision, open its cache, which depends on it, and look at its first outputs.
+
+    Raises:
+        UsageError: See `open_teacher_cache` and `look_at_first_batch`.
+
+    Returns:
+        The cache, if there is one; and why the teacher has its precision.
+    """
+    batch = functools.cache(functools.partial(first_batch, parts.data.train))
+    why_precision = settle_precision(parts, meaning, batch)
+    cache = open_teacher_cache(parts.config, parts.teacher, parts.data, parts.runtime)
+    if isinstance(parts.task, ProjectorEnsembleTask):
+        look_at_first_batch(parts.task, batch(), parts.runtime, cache)
+    return cache, why_precision
+
+
 def look_at_first_batch(
-    task: ProjectorEnsembleTask, data: Data, runtime: Runtime, cache: TeacherCache | None = None
+    task: ProjectorEnsembleTask, batch: tuple[Any, Any], runtime: Runtime, cache: TeacherCache | None = None
 ) -> None:
     """Run the teacher on the first batch of epoch 0: refuse outputs that are not finite, and decide an 'auto'
     activation.
@@ -35,7 +55,7 @@ def look_at_first_batch(
     Raises:
         UsageError: A feature or logit that is not finite.
     """
-    input, target = first_batch(data.train)
+    input, target = batch
     input = input.to(runtime.device, runtime.model_dtype or torch.float32)
     with runtime.autocast():
         teacher = cache(target, lambda: task.teacher(input)) if cache is not None else task.teacher(input)

@@ -6,8 +6,9 @@ weights_only.
 
 import logging
 import random
+import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 
+from ..config.flags import DTYPES
 from ..config.run_config import RunConfig
 from ..data.datasets import class_map_of, describe_other_class
 from ..data.draws import kept_rng
@@ -26,6 +28,8 @@ from ..method.weights import fingerprint
 from ..process.runtime import Runtime
 
 _logger = logging.getLogger(__name__)
+# entries of a RunState that checkpoints of earlier commits do not have
+_ADDED = {'seconds', 'meaning', 'teacher_precision'}
 # buffers of norms; whatever else a module keeps in buffers is the same on all ranks
 _RUNNING = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -46,6 +50,8 @@ class RunState:
         ranks: For each rank its random states, sums of losses, and buffers if ranks have their own.
         seconds: How long the run has trained, in all its parts; None if the checkpoint does not have it.
         meaning: What defines the run, see `run_meaning`; empty if the checkpoint does not have it.
+        teacher_precision: The teacher's, see `Teacher.precision`; None without a teacher, or if the checkpoint does not
+            have it.
     """
 
     epoch: int
@@ -59,6 +65,7 @@ class RunState:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     seconds: float | None = None
     meaning: dict[str, Any] = field(default_factory=dict)
+    teacher_precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,47 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
     return shared[0]
 
 
-def is_meaning(value: Any) -> bool:
+def is_precision(value: Any) -> bool:
+    """Whether a value from a file has the form of `Teacher.precision`."""
+    return isinstance(value, str) and value.removeprefix('AMP ') in DTYPES
+
+
+def _is_meaning(value: Any) -> bool:
     """Whether a value from a file has the form of `run_meaning`, or is empty."""
     kinds: dict[str, type | tuple[type, ...]] = {'classes': (dict, type(None)), 'teacher_weights': dict}
     names = {'model', 'task', 'target', 'teacher', *kinds}
     return value == {} or (
         isinstance(value, dict) and value.keys() == names and all(isinstance(value[n], k) for n, k in kinds.items())
     )
+
+
+def read_run_state(checkpoint: Mapping[str, Any], path: str) -> RunState | None:
+    """The position in a checkpoint, read from `path`; None if it has none.
+
+    Raises:
+        UsageError: It is not what a `Saver` writes.
+    """
+    run = (checkpoint.get('saver') or {}).get('run')
+    if run is None:
+        return None
+    names = {f.name for f in fields(RunState)}
+    # what later commits added may be missing
+    if not isinstance(run, dict) or not names - _ADDED <= set(run) <= names:
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: run is {reprlib.repr(run)}")
+    state = RunState(**run)
+    if not (isinstance(state.epoch, int) and isinstance(state.batch, int) and min(state.epoch, state.batch) >= 0):
+        raise UsageError(
+            f"--resume: '{path}' is no training checkpoint: batch {state.batch!r} of epoch {state.epoch!r}"
+        )
+    if not _is_meaning(state.meaning):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
+    if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
+        raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
+    if state.teacher_precision is not None and not is_precision(state.teacher_precision):
+        raise UsageError(
+            f"--resume: '{path}' is no training checkpoint: the teacher's precision is {state.teacher_precision!r}"
+        )
+    return state
 
 
 def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

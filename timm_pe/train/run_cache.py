@@ -1,6 +1,7 @@
 """Opens the cache of --teacher-cache on all ranks together, and lists what its rows depend on."""
 
 import contextlib
+import json
 import logging
 import platform
 import re
@@ -20,11 +21,15 @@ from ..data.loaders import Data
 from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..method.weights import hash_tensors
-from ..process.runtime import Runtime, describe_teacher_precision, ranks_together
+from ..process.runtime import Runtime, ranks_together
 from .cache import _FORMAT, TeacherCache
 from .from_run import teacher_settings
+from .position import is_precision
 
 _logger = logging.getLogger(__name__)
+
+# entry of the manifest
+_PRECISION = 'teacher precision'
 
 
 def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, runtime: Runtime) -> TeacherCache | None:
@@ -119,7 +124,7 @@ def create_manifest(
         'teacher std': list(teacher.std),
         'teacher norms folded': teacher.folded,
         'teacher tap': config.teacher_tap,
-        'teacher precision': describe_teacher_precision(config, teacher.dtype or teacher.input_dtype),
+        _PRECISION: teacher.precision,
         'feature width': widths['feature'],
         'logits': widths['logits'],
         'image size': list(size),
@@ -132,6 +137,15 @@ def create_manifest(
         'transform': _describe_transform(dataset.dataset),
         'seed': config.seed,
     }
+
+
+def cached_precision(folder: str | None) -> str | None:
+    """The teacher's precision in the cache of a folder; None if there is no cache, or none that can be read."""
+    try:
+        precision = json.loads((Path(folder or '') / 'manifest.json').read_text(encoding='utf-8'))[_PRECISION]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # opening it says what is wrong with it
+    return precision if is_precision(precision) else None
 
 
 def _describe_transform(dataset: Dataset[Any]) -> list[str]:

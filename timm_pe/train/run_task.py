@@ -42,7 +42,10 @@ _logger = logging.getLogger(__name__)
 
 
 def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teacher | None:
-    """The teacher that the flags name; None without --teacher."""
+    """The teacher that the flags name; None without --teacher.
+
+    With --teacher-dtype auto its precision is open: `settle_precision` decides it, until then it follows autocast.
+    """
     if not config.teacher:
         return None
     settings = teacher_settings(config)
@@ -70,7 +73,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         std=settings.std,
         tap=config.teacher_tap,
         device=runtime.device,
-        dtype=torch_dtype(config.teacher_dtype),
+        dtype=None if config.teacher_dtype == 'auto' else torch_dtype(config.teacher_dtype),
         autocast_dtype=torch_dtype(config.amp_dtype) if config.amp and not config.teacher_dtype else None,
         # a CPU runs convolutions up to a third faster so, and the rest no slower (benchmarks/step_time.py)
         channels_last=config.channels_last or runtime.device.type == 'cpu',

@@ -35,11 +35,11 @@ from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
 from .console import start_table, warn_of_settings
-from .first_look import check_teacher, look_at_first_batch
+from .first_look import check_teacher, prepare_teacher
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
 from .position import RunState, Span, check_rank_state, is_plateau, restore_schedule, run_meaning, run_settings
-from .run_cache import allocate_cache, open_teacher_cache
+from .run_cache import allocate_cache
 from .trackers import Trackers, start_trackers
 from .trainer import Trainer
 
@@ -79,10 +79,8 @@ def start(parts: Parts) -> Trainer | None:
     Raises:
         UsageError: A setting, a checkpoint or a folder that does not fit.
     """
-    config, runtime, data = parts.config, parts.runtime, parts.data
-    task = parts.task
+    config, runtime, data, task = parts.config, parts.runtime, parts.data, parts.task
     assert task is not None
-    cache = open_teacher_cache(config, parts.teacher, data, runtime)
     lr = learning_rate(config, runtime.world_size)
     optimizer = _create_optimizer(config, task, lr)
     meaning = run_meaning(config, task, data, runtime)
@@ -94,8 +92,7 @@ def start(parts: Parts) -> Trainer | None:
     )
     if config.model_ema:
         _set_up_average(config, task, found.path, meaning, runtime)
-    if isinstance(task, ProjectorEnsembleTask):
-        look_at_first_batch(task, data, runtime, cache)
+    cache, why_precision = prepare_teacher(parts, meaning)
     prepare_task(task, config, runtime)
     guard = None
     if config.nonfinite == 'skip':
@@ -114,7 +111,7 @@ def start(parts: Parts) -> Trainer | None:
     agreement = check_teacher(parts)
     allocate_cache(cache, parts.teacher, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
-    _announce(parts, span, rates, cache, folder)
+    _announce(parts, span, rates, cache, folder, why_precision)
     return Trainer(
         parts,
         optimizer,
@@ -426,7 +423,12 @@ def _announce_best(saver: Saver, metrics: Mapping[int, float], why: str) -> None
 
 
 def _announce(
-    parts: Parts, span: Span, rates: tuple[float, float], cache: TeacherCache | None, folder: RunFolder
+    parts: Parts,
+    span: Span,
+    rates: tuple[float, float],
+    cache: TeacherCache | None,
+    folder: RunFolder,
+    why_precision: str,
 ) -> None:
     """Print every resolved choice, once."""
     assert parts.task is not None
@@ -441,5 +443,6 @@ def _announce(
         rates,
         parts.teacher,
         cache,
+        why_precision,
     )
     _logger.info(f'\n{table}\n{"folder":<16}{folder.path}\n')

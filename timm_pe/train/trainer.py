@@ -68,14 +68,13 @@ class Trainer:
     ):
         assert parts.task is not None
         self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
-        self.num_classes = parts.num_classes
+        self.num_classes, self.teacher = parts.num_classes, parts.teacher
         self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
         self.images, self.meaning = dict(images), dict(meaning)
         self.cache, self.guard, self.folder, self.saver = cache, guard, folder, saver
         self.trackers, self.agreement = trackers, agreement
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
-        self.interrupts = Interrupts(self.runtime)
-        self.pace = Pace(span, len(self.data.train))
+        self.interrupts, self.pace = Interrupts(self.runtime), Pace(span, len(self.data.train))
         self.epoch_images = 0  # images of all ranks in the last epoch
         # A CPU's allocator returns the memory of freed gradients to the system and pages it in again, up to 5 % of a
         # step, so on a CPU they are freed just before the backward that makes new ones. A GPU's allocator keeps the
@@ -387,6 +386,7 @@ class Trainer:
             data=self.images,
             seconds=self.pace.seconds,
             meaning=self.meaning,
+            teacher_precision=self.teacher.precision if self.teacher else None,
             schedule=take_schedule(self.scheduler),
             ranks=take_rank_state(self.task, self.runtime, losses),
             **more,

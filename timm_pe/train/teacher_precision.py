@@ -1,0 +1,124 @@
+"""The precision that --teacher-dtype auto takes: that of the run or cache that goes on, else what the first batch decides."""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..config.derive import torch_dtype
+from ..config.run_config import RunConfig
+from ..errors import is_out_of_memory, one_line
+from ..method.teacher import Teacher, TeacherOutput
+from ..process.runtime import Runtime, has_fast_bfloat16
+from .build import Parts
+from .checkpoints import saved_precision
+from .run_cache import cached_precision
+
+_logger = logging.getLogger(__name__)
+
+# a low precision must keep each image's feature closer to that in float32 than this
+LEAST_COSINE = 0.999
+
+
+def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[], tuple[Any, Any]]) -> str:
+    """Decide the precision of a teacher with --teacher-dtype auto; call it on all ranks, which all decide the same.
+
+    A checkpoint that the run goes on with has it already, and so has an existing cache: rows of one cache are of one
+    precision. Otherwise a precision that is fast on this device is measured against float32.
+
+    Args:
+        parts: The run's parts; the teacher is changed in place, and must not be compiled yet.
+        meaning: The run's (see `run_meaning`): a checkpoint of another teacher decides nothing.
+        batch: Gives the first training batch; called where it is needed.
+
+    Returns:
+        Why it has its precision, in words; '' if there was nothing to decide.
+    """
+    config, runtime, teacher = parts.config, parts.runtime, parts.teacher
+    if teacher is None or config.teacher_dtype != 'auto':
+        return ''
+    known = _find_known(config, saved_precision(parts.checkpoint, meaning), runtime)
+    low = _fast_precision(config, runtime)
+    if known is not None:
+        precision, why = known
+        take_precision(teacher, precision)
+    elif low is not None:
+        lowest, why = _measure(teacher, batch()[0], low, runtime)
+        _take_low_or_default(teacher, low if lowest > LEAST_COSINE else None, config)
+    else:
+        _take_low_or_default(teacher, None, config)
+        return ''
+    _logger.info(f'--teacher-dtype auto is {teacher.precision}: {why}.')
+    if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != low:
+        _logger.warning(f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.')
+    return why
+
+
+def take_precision(teacher: Teacher, precision: str) -> None:
+    """Give a teacher a `Teacher.precision` that another one had."""
+    name = precision.removeprefix('AMP ')
+    if name == precision:
+        teacher.set_precision(torch_dtype(name))
+    else:
+        teacher.set_precision(autocast_dtype=torch_dtype(name))
+
+
+def _take_low_or_default(teacher: Teacher, low: torch.dtype | None, config: RunConfig) -> None:
+    teacher.set_precision(low, torch_dtype(config.amp_dtype) if config.amp else None)
+
+
+def _find_known(config: RunConfig, saved: str | None, runtime: Runtime) -> tuple[str, str] | None:
+    """The precision of what the run goes on with, and what that is in words; that of rank 0."""
+    cached = cached_precision(config.teacher_cache)
+    known = [(saved, 'as in the checkpoint') if saved else (cached, 'as in the teacher cache') if cached else None]
+    if runtime.distributed:
+        dist.broadcast_object_list(known, src=0)
+    return known[0]
+
+
+def _fast_precision(config: RunConfig, runtime: Runtime) -> torch.dtype | None:
+    """The low precision that this device is fast in: on CUDA that of --amp, which is the user's choice."""
+    if runtime.device.type == 'cuda':
+        return torch_dtype(config.amp_dtype) if config.amp else None
+    return torch.bfloat16 if has_fast_bfloat16(runtime.device.type) else None
+
+
+def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime: Runtime) -> tuple[float, str]:
+    """Lowest cosine over the batches of all ranks, -inf if the teacher cannot run in `dtype`; and the result in words."""
+    input = input.to(runtime.device, runtime.model_dtype or torch.float32)
+    expected = teacher(input)  # an error here is none of the precision
+    name = str(dtype).removeprefix('torch.')
+    try:
+        low = copy.deepcopy(teacher)
+        low.set_precision(dtype)
+        found = _lowest_cosine(expected, low(input))
+        result = found, f'the lowest cosine between outputs in {name} and in float32 is {found:.6f} on the first batch'
+        if found == -torch.inf:
+            result = found, f'its outputs in {name} are not finite on the first batch'
+    except Exception as e:  # a network may fail in many ways
+        if is_out_of_memory(e):
+            raise
+        result = -torch.inf, f'it fails in {name} ({one_line(e, 120)})'
+    results: list[Any] = [result]
+    if runtime.distributed:
+        results = [None] * runtime.world_size
+        dist.all_gather_object(results, result)
+    return min(results, key=lambda of_rank: of_rank[0])
+
+
+def _lowest_cosine(expected: TeacherOutput, actual: TeacherOutput) -> float:
+    """The lowest over images, features and logits; -inf if a value is not finite."""
+    lowest = 1.0
+    for a, b in zip(expected, actual, strict=True):
+        if a is None or b is None:
+            continue
+        if not b.isfinite().all():
+            return -torch.inf
+        a, b = a.double(), b.double()
+        cosines = F.cosine_similarity(a, b).masked_fill((a == b).all(1), 1.0)  # equal ones may be all zero
+        lowest = min(lowest, cosines.min().item())
+    return lowest
