@@ -28,6 +28,23 @@ def _fresh_logging():
     ours.setLevel(levels[1])
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _slow_bfloat16():
+    """The processor that a test runs on decides nothing: --teacher-dtype auto is float32 here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+            patch.setattr(torch.cpu, name, lambda: False, raising=False)
+        yield
+
+
+@pytest.fixture
+def fast_bfloat16():
+    """A processor on which --teacher-dtype auto may be bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True, raising=False)
+        yield
+
+
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory) -> Path:
     """A folder of tiny real PNGs: train (12 a class) and val (4 a class), 3 classes told apart by colour."""

@@ -183,7 +183,7 @@ _FLAGS = [
     ('--teacher-mean 0.5 0.5', '2'),
     ('--teacher-mean nan', '--teacher-mean must be a finite number'),
     ('--teacher-std 0', '--teacher-std must be above 0'),
-    ('--teacher-dtype int8', "--teacher-dtype must be one of 'float32'"),
+    ('--teacher-dtype int8', "--teacher-dtype must be one of 'auto', 'float32'"),
     ('--teacher-kwargs depth', '--teacher-kwargs: takes key=value'),
     ('--teacher-kwargs nosuch=3', 'nosuch'),
     ('--teacher-kwargs depth=-1', 'depth=-1'),

@@ -489,3 +489,39 @@ def test_too_little_memory_says_nothing_of_the_size_that_a_teacher_takes(monkeyp
         teacher.size_for(torch.randn(1, 3, 48, 48))
     monkeypatch.undo()
     assert teacher.size_for(torch.randn(1, 3, 48, 48)) == (48, 48)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+@pytest.mark.parametrize(
+    'precision',
+    [{'dtype': torch.bfloat16}, {'dtype': torch.float32}, {'autocast_dtype': torch.bfloat16}, {}],
+    ids=lambda p: ' '.join(f'{name} {dtype}' for name, dtype in p.items()),
+)
+def test_a_precision_that_is_set_later_is_that_of_the_constructor(precision, fold):
+    network = timm.create_model('test_resnet', num_classes=3)
+    made, changed = (
+        create_teacher(copy.deepcopy(network), needs_logits=False, fold=fold, **given) for given in (precision, {})
+    )
+    x = torch.randn(2, 3, 64, 64)
+    changed(x)  # what it has learnt of the network on a batch in float32 does not count
+    changed.set_precision(**precision)
+    assert changed.precision == made.precision
+    with torch.autocast('cpu', dtype=torch.float16, enabled='dtype' in precision):
+        assert torch.equal(changed(x).feature, made(x).feature)
+    state = made.model.state_dict()
+    for name, value in changed.model.state_dict().items():
+        assert value.dtype == state[name].dtype
+        assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        ({}, 'float32'),
+        ({'dtype': torch.bfloat16}, 'bfloat16'),
+        ({'autocast_dtype': torch.float16}, 'AMP float16'),
+        ({'dtype': torch.float32, 'autocast_dtype': torch.float16}, 'float32'),
+    ],
+)
+def test_the_precision_is_told_in_words(given, said, model):
+    assert create_teacher(model, **given).precision == said

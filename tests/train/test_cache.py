@@ -24,7 +24,7 @@ from timm_pe import UsageError, precompute
 from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.data.draws import Batch, Draw, IndexedTarget, SeededCollate
-from timm_pe.data.epochs import set_epoch
+from timm_pe.data.epochs import first_batch, set_epoch
 from timm_pe.data.fingerprint import hash_names
 from timm_pe.data.loaders import create_data
 from timm_pe.method.teacher import Teacher, TeacherOutput
@@ -38,6 +38,7 @@ from timm_pe.train.meters import LossMeter
 from timm_pe.train.run_cache import allocate_cache, open_teacher_cache
 from timm_pe.train.run_task import create_run_teacher
 from timm_pe.train.student import create_student
+from timm_pe.train.teacher_precision import settle_precision
 from timm_pe.train.trainer import Trainer
 
 ROOT = Path(train_distill.__file__).parent
@@ -70,7 +71,10 @@ def stages(argv):
     runtime = setup_runtime(args)
     student = create_student(args)
     data = create_data(args, create_datasets(args, student.in_chans), student, runtime)
-    return args, create_run_teacher(args, data, runtime), data, runtime
+    teacher = create_run_teacher(args, data, runtime)
+    parts = SimpleNamespace(config=args, runtime=runtime, teacher=teacher, checkpoint='')
+    settle_precision(parts, {}, lambda: first_batch(data.train))
+    return args, teacher, data, runtime
 
 
 def never():
@@ -798,7 +802,6 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
         (['--teacher-mean', '0.4'], ['teacher mean [0.5, 0.5, 0.5] there and [0.4, 0.4, 0.4] here']),
         (['--teacher-std', '0.4'], ['teacher std']),
         (['--teacher-dtype', 'bfloat16'], ['teacher precision float32 there and bfloat16 here', 'teacher weights']),
-        (['--amp', '--amp-dtype', 'bfloat16'], ['teacher precision float32 there and AMP bfloat16 here']),
         (['--model-dtype', 'bfloat16'], ['image precision float32 there and bfloat16 here']),
         (['--teacher', 'test_vit2'], ['teacher test_vit there and test_vit2 here', 'teacher weights']),
         (['--teacher-num-classes', '3', '--kd-loss-weight', '1'], ['logits 0 there and 3 here']),

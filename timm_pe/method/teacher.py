@@ -154,7 +154,6 @@ class Teacher(nn.Module):
         # what the network can do is found out anew. None: not known yet. The network inside a wrapper (compiled, DDP) is
         # not called around it
         self._has_pre_logits: bool | None = None if is_bare else False
-        self._size_of.clear()
         # a low dtype of its own needs no autocast, and a wrapper may keep weights of its own
         self.autocast_dtype = autocast_dtype if dtype is None and is_bare else None
         if self.autocast_dtype is not None:

@@ -27,7 +27,7 @@ from ..method.weights import LAST, check_state_dict, check_weights, find_checkpo
 from ..process.files import replaced, sync_file
 from ..process.runtime import Runtime
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
-from .position import RunState, changes_of_meaning, read_run_state
+from .position import RunState, changes_of_meaning, is_precision, read_run_state
 
 _logger = logging.getLogger(__name__)
 
@@ -274,8 +274,9 @@ def saved_precision(path: str, meaning: Mapping[str, Any] | None = None) -> str 
         return None
     if run and run.teacher_precision:
         return run.teacher_precision
-    then = saved_args(path)  # of a commit before --teacher-dtype auto
-    return then.get('teacher_dtype') or (f'AMP {then.get("amp_dtype")}' if then.get('amp') else 'float32')
+    then = saved_args(path)  # of a commit before --teacher-dtype auto, or without our teacher
+    found = [then.get('teacher_dtype'), f'AMP {then.get("amp_dtype")}' if then.get('amp') else None, 'float32']
+    return next(filter(is_precision, found))
 
 
 def find_resume(flags: RunFlags) -> str:

@@ -96,13 +96,13 @@ def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime:
         low = copy.deepcopy(teacher)
         low.set_precision(dtype)
         found = _lowest_cosine(expected, low(input))
-        result = found, f'the lowest cosine between outputs in {name} and in float32 is {found:.6f} on the first batch'
+        result = found, f'the lowest cosine of {name} to float32 on the first batch is {found:.6f}'
         if found == -torch.inf:
-            result = found, f'its outputs in {name} are not finite on the first batch'
+            result = found, f'in {name} its outputs on the first batch are not finite'
     except Exception as e:  # a network may fail in many ways
         if is_out_of_memory(e):
             raise
-        result = -torch.inf, f'it fails in {name} ({one_line(e, 120)})'
+        result = -torch.inf, f'in {name} it fails ({one_line(e, 120)})'
     results: list[Any] = [result]
     if runtime.distributed:
         results = [None] * runtime.world_size
