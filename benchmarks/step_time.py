@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -50,10 +51,11 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
 from timm_pe.method.weights import check_model_name
-from timm_pe.process.runtime import has_fast_bfloat16, use_fast_kernels
+from timm_pe.process.runtime import Runtime, has_fast_bfloat16, use_fast_kernels
 from timm_pe.train.build import build as build_parts
 from timm_pe.train.meters import LossMeter
 from timm_pe.train.start import start
+from timm_pe.train.teacher_precision import choose_precision
 from timm_pe.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -189,6 +191,17 @@ def ours(case: Case, **teacher_kwargs: Any) -> Step:
     return task_step(our_task(case, **teacher_kwargs), case)
 
 
+def ours_default(case: Case) -> Step:
+    """Our step with the teacher of train_distill's defaults: its precision is decided on the first batch."""
+    config = parse_config(['--dataset', 'sklearn/digits', '--teacher', case.teacher, '--device', case.device])
+    teacher, device = case.create_teacher(**case.as_command_line()), torch.device(case.device)
+    # not setup_runtime's, whose settings of the process would hold for the variants to come
+    runtime = Runtime(device, False, 0, 1, autocast=nullcontext, scaler=None, model_dtype=None)
+    choose_precision(config, teacher, runtime, lambda: case.batches[0])
+    task = ProjectorEnsembleTask(case.create_model(case.student), teacher, device=case.device, verbose=False)
+    return task_step(task.train(), case)
+
+
 def ours_cached(case: Case) -> Step:
     """Our step with features from a memory-mapped float16 file instead of the teacher's forward."""
     task, batches = our_task(case), case.batches
@@ -283,6 +296,7 @@ VARIANTS: dict[str, Callable[[Case], Step]] = {
     'ours': ours,
     'ours_folded': lambda case: ours(case, **case.as_command_line()),
     'ours_bf16': lambda case: ours(case, **case.as_command_line(dtype=torch.bfloat16)),
+    'ours_default': ours_default,
     'ours_cached': ours_cached,
     'ours_as_many': ours_as_many,
     'timm': timm_task,
@@ -296,6 +310,7 @@ LABELS = {
     'ours': 'ours',
     'ours_folded': 'ours, folded teacher',
     'ours_bf16': 'ours, bfloat16 teacher',
+    'ours_default': 'ours as train_distill runs it by default',
     'ours_cached': 'ours, cached features',
     'ours_as_many': "ours, as many projectors as timm's task",
     'timm': "timm's FeatureDistillationTask",
@@ -646,6 +661,8 @@ def bounds(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 check(where, 'ours, folded / plain loop', 0.97, ratios['ours_folded']['paper'])
             if entry['environment']['bfloat16']:
                 check(where, 'ours, bfloat16 / float32 floor', 0.90, ratios['ours_bf16']['floor'])
+                if 'ours_default' in ratios:
+                    check(where, 'ours by default / timm', 0.90, ratios['ours_default']['timm'])
             check(where, 'cached / student alone', 1.05, ratios['ours_cached']['student'])
     for pair, entry in results.get('memory', {}).items():
         of = entry['peak_bytes']

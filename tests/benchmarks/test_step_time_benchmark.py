@@ -155,6 +155,10 @@ def test_a_bound_holds_when_the_lower_end_of_its_interval_is_not_above_it(bench)
         ('ours, folded / timm', 0.97, False),
         ('ours, folded / plain loop', 0.97, False),
     ]
+    by_default = of_step(0.9, ('ours', 'ours_bf16', 'ours_default', 'ours_cached'))
+    assert ('ours by default / timm', 0.9, True) in [
+        (b['bound'], b['limit'], b['holds']) for b in bench.bounds(by_default)
+    ]
     for ours, expected in (([101, 102, 103], (1.02, False)), ([99, 102, 103], (1.02, True))):
         memory = {'memory': {'a:b': {'peak_bytes': {'ours': ours, 'timm': [100] * 3}}}}
         assert [(b['ratio'], b['holds']) for b in bench.bounds(memory)] == [expected]

@@ -35,7 +35,7 @@ class TeacherFlags:
     teacher_input_size: int | None = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', added=True)
     teacher_mean: list[float] | None = flag(None, 'mean the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', needs='teacher', added=True)
     teacher_std: list[float] | None = flag(None, 'standard deviation the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', above=0, needs='teacher', added=True)
-    teacher_dtype: str | None = flag('auto', "precision of the teacher; 'auto' is float32, under the student's AMP, or a lower one that is fast here and changes no feature of the first batch by more than a cosine of 0.999", allowed=('auto', *DTYPES), needs='teacher', added=True)
+    teacher_dtype: str | None = flag('auto', "precision of the teacher; 'auto' is a low one where the device is fast in it and the teacher's outputs on the first batch keep a cosine above 0.999 to float32, else float32, under the student's AMP", allowed=('auto', *DTYPES), needs='teacher', added=True)
     teacher_kwargs: dict[str, Any] = flag({}, "more arguments of the teacher's architecture, k=v ...", needs='teacher', added=True)
     teacher_tap: str | None = flag(None, "module whose input is the teacher's feature", metavar='PATH', unset='the classifier', needs='teacher', added=True)
     teacher_fold: bool = switch("fold the teacher's batch norms into the layers before them, where that is exact to rounding", needs='teacher', added=True, default=True, off='no')

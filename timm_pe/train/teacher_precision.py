@@ -42,19 +42,31 @@ def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[
     if teacher is None or config.teacher_dtype != 'auto':
         return ''
     known = _find_known(config, saved_precision(parts.checkpoint, meaning), runtime)
-    low = _fast_precision(config, runtime)
-    if known is not None:
+    if known is None:
+        why = choose_precision(config, teacher, runtime, batch)
+    else:
         precision, why = known
         take_precision(teacher, precision)
-    elif low is not None:
-        lowest, why = _measure(teacher, batch()[0], low, runtime)
-        _take_low_or_default(teacher, low if lowest > LEAST_COSINE else None, config)
-    else:
-        _take_low_or_default(teacher, None, config)
-        return ''
-    _logger.info(f'--teacher-dtype auto is {teacher.precision}: {why}.')
-    if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != low:
+    if why:
+        _logger.info(f'--teacher-dtype auto is {teacher.precision}: {why}.')
+    if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != _fast_precision(config, runtime):
         _logger.warning(f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.')
+    return why
+
+
+def choose_precision(
+    config: RunConfig, teacher: Teacher, runtime: Runtime, batch: Callable[[], tuple[Any, Any]]
+) -> str:
+    """Give a teacher the low precision that this device is fast in, if that keeps it close to float32, else the usual one.
+
+    Returns:
+        The measurement in words; '' if this device is fast in no low precision.
+    """
+    low, why = _fast_precision(config, runtime), ''
+    if low is not None:
+        lowest, why = _measure(teacher, batch()[0], low, runtime)
+        low = low if lowest > LEAST_COSINE else None
+    teacher.set_precision(low, torch_dtype(config.amp_dtype) if config.amp else None)
     return why
 
 
@@ -65,10 +77,6 @@ def take_precision(teacher: Teacher, precision: str) -> None:
         teacher.set_precision(torch_dtype(name))
     else:
         teacher.set_precision(autocast_dtype=torch_dtype(name))
-
-
-def _take_low_or_default(teacher: Teacher, low: torch.dtype | None, config: RunConfig) -> None:
-    teacher.set_precision(low, torch_dtype(config.amp_dtype) if config.amp else None)
 
 
 def _find_known(config: RunConfig, saved: str | None, runtime: Runtime) -> tuple[str, str] | None:
