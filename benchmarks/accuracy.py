@@ -170,7 +170,10 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if run.result_file.exists() or (config.exists() and yaml.safe_load(config.read_text()) != run.flags):
         raise RuntimeError(f"'{run.folder}' holds a run with other flags: remove it, or give another --output")
     config.write_text(yaml.safe_dump(run.flags))
-    command = [sys.executable, str(SCRIPT), '-c', str(config)]
+    given = ['-c', str(config)]
+    if 'teacher' in run.flags and 'teacher_dtype' not in run.flags:
+        given += ['--teacher-dtype', 'float32']  # that of timm's own tasks and of the runs that are kept, on any machine
+    command = [sys.executable, str(SCRIPT), *given]
     start = time.perf_counter()
     with open(log, 'a') as f:
         code = subprocess.run(
@@ -179,7 +182,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if code:
         raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
     result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
-    result |= {'command': f'train-distill -c {config}', 'flags': run.flags}
+    result |= {'command': ' '.join(['train-distill', *given]), 'flags': run.flags}
     write(run.result_file, json.dumps(result, indent=2) + '\n')
     return result
 

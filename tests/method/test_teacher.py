@@ -514,6 +514,21 @@ def test_a_precision_that_is_set_later_is_that_of_the_constructor(precision, fol
         assert torch.equal(value, state[name])
 
 
+def test_what_was_learnt_of_a_network_in_float32_is_not_taken_for_granted_in_another_precision(model, monkeypatch):
+    teacher, head = create_teacher(model, needs_logits=False), model.forward_head
+
+    def whole_in_bfloat16(x, pre_logits=False):
+        if pre_logits and x.dtype == torch.bfloat16:
+            raise NotImplementedError
+        return head(x, pre_logits=pre_logits)
+
+    monkeypatch.setattr(model, 'forward_head', whole_in_bfloat16)
+    x = torch.randn(2, 3, 160, 160)
+    before = teacher(x).feature
+    teacher.set_precision(torch.bfloat16)
+    torch.testing.assert_close(teacher(x).feature.float(), before, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ('given', 'said'),
     [
