@@ -10,6 +10,7 @@ import torch.nn as nn
 from helpers import refused, run, summary
 from survive import COMMON, write_images
 from timm.utils import NativeScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_pe.method.teacher import Teacher, TeacherOutput
 from timm_pe.train.meters import LossMeter
@@ -176,6 +177,75 @@ def test_a_guard_next_to_a_loss_scaler_sees_gradients_before_they_are_clipped(cl
     assert int(guard.dropped) == 1
     assert torch.equal(model[0].running_mean, torch.zeros(3))
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
+
+
+class Calls(TorchDispatchMode):
+    """The operators that ran, without views of a tensor as another dtype: they start nothing on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.view.dtype, torch.ops.aten.detach.default):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('scales', [False, True])
+def test_the_guard_of_100_layers_calls_as_many_operators_as_that_of_10(scales):
+    calls = []
+    for layers in (10, 100):
+        model = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(layers)])
+        guard = UpdateGuard(model, scales)
+        with Calls() as seen:
+            guard.before_forward()
+        model(torch.randn(4, 4)).sum().backward()
+        with seen:
+            guard.after_backward()
+        calls.append(seen.names)
+    assert calls[0] == calls[1]
+    assert len(calls[0]) < 20
+
+
+class Mixed(nn.Module):
+    """Parameters and buffers of several dtypes, shapes and memory formats."""
+
+    def __init__(self):
+        super().__init__()
+        image = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+        for i, tensor in enumerate((image, torch.randn(()), torch.randn(7), torch.randn(3, 4).t())):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                name = f'{i}_{str(dtype)[6:]}'
+                self.register_parameter(f'p_{name}', nn.Parameter(tensor.to(dtype)))
+                self.register_buffer(f'b_{name}', tensor.to(dtype))
+        self.register_buffer('count', torch.tensor(3))
+
+
+@pytest.mark.parametrize('bad', [None, NAN, float('inf'), -float('inf')])
+def test_the_guard_keeps_or_zeroes_each_bit_of_each_dtype(bad):
+    torch.manual_seed(0)
+    module = Mixed()
+    guard = UpdateGuard(module, scales=False)
+    before = {k: v.clone() for k, v in module.named_buffers()}
+    guard.before_forward()
+    for buffer in module.buffers():
+        buffer.copy_(torch.full_like(buffer, 9) if bad is None or not buffer.is_floating_point() else bad)
+    given = {}
+    for name, parameter in module.named_parameters():
+        parameter.grad = torch.full_like(parameter, -0.0) if name.startswith('p_3') else torch.randn_like(parameter)
+        given[name] = parameter.grad.clone()
+    if bad is not None:
+        module.get_parameter('p_2_float16').grad[1] = bad
+    guard.after_backward()
+    assert int(guard.dropped) == (bad is not None)
+    for name, parameter in module.named_parameters():
+        wanted = given[name] if bad is None else torch.zeros_like(given[name])
+        bits = torch.int32 if wanted.element_size() == 4 else torch.int16
+        assert torch.equal(parameter.grad.view(bits), wanted.view(bits))
+    for name, buffer in module.named_buffers():
+        wanted = torch.full_like(buffer, 9) if bad is None or name == 'count' else before[name]
+        assert torch.equal(buffer, wanted)
 
 
 def test_the_guard_never_waits_for_the_device(monkeypatch):
