@@ -179,6 +179,46 @@ def test_a_guard_next_to_a_loss_scaler_sees_gradients_before_they_are_clipped(cl
     assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
 
 
+def report(guard, *updates):
+    """Log after updates that are dropped (True) or not."""
+    weight = guard.parameters[0]
+    for dropped in updates:
+        guard.before_forward()
+        weight.grad = torch.full_like(weight, NAN if dropped else 1.0)
+        guard.after_backward()
+    guard.say('')
+
+
+def test_a_loss_scale_that_finds_its_level_does_not_end_a_run(caplog):
+    guard = UpdateGuard(nn.Linear(3, 2), scales=True)
+    for updates in ([True], [True] * 15, [True] * 8 + [False], [True] * 32):
+        report(guard, *updates)
+    assert [record.message.partition(': ')[0][-24:] for record in caplog.records] == [
+        f' {n} of the last {of} updates'[-24:] for n, of in ((1, 1), (15, 15), (8, 9), (32, 32))
+    ]
+    assert 'each halved the loss scale' in caplog.text
+
+
+@pytest.mark.parametrize('reports', [[50], [10, 10, 10, 10], [1] * 33])
+def test_updates_that_are_dropped_at_any_loss_scale_end_a_run(reports):
+    guard = UpdateGuard(nn.Linear(3, 2), scales=True)
+    for number in reports[:-1]:
+        report(guard, *[True] * number)
+    with pytest.raises(
+        NonFiniteLoss, match=rf'all of the last {sum(reports)} updates, though each halved the loss scale'
+    ):
+        report(guard, *[True] * reports[-1])
+
+
+def test_without_a_loss_scale_two_dropped_updates_that_are_all_of_a_report_end_a_run():
+    guard = UpdateGuard(nn.Linear(3, 2), scales=False)
+    report(guard, True)
+    report(guard)
+    report(guard, True)
+    with pytest.raises(NonFiniteLoss, match='all of the last 2 updates$'):
+        report(guard, True, True)
+
+
 class Calls(TorchDispatchMode):
     """The operators that ran, without views of a tensor as another dtype: they start nothing on a device."""
 

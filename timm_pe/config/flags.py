@@ -361,5 +361,5 @@ class RunFlags:
     tta: int = flag(0, 'validation: average the outputs of this many images in a row; 0 averages none')
     resume: str = flag('', "continue from this checkpoint, or 'auto' from the newest in the run's folder: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run')
     no_resume_opt: bool = switch('with --resume: weights only, fresh optimizer and schedule state', needs='resume')
-    nonfinite: str = flag('stop', "what a loss or gradient that is NaN or infinite does: 'stop' the run, or 'skip' the update and say so", choices=('stop', 'skip'), added=True)
+    nonfinite: str = flag('stop', "what a loss or gradient that is NaN or infinite does: 'stop' the run, or 'skip' the update and say so, until all updates between two log lines are skipped (with float16's loss scale, which first has to fall: more than 32 in a row)", choices=('stop', 'skip'), added=True)
     evaluate: str = flag('', 'validate the student in this checkpoint or run folder, and stop; model, data, sizes and normalization are those of its run unless given; a --teacher is not even loaded', metavar='PATH', added=True)

@@ -15,6 +15,10 @@ from ..process.runtime import Runtime
 
 _logger = logging.getLogger(__name__)
 
+# A loss scaler starts at 65536 and halves its scale at each dropped update: after 16 it is 1. A run that goes on from a
+# larger scale needs more.
+HALVINGS = 32
+
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -74,7 +78,7 @@ class UpdateGuard:
         self.statistics = _as_integers(statistics)
         self.kept = _as_integers([b.clone() for b in statistics])
         self.scales = scales
-        self.updates, self.said = 0, (0, 0)
+        self.updates, self.said, self.in_a_row = 0, (0, 0), 0
         self.dropped = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
 
     def before_forward(self) -> None:
@@ -107,14 +111,20 @@ class UpdateGuard:
             why: The terms that were not finite, and where.
 
         Raises:
-            NonFiniteLoss: All of them were, and there was more than one.
+            NonFiniteLoss: All of them were, and there was more than one; with a loss scaler, whose scale falls at each,
+                more than `HALVINGS` in a row.
         """
         dropped, (dropped_before, updates_before) = int(self.dropped), self.said
         new, of = dropped - dropped_before, self.updates - updates_before
         self.said = dropped, self.updates
-        if new and new == of and of > 1:
-            raise NonFiniteLoss(f'{why or "gradients not finite"}, and so all of the last {of} updates')
-        if new:
-            _logger.warning(
-                f'--nonfinite skip left out {new} of the last {of} updates: {why or "gradients not finite"}.'
+        why = why or 'gradients not finite'
+        self.in_a_row = self.in_a_row + new if new == of else 0
+        if self.in_a_row > HALVINGS and self.scales:
+            raise NonFiniteLoss(
+                f'{why}, and so all of the last {self.in_a_row} updates, though each halved the loss scale'
             )
+        if new == of > 1 and not self.scales:
+            raise NonFiniteLoss(f'{why}, and so all of the last {of} updates')
+        if new:
+            scale = '; each halved the loss scale' if self.scales else ''
+            _logger.warning(f'--nonfinite skip left out {new} of the last {of} updates: {why}{scale}.')
