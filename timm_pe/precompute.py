@@ -10,8 +10,6 @@ import logging
 import time
 from functools import partial
 
-import torch.distributed as dist
-
 from .config.cli import exit_with_error
 from .config.run_config import RunConfig, parse_config
 from .data.epochs import first_batch, view_loader
@@ -95,8 +93,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
                 fill_view(config, cache, teacher, data, runtime, view)
                 # as a share of all images: those that have rows were readable
                 say_unreadable(data.train, cache.num_images, runtime)
-            if runtime.distributed:
-                dist.barrier()
+            runtime.gather(None)  # until all have written
             cache.look()
         _logger.info(f'Teacher cache: {cache.describe()}.')
     leave_ranks()

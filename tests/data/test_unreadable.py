@@ -105,7 +105,7 @@ def test_counting_changes_nothing_of_a_data_set(images):
     for a, b in zip(counting, plain, strict=True):
         assert a[1] == b[1]
         assert a[0].tobytes() == b[0].tobytes()
-    assert describe_unreadable(counting, 72, distributed=False) == (0, '')
+    assert describe_unreadable(counting, 72) == (0, '')
 
 
 def test_a_count_is_told_once_and_names_the_file(images):
@@ -114,9 +114,9 @@ def test_a_count_is_told_once_and_names_the_file(images):
     assert isinstance(dataset[0][0], Image.Image)
     assert (
         "1 of 72 images could not be read and were replaced by other images, the first is 'ant/0.png'"
-        in describe_unreadable(dataset, 72, False)[1]
+        in describe_unreadable(dataset, 72)[1]
     )
-    assert describe_unreadable(dataset, 72, False) == (0, '')
+    assert describe_unreadable(dataset, 72) == (0, '')
 
 
 def test_an_error_of_a_transform_is_not_taken_for_a_file(images):
@@ -143,7 +143,7 @@ def test_the_first_look_reads_no_image_that_an_epoch_would_count(images, more):
             truncate(Path(dataset.filename(index, absolute=True)))
     input, _ = first_batch(loader)
     time.sleep(2)  # what workers would read ahead
-    assert describe_unreadable(loader.dataset, 1, False) == (0, '')
+    assert describe_unreadable(loader.dataset, 1) == (0, '')
     torch.testing.assert_close(input, next(iter_epoch(loader)), rtol=0, atol=0)
 
 
@@ -169,7 +169,7 @@ def test_a_look_at_the_targets_is_not_counted(images):
     truncate(images / 'train' / 'ant' / '0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     _check_target(dataset)
-    assert describe_unreadable(dataset, 1, False) == (0, '')
+    assert describe_unreadable(dataset, 1) == (0, '')
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])

@@ -69,6 +69,76 @@ def _check_tensorboard(folder):
     assert agreeing == pytest.approx(round(agreeing), abs=1e-4)
 
 
+# a process that joins another; the default group waits two seconds, rank 0 is busy for four
+BUSY = """
+import datetime, logging, sys, time
+import torch.distributed as dist
+from timm_pe.config.run_config import parse_config
+from timm_pe.process.runtime import on_primary, setup_runtime
+from timm_pe.process.signals import Interrupts
+
+logging.basicConfig(level=logging.INFO)
+join = dist.init_process_group
+dist.init_process_group = lambda **kwargs: join(**kwargs, timeout=datetime.timedelta(seconds=2))
+runtime = setup_runtime(parse_config(['DATA', '--device', 'cpu']))
+on_primary(runtime, lambda: time.sleep(4), 'a large file')
+interrupts = Interrupts(runtime)
+if runtime.is_primary:
+    time.sleep(4)
+assert interrupts.requested() == 0
+if runtime.is_primary:
+    time.sleep(4)
+assert runtime.share(runtime.rank) == 0 and runtime.gather(runtime.rank) == [0, 1]
+dist.destroy_process_group()
+"""
+
+
+def start_ranks(script):
+    """Two processes on this machine, each a rank of a job; returns what they said and their exit codes."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    env = {**env, 'WORLD_SIZE': '2', 'OMP_NUM_THREADS': '1'}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-c', script],
+            env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return said, [rank.returncode for rank in ranks]
+
+
+def test_ranks_wait_for_rank_0_longer_than_their_devices_would():
+    said, codes = start_ranks(BUSY)
+    assert codes == [0, 0], said
+    assert '2 ranks connect by gloo, network interface: ' in said[0]
+
+
+def test_hosts_that_cannot_connect_say_so_and_wait_on_their_devices():
+    refuse = """
+def refuse(**kwargs):
+    raise RuntimeError('connectFullMesh failed: Connection refused')
+
+dist.new_group = refuse
+"""
+    script = BUSY.replace('runtime = setup', f'{refuse}runtime = setup').replace('time.sleep(4)', 'time.sleep(0)')
+    said, codes = start_ranks(script)
+    assert codes == [0, 0], said
+    assert 'gloo (connectFullMesh failed: Connection refused)' in said[0]
+    assert 'GLOO_SOCKET_IFNAME names the network interface to use' in said[0]
+
+
+def test_objects_are_exchanged_by_the_runtime_alone():
+    sources = {path: path.read_text() for path in (ROOT / 'timm_pe').rglob('*.py')}
+    words = ('_object(', '_object_list(', 'dist.barrier(')
+    assert {path.name for path, text in sources.items() if any(word in text for word in words)} == {'runtime.py'}
+
+
 def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(small_run, tmp_path):
     # all 36 images in one step an epoch: which rank draws which image cannot matter
     settings = [*small_run, *PAIR, '--lr', '0.05', '--color-jitter', '0.4', '--distill-loss-weight', '5']

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from timm.data.model_config import resolve_input_data_config
@@ -56,8 +55,7 @@ def _check_ranks(datasets: tuple[Dataset[Any] | None, Dataset[Any]], runtime: Ru
     """
     if not runtime.distributed:
         return
-    ranks: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(ranks, [class_map_of(dataset) or {} for dataset in datasets])
+    ranks = runtime.gather([class_map_of(dataset) or {} for dataset in datasets])
     for rank, maps in enumerate(ranks):
         for first, other in zip(ranks[0], maps, strict=True):
             name = next((n for n in {**first, **other} if first.get(n) != other.get(n)), None)

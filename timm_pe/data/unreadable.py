@@ -3,9 +3,9 @@
 import io
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
@@ -147,14 +147,13 @@ def forget_unreadable(dataset: Any) -> None:
         counting.take_warnings()
 
 
-def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
+def describe_warnings(
+    dataset: Any, images: int, gather: Callable[[Any], list[Any]] = lambda own: [own]
+) -> tuple[int, str]:
     """Number of images read with a warning in a pass over a data set, and a message; arguments as below."""
     counting = _counting(dataset)
     said = counting.take_warnings() if counting is not None else (0, '', '')
-    ranks: list[Any] = [said]
-    if distributed:
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, said)
+    ranks = gather(said)
     number = sum(n for n, _, _ in ranks)
     if not number:
         return 0, ''
@@ -162,23 +161,22 @@ def describe_warnings(dataset: Any, images: int, distributed: bool) -> tuple[int
     return number, f"{number} of {images} images were read with a warning, the first is '{first}': {text}"
 
 
-def describe_unreadable(dataset: Any, images: int, distributed: bool) -> tuple[int, str]:
+def describe_unreadable(
+    dataset: Any, images: int, gather: Callable[[Any], list[Any]] = lambda own: [own]
+) -> tuple[int, str]:
     """Number of unreadable images in a pass over a data set, and a message; '' if there were none.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
         images: Number of images requested, over all ranks.
-        distributed: Whether to count over all ranks; then all must call.
+        gather: Gives a value of each rank, as `Runtime.gather`, if there are several.
 
     Raises:
         RunError: They are more than 10, and more than a tenth.
     """
     counting = _counting(dataset)
-    number, first = counting.take_count() if counting is not None else (0, '')
-    if distributed:
-        counts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(counts, (number, first))
-        number, first = sum(n for n, _ in counts), next((name for n, name in counts if n), '')
+    counts = gather(counting.take_count() if counting is not None else (0, ''))
+    number, first = sum(n for n, _ in counts), next((name for n, name in counts if n), '')
     if number > max(_FEW, _MAX_SHARE * images):
         raise RunError(
             f"{number} of {images} images cannot be read, the first is '{first}': are the disk and the files in order?"

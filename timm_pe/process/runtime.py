@@ -2,11 +2,13 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,11 @@ from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, one_line
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar('_T')
+
+# how long ranks wait for what one of them does alone, such as to allocate a cache or to delete an old run; PyTorch's own
+# limits are 10 minutes (NCCL) and 30 (gloo)
+HOST_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Runtime:
         autocast: Context of a forward pass.
         scaler: Loss scaler of float16 AMP, else None.
         model_dtype: Dtype of the parameters, None means float32.
+        hosts: Gloo group of all ranks, in which they wait for each other on the host; None is the default group, where
+            there is one rank or gloo cannot connect.
     """
 
     device: torch.device
@@ -45,11 +54,26 @@ class Runtime:
     autocast: Callable[[], AbstractContextManager[Any]]
     scaler: NativeScaler | None
     model_dtype: torch.dtype | None
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_primary(self) -> bool:
         """Whether this rank writes files and logs."""
         return self.rank == 0
+
+    def gather(self, own: _T) -> list[_T]:
+        """The value of each rank, by rank; all ranks must call it, and wait up to `HOST_TIMEOUT` for the last."""
+        ranks = [own] * self.world_size
+        if self.distributed:
+            dist.all_gather_object(ranks, own, group=self.hosts)
+        return ranks
+
+    def share(self, own: _T) -> _T:
+        """The value of rank 0; all ranks must call it, and wait up to `HOST_TIMEOUT` for rank 0."""
+        shared = [own]
+        if self.distributed:
+            dist.broadcast_object_list(shared, src=0, group=self.hosts)
+        return shared[0]
 
 
 def setup_runtime(config: RunConfig) -> Runtime:
@@ -102,6 +126,7 @@ def setup_runtime(config: RunConfig) -> Runtime:
         if config.amp and amp_dtype == torch.float16 and device.type == 'cuda'
         else None,
         model_dtype=model_dtype,
+        hosts=_connect_hosts(device, joined['world_size']) if distributed else None,
     )
 
 
@@ -112,19 +137,40 @@ def use_fast_kernels(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def _connect_hosts(device: torch.device, world_size: int) -> dist.ProcessGroup | None:
+    """Make the group of the hosts; None, and a warning, if they cannot connect.
+
+    Waiting in it needs no device, whose own group NCCL would end after 10 minutes, with a core busy on each rank.
+    """
+    interface = os.environ.get('GLOO_SOCKET_IFNAME', "that of the host's name")
+    _logger.info(
+        f'{world_size} ranks connect by gloo, network interface: {interface} (GLOO_SOCKET_IFNAME names another).'
+    )
+    group, why = None, ''
+    try:
+        group = cast(dist.ProcessGroup, dist.new_group(backend='gloo', timeout=HOST_TIMEOUT))
+    except RuntimeError as e:
+        why = one_line(e)
+    failed = torch.tensor(int(bool(why)), device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if not failed:
+        return group
+    _logger.warning(
+        f'The hosts cannot connect by gloo ({why or "another rank says so"}): ranks wait for each other on the devices, and '
+        f'signals are looked for now and then. GLOO_SOCKET_IFNAME names the network interface to use.'
+    )
+    return None
+
+
 @contextmanager
 def ranks_together(runtime: Runtime) -> Iterator[None]:
     """Let all ranks continue, or stop all with the error of the first rank that has one."""
-    failures: list[UsageError | RunError | None] = [None]
+    own: UsageError | RunError | None = None
     try:
         yield
     except (UsageError, RunError) as e:
-        failures = [e]
-    if runtime.distributed:
-        own = failures[0]
-        failures = [None] * runtime.world_size
-        dist.all_gather_object(failures, own)
-    failure = next(filter(None, failures), None)
+        own = e
+    failure = next(filter(None, runtime.gather(own)), None)
     if failure:
         raise failure
 

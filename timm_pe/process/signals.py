@@ -1,21 +1,17 @@
 """SIGTERM, SIGINT and SIGUSR1 as a request to stop after the step, which all ranks see at the same step."""
 
 import contextlib
-import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from ..errors import one_line
 from .runtime import Runtime
 
-_logger = logging.getLogger(__name__)
 # updates between two checks for signals if each check waits for the devices
 SELDOM = 50
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
@@ -84,34 +80,17 @@ class Interrupts:
         self.distributed = runtime is not None and runtime.distributed
         self.device = runtime.device if runtime is not None else torch.device('cpu')
         self.signum = 0
-        self.group: dist.ProcessGroup | None = None
-        self.every, self.asked = 1, 0
+        self.group = runtime.hosts if runtime is not None else None
+        waits_for_device = self.distributed and self.group is None and self.device.type != 'cpu'
+        self.every, self.asked = SELDOM if waits_for_device else 1, 0
 
     def __enter__(self) -> 'Interrupts':
-        if self.distributed and dist.get_backend() != 'gloo':
-            self._join_hosts()
         # Python allows only the main thread to set signal handlers
         here = SIGNALS if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self._handle) for number in here}
         global _entered
         _entered += 1
         return self
-
-    def _join_hosts(self) -> None:
-        """Make a gloo group, so that no check waits for a device; if it fails, devices check every `SELDOM` updates."""
-        why = ''
-        try:
-            self.group = cast(dist.ProcessGroup, dist.new_group(backend='gloo'))
-        except RuntimeError as e:
-            why = one_line(e)
-        failed = torch.tensor(int(bool(why)), device=self.device)
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
-        if failed:
-            self.group, self.every = None, SELDOM
-            _logger.warning(
-                f'The hosts cannot connect by gloo ({why or "another rank says so"}): signals are looked for '
-                f'every {SELDOM} updates. GLOO_SOCKET_IFNAME names the network interface to use.'
-            )
 
     def __exit__(self, *error: object) -> None:
         global _entered
@@ -131,7 +110,7 @@ class Interrupts:
         self.asked += 1
         if self.asked % self.every:
             return 0
-        signum = torch.tensor(self.signum, device='cpu' if self.every == 1 else self.device)
+        signum = torch.tensor(self.signum, device=self.device if self.group is None else 'cpu')
         dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
         return int(signum)
 

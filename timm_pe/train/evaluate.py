@@ -119,7 +119,7 @@ def validate(
 def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
     """Log how many images of a pass were unreadable or gave a warning, unless the pass before had the same number."""
     for describe in (describe_unreadable, describe_warnings):
-        number, said = describe(loader.dataset, images, runtime.distributed)
+        number, said = describe(loader.dataset, images, runtime.gather)
         known = loader.__dict__.setdefault('_said', {})
         if said and known.get(describe) != number:
             _logger.warning(said)

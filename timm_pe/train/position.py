@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 
@@ -121,10 +120,7 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         'teacher': config.teacher or config.kd_model_name,
         'teacher_weights': hashes,
     }
-    shared = [meaning]
-    if runtime.distributed:  # random weights of timm's own teacher differ between ranks
-        dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+    return runtime.share(meaning)  # random weights of timm's own teacher differ between ranks
 
 
 def is_precision(value: Any) -> bool:
@@ -251,9 +247,7 @@ def take_rank_state(
     if not runtime.distributed:
         return [own]
     own['buffers'] = {name: buffer.cpu() for name, buffer in _buffers(task).items()}
-    ranks: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(ranks, own)
-    return ranks
+    return runtime.gather(own)
 
 
 def check_rank_state(state: RunState, task: TrainingTask, runtime: Runtime) -> None:

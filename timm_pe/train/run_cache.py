@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
@@ -64,10 +63,7 @@ def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, r
     with ranks_together(runtime):
         if runtime.is_primary:
             cache.find_changed()
-    if runtime.distributed:
-        stale = [cache.stale]
-        dist.broadcast_object_list(stale, src=0)
-        cache.stale = stale[0]
+    cache.stale = runtime.share(cache.stale)
     with ranks_together(runtime):
         cache.look()
         if several and not cache.is_complete:
@@ -158,6 +154,4 @@ def _on_several_machines(runtime: Runtime) -> bool:
     if not runtime.distributed:
         return False
     boot = Path('/proc/sys/kernel/random/boot_id')
-    machines: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(machines, (platform.node(), boot.read_text() if boot.exists() else ''))
-    return len(set(machines)) > 1
+    return len(set(runtime.gather((platform.node(), boot.read_text() if boot.exists() else '')))) > 1

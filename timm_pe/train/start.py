@@ -202,8 +202,7 @@ def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str
     found = Found(path, *checkpoints.resume(config, path, parts.task, optimizer, runtime, meaning)) if path else Found()
     if not runtime.distributed:
         return found
-    ranks: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(ranks, (os.path.basename(path), found.epoch, found.state.batch if found.state else None))
+    ranks = runtime.gather((os.path.basename(path), found.epoch, found.state.batch if found.state else None))
     if len(set(ranks)) > 1:
         other = next(r for r, of_rank in enumerate(ranks) if of_rank != ranks[0])
         said = [
