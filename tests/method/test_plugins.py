@@ -150,3 +150,57 @@ def test_a_projector_of_the_wrong_width_is_refused_before_a_loss_can_broadcast_i
     ensemble = ProjectorEnsemble(4, 6, 2, 'narrow')
     with pytest.raises(UsageError, match=r"projector 'narrow' must map \[b, 4\] to \[b, 6\].*give \[3, 2, 1\]"):
         ensemble(torch.randn(3, 4))
+
+
+SPARE = """
+import torch.nn as nn
+from timm_pe import register_projector
+
+
+@register_projector('narrow')
+class Narrow(nn.Module):
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.used, self.spare = nn.Linear(in_dim, out_dim), nn.Linear(in_dim, 2)
+
+    def forward(self, x):
+        return self.used(x)
+"""
+
+
+def test_a_projector_with_parameters_that_get_no_gradient_is_refused_in_one_line(
+    installed, small_run, tmp_path, capsys
+):
+    installed('my-projectors', SPARE)
+    models = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--no-teacher-eval']
+    error = refused([*small_run, *models, '--pe-projector', 'narrow', '--pe-projectors', '2'], capsys)
+    assert (
+        "projector 'narrow' has parameters without a gradient, 0.spare.weight, 0.spare.bias, 1.spare.weight and 1 more"
+        in error
+    )
+    assert 'use them in its forward, or take them out of it' in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_projector_that_is_cut_off_from_its_parameters_is_refused(installed):
+    installed('my-projectors', SPARE.replace('self.used(x)', 'self.used(x).detach()'))
+    with pytest.raises(
+        UsageError, match="'narrow' has parameters without a gradient, 0.used.weight, 0.used.bias, 0.spare"
+    ):
+        ProjectorEnsemble(4, 6, 1, 'narrow').check_gradients()
+
+
+@pytest.mark.parametrize('name', ['linear', 'mlp', 'linear_bn', 'orthogonal', 'identity', 'narrow'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_looking_for_gradients_changes_nothing(name, dtype, installed):
+    installed(
+        'my-projectors',
+        GOOD.replace('nn.Linear(7, out_dim)', 'nn.Dropout(0.5), nn.BatchNorm1d(7), nn.Linear(7, out_dim)'),
+    )
+    ensemble = ProjectorEnsemble(6, 6, 1, name).to(dtype).eval()
+    before, random = {k: v.clone() for k, v in ensemble.state_dict().items()}, torch.get_rng_state()
+    ensemble.check_gradients()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module.training for module in ensemble.modules())
+    assert all(torch.equal(value, before[k]) for k, value in ensemble.state_dict().items())
+    assert all(p.grad is None for p in ensemble.parameters())

@@ -5,7 +5,8 @@ To add one, decorate with `@register_projector('name')` a function or class `(in
 random init, and applies the activation after them. It may also live in a package of its own, see plugins.py.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -246,6 +247,31 @@ class ProjectorEnsemble(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.project(x).mean(dim=1)
+
+    def check_gradients(self) -> None:
+        """Raise unless each parameter gets a gradient from the output for a random feature; nothing is changed.
+
+        Raises:
+            UsageError: Some get none. They would never train, and DDP would fail in the second step.
+        """
+        trained = [name for name, p in self.projectors.named_parameters() if p.requires_grad]
+        if not trained:
+            return
+        projectors = copy.deepcopy(self.projectors).train()  # a forward may change its running statistics
+        parameters = [projectors.get_parameter(name) for name in trained]
+        devices = [parameters[0].device] if parameters[0].is_cuda else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            output = projectors(torch.randn(16, self.in_dim).to(parameters[0])).sum()
+            gradients: Sequence[torch.Tensor | None] = [None] * len(parameters)
+            if output.requires_grad:
+                gradients = torch.autograd.grad(output, parameters, allow_unused=True)
+        unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+        if unused:
+            more = f' and {len(unused) - 3} more' if len(unused) > 3 else ''
+            raise UsageError(
+                f"projector '{self.projector}' has parameters without a gradient, {', '.join(unused[:3])}{more}: use them "
+                f'in its forward, or take them out of it'
+            )
 
     def extra_repr(self) -> str:
         return f'{self.num_projectors} x {self.projector}({self.in_dim}, {self.out_dim}), act={self._act}'

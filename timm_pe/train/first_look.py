@@ -53,8 +53,9 @@ def look_at_first_batch(
     activation.
 
     Raises:
-        UsageError: A feature or logit that is not finite.
+        UsageError: A feature or logit that is not finite, or a projector's parameter without a gradient.
     """
+    task.projection.check_gradients()
     input, target = batch
     input = input.to(runtime.device, runtime.model_dtype or torch.float32)
     with runtime.autocast():

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..config.derive import torch_dtype
@@ -82,10 +81,9 @@ def take_precision(teacher: Teacher, precision: str) -> None:
 def _find_known(config: RunConfig, saved: str | None, runtime: Runtime) -> tuple[str, str] | None:
     """The precision of what the run goes on with, and what that is in words; that of rank 0."""
     cached = cached_precision(config.teacher_cache)
-    known = [(saved, 'as in the checkpoint') if saved else (cached, 'as in the teacher cache') if cached else None]
-    if runtime.distributed:
-        dist.broadcast_object_list(known, src=0)
-    return known[0]
+    return runtime.share(
+        (saved, 'as in the checkpoint') if saved else (cached, 'as in the teacher cache') if cached else None
+    )
 
 
 def _fast_precision(config: RunConfig, runtime: Runtime) -> torch.dtype | None:
@@ -111,11 +109,7 @@ def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime:
         if is_out_of_memory(e):
             raise
         result = -torch.inf, f'in {name} it fails ({one_line(e, 120)})'
-    results: list[Any] = [result]
-    if runtime.distributed:
-        results = [None] * runtime.world_size
-        dist.all_gather_object(results, result)
-    return min(results, key=lambda of_rank: of_rank[0])
+    return min(runtime.gather(result), key=lambda of_rank: of_rank[0])
 
 
 def _lowest_cosine(expected: TeacherOutput, actual: TeacherOutput) -> float:
