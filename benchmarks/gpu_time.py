@@ -198,28 +198,31 @@ def _step_of(task: TrainingTask, place: Place, guards: bool = False) -> Step:
 VARIANTS: dict[str, Callable[[Place], Step]] = {
     'student': student_alone,
     'teacher': teacher_alone,
-    'ours': lambda place: ours(place, autocast_dtype=place.setting.autocast_dtype),
-    'ours_low': lambda place: ours(place, dtype=place.setting.autocast_dtype or torch.bfloat16),
+    'ours': lambda place: ours(place, dtype=place.setting.autocast_dtype),
+    'ours_guarded': lambda place: ours(place, guards=True, dtype=place.setting.autocast_dtype),
+    'ours_autocast': lambda place: ours(place, autocast_dtype=place.setting.autocast_dtype),
     'ours_cast_each_step': ours,
-    'ours_guarded': lambda place: ours(place, guards=True, autocast_dtype=place.setting.autocast_dtype),
+    'ours_bfloat16': lambda place: ours(place, dtype=torch.bfloat16),
     'timm': timm_task,
 }
 LABELS = {
     'student': 'student alone',
     'teacher': 'teacher forward alone',
-    'ours': 'ours, teacher under autocast, its weights cast once',
-    'ours_low': 'ours, teacher in the low precision (bfloat16 beside float32)',
-    'ours_cast_each_step': 'ours, teacher under autocast, its weights cast in each step',
+    'ours': 'ours',
     'ours_guarded': 'ours, with --nonfinite skip',
+    'ours_autocast': 'ours, teacher under autocast, its weights cast once',
+    'ours_cast_each_step': 'ours, teacher under autocast, its weights cast in each step',
+    'ours_bfloat16': 'ours, --teacher-dtype bfloat16',
     'timm': "timm's FeatureDistillationTask",
 }
 
 
 def variants_of(setting: Setting) -> list[str]:
-    """What is measured in a setting: without autocast nothing is cast, and each compiled variant takes a minute."""
+    """What is measured in a setting; each compiled variant takes a minute."""
     if setting.compile:
         return ['student', 'teacher', 'ours', 'timm']
-    return [name for name in VARIANTS if setting.autocast_dtype or name != 'ours_cast_each_step']
+    others = ('ours_bfloat16',) if setting.autocast_dtype else ('ours_autocast', 'ours_cast_each_step')
+    return [name for name in VARIANTS if name not in others]
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -247,7 +250,9 @@ def measure_steps(place: Place, rounds: int, repeats: int) -> dict[str, Any]:
             for name, values in seconds.items()
         },
         'peak_bytes': peaks,
-        'profile': profile(steps['ours']) if place.case.device != 'cpu' else None,
+        'profile': {
+            n: profile(steps[n]) for n in ('ours', 'ours_guarded', 'timm') if n in steps and place.case.device != 'cpu'
+        },
     }
 
 
@@ -331,9 +336,11 @@ def format_table(results: Mapping[str, Any]) -> str:
             ratios = [format_interval(of) if (of := entry['ratios'][name].get(o)) else '' for o in ('floor', 'timm')]
             peak = entry['peak_bytes'][name]
             lines.append(f'| {LABELS[name]} | {ms:.2f} | {" | ".join(ratios)} | {peak / 1e6:.0f} |' if peak else f'| {LABELS[name]} | {ms:.2f} | {" | ".join(ratios)} | |')  # fmt: skip
-        if entry['profile']:
-            kernels, idle = entry['profile']['kernels_a_step'], entry['profile']['idle_share']
-            lines += ['', f'Our step runs {kernels:.0f} kernels; the GPU is idle for {idle:.1%} of it.']
+        for name, of in entry['profile'].items():
+            lines += [
+                '',
+                f'{LABELS[name]}: {of["kernels_a_step"]:.0f} kernels a step, the GPU idle for {of["idle_share"]:.1%} of it.',
+            ]
     for key, entry in results['loader'].items():
         speeds = ', '.join(f'{name} {speed:.0f} images/s' for name, speed in entry['images_per_s'].items())
         lines += ['', f'## From memory, {key.replace(":", " -> ")}', '', f'{speeds}; time of an epoch, pinned / pageable: {format_interval(entry["pinned_over_pageable"])}.']  # fmt: skip

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from conftest import DEVICE
-from helpers import PAIR, load, run, stopped, summary
+from helpers import PAIR, load, make_trainer, run, stopped, summary
 from timm.utils import load_checkpoint_metadata
 
 from timm_pe.process import runtime as runtimes
@@ -66,6 +66,12 @@ def test_a_float16_run_that_is_stopped_and_resumed_ends_as_one_left_alone(
     for a, b in zip(*states, strict=True):
         if isinstance(a, torch.Tensor) and a.dtype == torch.uint8:  # random states, not statistics
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='on a CPU it depends on its instructions')
+@pytest.mark.parametrize(('flags', 'precision'), [([], 'float32'), (AMP, 'float16')])
+def test_the_teacher_takes_the_precision_of_amp(flags, precision, on_device, monkeypatch):
+    assert make_trainer([*on_device, *PAIR, *flags], monkeypatch).teacher.precision == precision
 
 
 @pytest.mark.parametrize('mode', [[], ['--torchcompile-mode', 'reduce-overhead']], ids=['default', 'reduce-overhead'])
