@@ -3,7 +3,7 @@
     python benchmarks/gpu_time.py                        # `make bench-gpu`; --help lists what can be chosen
 
 Each measurement is written into RESULTS as soon as it is there, as JSON and as a table; one that would begin after --minutes
-is left out, and named.
+is left out, and named. The same command goes on where it ended, on the same hardware and versions.
 
 steps    medians of whole training steps, with the ratios of a round and their intervals (see step_time.py), peak memory of
          each variant, and of our step its kernel launches and the share of the time in which the GPU has nothing to do
@@ -52,12 +52,20 @@ from timm_pe.train.nonfinite import UpdateGuard
 
 ROOT = Path(__file__).resolve().parent
 SETTINGS = ('float32', 'bfloat16', 'bfloat16+channels_last', 'float16+channels_last', 'bfloat16+channels_last+compile')
-# what is measured, the most telling first
+# what is measured, the most telling first: part, pair, batch size, settings
 PLAN = (
-    ('resnet34:resnet18', 256, ('bfloat16+channels_last', 'float32', 'float16+channels_last', 'bfloat16')),
-    ('resnet34:resnet18', 32, ('bfloat16+channels_last', 'float32')),
-    ('vit_small_patch16_224:resnet18', 256, ('bfloat16+channels_last', 'float32')),
-    ('resnet34:resnet18', 256, ('bfloat16+channels_last+compile',)),
+    ('steps', 'resnet34:resnet18', 256, ('bfloat16+channels_last', 'float32', 'float16+channels_last')),
+    ('steps', 'resnet34:resnet18', 32, ('bfloat16+channels_last',)),
+    ('steps', 'vit_small_patch16_224:resnet18', 256, ('bfloat16+channels_last',)),
+    ('loader', 'resnet34:resnet18', 256, ('bfloat16+channels_last',)),
+    ('steps', 'resnet34:resnet18', 256, ('bfloat16+channels_last+compile', 'bfloat16')),
+    ('steps', 'resnet34:resnet18', 32, ('float32',)),
+    ('steps', 'vit_small_patch16_224:resnet18', 256, ('float32',)),
+)
+# on a CPU, to try the benchmark itself
+SMALL_PLAN = (
+    ('steps', 'test_resnet:test_resnet', 8, SETTINGS),
+    ('loader', 'test_resnet:test_resnet', 8, SETTINGS[1:2]),
 )
 PARTS = ('steps', 'loader')
 
@@ -358,22 +366,32 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
         os.replace(partial, name)
 
 
+def read_known(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file has of this hardware and these versions; anything else is replaced."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    same = known.get('environment') == dict(here)
+    return known if same else {'environment': dict(here), 'date': f'{date.today()}', 'steps': {}, 'loader': {}}
+
+
 def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """Part, name and measurement of all that is asked for, in order."""
-    small, loaded = args.device == 'cpu', False
-    for pair, batch, settings in (('test_resnet:test_resnet', 8, SETTINGS),) if small else PLAN:
+    small = args.device == 'cpu'
+    for part, pair, batch, settings in SMALL_PLAN if small else PLAN:
+        if part not in args.parts:
+            continue
         case = Case(*read_pair(pair, 0)[:2], batch, 32 if small else 224, args.device)
+        if part == 'loader':
+            load = (2, 4, 0) if small else (3, 20, 12)
+            yield part, f'{pair}, batch {batch}', lambda c=case, n=load: measure_loader(c, *n)
+            continue
         for name in settings:
-            if name not in args.settings or 'steps' not in args.parts:
-                continue
-            place = Place(case, Setting.read(name))
-            repeats = 1 if small else max(1, 512 // batch)
-            key = f'{pair}, batch {batch}, {name}'
-            yield 'steps', key, lambda p=place, r=repeats: measure_steps(p, args.rounds, r)
-        if not loaded and 'loader' in args.parts:
-            loaded, load = True, (2, 4, 0) if small else (4, 40, 12)
-            key = f'{pair}, batch {batch}'
-            yield 'loader', key, lambda c=case, n=load: measure_loader(c, *n)
+            if name in args.settings:
+                place, repeats = Place(case, Setting.read(name)), 1 if small else max(1, 512 // batch)
+                yield (
+                    part,
+                    f'{pair}, batch {batch}, {name}',
+                    lambda p=place, r=repeats: measure_steps(p, args.rounds, r),
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -400,9 +418,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'--rounds must be 1 or more, got {args.rounds}')
     logging.getLogger('timm_pe').setLevel(logging.WARNING)
     use_fast_kernels(torch.device(args.device))
-    results: dict[str, Any] = {'environment': environment(args.device), 'date': f'{date.today()}', 'steps': {}, 'loader': {}, 'left_out': []}  # fmt: skip
+    results = {**read_known(args.output, environment(args.device)), 'left_out': []}
     try:
         for part, key, run in planned(args):
+            if key in results[part]:
+                continue
             minutes = (time.perf_counter() - began) / 60
             if minutes > args.minutes:
                 results['left_out'].append(key)
