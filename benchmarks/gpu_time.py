@@ -3,7 +3,7 @@
     python benchmarks/gpu_time.py                        # `make bench-gpu`; --help lists what can be chosen
 
 Each measurement is written into RESULTS as soon as it is there, as JSON and as a table; one that would begin after --minutes
-is left out, and named. The same command goes on where it ended, on the same hardware and versions.
+is left out, and named. The same command goes on where it ended, on the same card and versions.
 
 steps    medians of whole training steps, with the ratios of a round and their intervals (see step_time.py), peak memory of
          each variant, and of our step its kernel launches and the share of the time in which the GPU has nothing to do
@@ -367,9 +367,9 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def read_known(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file has of this hardware and these versions; anything else is replaced."""
+    """What a file has of this card and these versions; anything else is replaced."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    same = known.get('environment') == dict(here)
+    same = all(known.get('environment', {}).get(name) == here.get(name) for name in ('device', 'gpu', 'torch', 'timm'))
     return known if same else {'environment': dict(here), 'date': f'{date.today()}', 'steps': {}, 'loader': {}}
 
 
