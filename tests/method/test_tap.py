@@ -567,12 +567,16 @@ def test_before_dropout_nothing_drops_in_eval_and_a_deepcopy_drops_on_its_own():
     assert not torch.equal(holder['model'](images), holder['model'].eval()(images))
 
 
-def test_removing_a_tap_gives_the_dropout_back():
+def test_removing_a_tap_gives_the_dropout_back_for_a_new_classifier_too():
     model = timm.create_model('test_resnet', num_classes=5, drop_rate=0.5)
     tap = FeatureTap(model, before_dropout=True)
     assert model.drop_rate == 0
+    model.reset_classifier(7)  # which the tap does not see
+    features = torch.ones(1, model.num_features, 4, 4)
+    assert torch.equal(model.forward_head(features), model.forward_head(features))
     tap.remove()
     assert model.drop_rate == 0.5
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
 
 
 def test_a_classifier_that_drops_itself_drops_once():

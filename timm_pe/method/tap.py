@@ -36,8 +36,8 @@ class FeatureTap:
         path: Name of the submodule whose input is the feature (`'fc'`), instead of what `get_classifier()` gives.
         before_dropout: In training, give the feature before the dropout in front of the classifier. If the model
             applies dropout by its `drop_rate` instead of a module, the tap applies it instead (and sets that rate to 0)
-            with the same random numbers, so that the model's output stays bit for bit the same. Only if a single layer
-            classifies and `path` is not given.
+            with the same random numbers, so that the model's output stays bit for bit the same. A new classifier would
+            train without dropout: `remove()` the tap before. Only if a single layer classifies and `path` is not given.
 
     Attributes:
         width: Number of channels `d` of the feature.
