@@ -18,16 +18,20 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from ..config.derive import given_classes, label_smoothing, loader_workers, mixing_active, pins_memory, torch_dtype
+from ..config.rules import data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..process.runtime import Runtime
 from ..process.signals import ignore_in_worker
 from .datasets import check_num_classes, class_map_of, count_classes, read_whole_on_each_rank
 from .epochs import plain_loader, seed_loader
-from .targets import ClassTarget, MultiLabelTargets
+from .targets import ClassTarget, MultiLabelTargets, check_columns
 from .unreadable import forget_unreadable
 
 _logger = logging.getLogger(__name__)
+
+# kinds of data sets with labels in a column or a file, where any number may be
+_LABELLED = ('hfds', 'hfids', 'tfds', 'wds')
 
 
 @dataclass
@@ -86,6 +90,8 @@ def create_data(
     """
     _check_ranks(datasets, runtime)
     num_classes = cast(int, student.num_classes)
+    for dataset in filter(None, datasets):
+        check_columns(dataset, None if config.task == 'multilabel' else num_classes)
     if config.task == 'multilabel':
         for dataset in filter(None, datasets):
             target = MultiLabelTargets(num_classes, dense=config.target_format == 'multihot')
@@ -93,8 +99,12 @@ def create_data(
             _check_target(dataset)
     else:
         check_num_classes(datasets, num_classes, given=given_classes(config) is not None)
+        if datasets[0] is not None and count_classes(datasets[1]) is None and given_classes(config) is None:
+            _logger.warning(
+                f'The data does not tell its classes: the student has {num_classes}; --num-classes gives another number.'
+            )
         for dataset in filter(None, datasets):
-            if count_classes(dataset) is None:
+            if count_classes(dataset) is None or data_kind(config) in _LABELLED:
                 cast(Any, dataset).target_transform = ClassTarget(num_classes)
     try:
         data_config = resolve_input_data_config(student, args=config.as_dict())

@@ -86,6 +86,8 @@ def one_line_errors(prog: str, resume: str = NOT_BEGUN) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as e:
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
     except RuntimeError as e:
+        if 'Streaming dataset' in str(e):  # timm's reader of hfids/ has fewer shards than loader processes
+            exit_with_error(f'--workers: {str(e).strip().splitlines()[-1].removeprefix("RuntimeError: ")}', prog=prog)
         if not is_out_of_memory(e):
             raise
         exit_with_error(f'{OUT_OF_MEMORY} ({one_line(e)})', code=1, prog=prog)
