@@ -304,10 +304,13 @@ def test_a_precision_that_is_none_is_refused(odd, argv, capsys):
     assert f"is no training checkpoint: the teacher's precision is {odd!r}" in said
 
 
-def test_an_analysis_runs_the_teacher_as_the_run_did(argv, fast_bfloat16, slow_bfloat16):
-    folder = folder_of(argv, 'run', '--epochs', '1')
+def test_an_analysis_runs_the_teacher_as_the_run_did(small_run, fast_bfloat16, slow_bfloat16):
+    argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']
+    alone = folder_of(argv, 'alone')
+    folder = folder_of(argv, 'run', '--teacher-checkpoint', str(alone))
     slow_bfloat16()
-    assert open_run(RunFolder(folder), Options()).teacher.precision == 'bfloat16'
+    for opened in (open_run(RunFolder(folder), Options()), open_run(RunFolder(alone), Options(), [RunFolder(folder)])):
+        assert opened.teacher.precision == 'bfloat16'
     assert analysis.analyze(folder)['cosine']['validation']
     assert checkpoints.saved_precision(str(folder / 'last.pth.tar')) == 'bfloat16'
 

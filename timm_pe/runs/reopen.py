@@ -30,7 +30,6 @@ from ..train.build import build, hint
 from ..train.checkpoints import check_learnt_classes, saved_args, saved_precision
 from ..train.run_task import create_run_teacher
 from ..train.student import place_student
-from ..train.teacher_precision import take_precision
 
 CHECKPOINTS = ('last', 'best')
 MAX_TRAIN_IMAGES = 5000
@@ -161,6 +160,7 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
         without_weights(config),
         data_dir=options.data_dir or config.data_dir,
         teacher_checkpoint=options.teacher_checkpoint or config.teacher_checkpoint,
+        teacher_dtype=_decided_dtype(config, checkpoint_file(folder, options)),
         device=options.device or config.device,
         validation_batch_size=options.batch_size or config.validation_batch_size,
         workers=config.workers if options.workers is None else options.workers,
@@ -168,6 +168,17 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
         channels_last=False,
         no_prefetcher=False,
     )
+
+
+def _decided_dtype(config: RunConfig, checkpoint: Path) -> str | None:
+    """--teacher-dtype of a run, with what 'auto' was in its checkpoint."""
+    if config.teacher_dtype != 'auto':
+        return config.teacher_dtype
+    try:
+        precision = saved_precision(str(checkpoint))
+    except Exception:  # whatever it may be: loading it says so
+        return config.teacher_dtype
+    return None if precision is None or precision.startswith('AMP ') else precision  # None follows --amp
 
 
 def checkpoint_file(folder: RunFolder, options: Options) -> Path:
@@ -205,9 +216,6 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
             teacher = create_run_teacher(teacher_config, parts.data, parts.runtime)
     if teacher is not None:
         teacher.needs_logits = True  # the run may not have needed them
-        precision = saved_precision(str(checkpoint))
-        if config.teacher_dtype == 'auto' and precision is not None:
-            take_precision(teacher, precision)
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
     epoch = _load_checkpoint(checkpoint, student, task)
     return OpenRun(
