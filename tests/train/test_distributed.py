@@ -142,7 +142,7 @@ def test_objects_are_exchanged_by_the_runtime_alone():
 def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(small_run, tmp_path):
     # all 36 images in one step an epoch: which rank draws which image cannot matter
     settings = [*small_run, *PAIR, '--lr', '0.05', '--color-jitter', '0.4', '--distill-loss-weight', '5']
-    settings += ['--teacher-num-classes', '3']
+    settings += ['--teacher-num-classes', '3', '--teacher-dtype', 'float32']
     out = launch([*settings, '-b', '18', '--log-tb'], tmp_path)
     assert out.returncode == 0, out.stderr
     _check_tensorboard(tmp_path / 'run')
