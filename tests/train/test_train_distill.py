@@ -112,7 +112,7 @@ def test_the_start_says_every_resolved_choice_once(finished):
         r'learning rate +0\.02 \(sgd, cosine',
         r'global batch +8 = 8 x 1 ranks x 1 steps',
         r'loader workers +0 \(as -j says\)',
-        r'precision +float32 +(?:float32|bfloat16 \(auto: the lowest cosine)',
+        r'precision +float32 +(?:float32|bfloat16 \(auto\))\n',
         r'device +cpu, world size 1',
         r'versions +timm_pe \S+, timm 1\.\S+, torch \d\S+, Python 3\.',
     ):

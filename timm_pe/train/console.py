@@ -113,7 +113,6 @@ def start_table(
     rates: tuple[float, float],
     teacher: Teacher | None = None,
     cache: TeacherCache | None = None,
-    why_precision: str = '',
 ) -> str:
     """Every resolved choice of a run, in one table.
 
@@ -128,7 +127,6 @@ def start_table(
         rates: Learning rate and weight decay.
         teacher: The `Teacher`, or None.
         cache: The `TeacherCache`, or None.
-        why_precision: Why the teacher has its precision, in words; '' if there is nothing to say.
     """
     size = 'x'.join(map(str, data.config['input_size']))
     columns = [
@@ -147,7 +145,7 @@ def start_table(
             'input': _teacher_input(teacher, data.config['input_size']),
             'mean': _numbers(teacher.mean),
             'std': _numbers(teacher.std),
-            'precision': f'{teacher.precision}{f" (auto: {why_precision})" if why_precision else ""}',
+            'precision': f'{teacher.precision}{" (auto)" if config.teacher_dtype == "auto" and teacher.dtype else ""}',
         }
         rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
         projection = cast(ProjectorEnsembleTask, task).projection

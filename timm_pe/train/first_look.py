@@ -29,21 +29,21 @@ from .trackers import TeacherAgreement, is_tracked
 _logger = logging.getLogger(__name__)
 
 
-def prepare_teacher(parts: Parts, meaning: Mapping[str, Any]) -> tuple[TeacherCache | None, str]:
+def prepare_teacher(parts: Parts, meaning: Mapping[str, Any]) -> TeacherCache | None:
     """Settle the teacher's precision, open its cache, which depends on it, and look at its first outputs.
 
     Raises:
         UsageError: See `open_teacher_cache` and `look_at_first_batch`.
 
     Returns:
-        The cache, if there is one; and why the teacher has its precision.
+        The cache, if there is one.
     """
     batch = functools.cache(functools.partial(first_batch, parts.data.train))
-    why_precision = settle_precision(parts, meaning, batch)
+    settle_precision(parts, meaning, batch)
     cache = open_teacher_cache(parts.config, parts.teacher, parts.data, parts.runtime)
     if isinstance(parts.task, ProjectorEnsembleTask):
         look_at_first_batch(parts.task, batch(), parts.runtime, cache)
-    return cache, why_precision
+    return cache
 
 
 def look_at_first_batch(

@@ -92,7 +92,7 @@ def start(parts: Parts) -> Trainer | None:
     )
     if config.model_ema:
         _set_up_average(config, task, found.path, meaning, runtime)
-    cache, why_precision = prepare_teacher(parts, meaning)
+    cache = prepare_teacher(parts, meaning)
     prepare_task(task, config, runtime)
     guard = None
     if config.nonfinite == 'skip':
@@ -111,7 +111,7 @@ def start(parts: Parts) -> Trainer | None:
     agreement = check_teacher(parts)
     allocate_cache(cache, parts.teacher, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
-    _announce(parts, span, rates, cache, folder, why_precision)
+    _announce(parts, span, rates, cache, folder)
     return Trainer(
         parts,
         optimizer,
@@ -427,7 +427,6 @@ def _announce(
     rates: tuple[float, float],
     cache: TeacherCache | None,
     folder: RunFolder,
-    why_precision: str,
 ) -> None:
     """Print every resolved choice, once."""
     assert parts.task is not None
@@ -442,6 +441,5 @@ def _announce(
         rates,
         parts.teacher,
         cache,
-        why_precision,
     )
     _logger.info(f'\n{table}\n{"folder":<16}{folder.path}\n')

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 LEAST_COSINE = 0.999
 
 
-def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[], tuple[Any, Any]]) -> str:
+def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[], tuple[Any, Any]]) -> None:
     """Decide the precision of a teacher with --teacher-dtype auto; call it on all ranks, which all decide the same.
 
     A checkpoint that the run goes on with has it already, and so has an existing cache: rows of one cache are of one
@@ -33,13 +33,10 @@ def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[
         parts: The run's parts; the teacher is changed in place, and must not be compiled yet.
         meaning: The run's (see `run_meaning`): a checkpoint of another teacher decides nothing.
         batch: Gives the first training batch; called where it is needed.
-
-    Returns:
-        Why it has its precision, in words; '' if there was nothing to decide.
     """
     config, runtime, teacher = parts.config, parts.runtime, parts.teacher
     if teacher is None or config.teacher_dtype != 'auto':
-        return ''
+        return
     known = _find_known(config, saved_precision(parts.checkpoint, meaning), runtime)
     if known is None:
         why = choose_precision(config, teacher, runtime, batch)
@@ -50,7 +47,6 @@ def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[
         _logger.info(f'--teacher-dtype auto is {teacher.precision}: {why}.')
     if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != _fast_precision(config, runtime):
         _logger.warning(f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.')
-    return why
 
 
 def choose_precision(
