@@ -1,5 +1,6 @@
 """The precision that --teacher-dtype auto takes, from where, and that nothing of a run depends on how it was found."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -136,12 +137,13 @@ class Network(nn.Module):
         return self.odd_logits(logits) if self.odd_logits and low else logits
 
 
-def settle(network, *flags, needs_logits=False, images=None):
+def settle(network, *flags, needs_logits=False, images=None, device='cpu'):
     """The teacher that `network` makes, its precision settled; and why."""
     config = parse_config(['--dataset', 'sklearn/digits', '--device', 'cpu', '--teacher', 'test_vit', *flags])
+    runtime = dataclasses.replace(setup_runtime(config), device=torch.device(device))
     teacher = Teacher(network, tap='fc', needs_logits=needs_logits)
     images = torch.rand(4, 3, 8, 8) if images is None else images
-    return teacher, choose_precision(config, teacher, setup_runtime(config), lambda: (images, None))
+    return teacher, choose_precision(config, teacher, runtime, lambda: (images, None))
 
 
 def fails(x):
@@ -203,7 +205,7 @@ def test_a_network_without_parameters_takes_the_precision_too(fast_bfloat16):
 def test_on_cuda_it_is_the_precision_of_amp_that_is_measured(flags, dtype, monkeypatch):
     measured = []
     monkeypatch.setattr(teacher_precision, '_measure', lambda *args: measured.append(args[2]) or (1.0, 'measured'))
-    teacher, _ = settle(Network(), *flags, device=torch.device('cuda'))
+    teacher, _ = settle(Network(), *flags, device='cuda')
     assert measured == ([dtype] if dtype else [])
     assert teacher.dtype == dtype
 
