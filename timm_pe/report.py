@@ -53,6 +53,7 @@ PROG = 'python -m timm_pe.report'
 _SVG, _XLINK = 'http://www.w3.org/2000/svg', 'http://www.w3.org/1999/xlink'
 _CURVES = {
     'eval_top1': ('Validation top-1, %', ''),
+    'eval_cosine': ('Validation cosine', "To the teacher's feature, on images held out."),
     'eval_loss': ('Validation loss', ''),
     'train_loss': ('Training loss', 'The weighted sum that is trained on: not to be compared between methods.'),
     'train_task_loss': ('Task loss', 'Raw, on training batches: what the labels ask for.'),
@@ -368,7 +369,8 @@ def render(runs: Sequence[Run]) -> str:
 
 def _data_name(run: Run) -> str:
     folder = run.args.get('data') or run.args.get('data_dir') or ''
-    return run.args.get('dataset') or os.path.basename(os.path.normpath(folder))
+    folders = [folder] if run.has_labels else run.args['unlabeled']
+    return run.args.get('dataset') or ', '.join(os.path.basename(os.path.normpath(path)) for path in folders)
 
 
 def analyse_missing(runs: Sequence[Run]) -> None:
@@ -377,7 +379,7 @@ def analyse_missing(runs: Sequence[Run]) -> None:
     Raises:
         UsageError: An analysis failed; the message says how to do without it.
     """
-    missing = [run for run in runs if run.analysis is None]
+    missing = [run for run in runs if run.analysis is None and run.has_labels]
     if not missing:
         return
     from .analysis import analyze

@@ -41,13 +41,13 @@ def mixing_active(flags: AugmentationFlags) -> bool:
 
 
 def default_metric(flags: LossFlags) -> str:
-    """The default metric that selects the best epoch: top-1, or mAP for multi-label data."""
+    """The default metric that selects the best epoch of a run with labels: top-1, or mAP for multi-label data."""
     return 'map' if flags.task == 'multilabel' else 'top1'
 
 
 def ranked_by(config: RunConfig) -> str:
     """The metric that selects the best epoch of a run."""
-    return config.eval_metric or default_metric(config)
+    return config.eval_metric or (default_metric(config) if config.has_labels else 'cosine')
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

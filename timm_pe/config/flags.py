@@ -85,11 +85,18 @@ class DataFlags:
     target_key: str | None = flag(None, 'name of the label column of the data set', unset='by the type of the data set')
     target_format: str | None = flag(None, 'multi-label targets of the data set: lists of class indices or 0/1 vectors', choices=['indices', 'multihot'])
     dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import')
+    unlabeled: list[str] = flag([], 'train on images without labels: all that lie in these folders, at any depth; no data folder is given then, and the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
+    val_fraction: float = flag(0.05, 'share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
 
     @property
     def root(self) -> str:
         """Folder of the data set, '' if none is given."""
         return self.data_dir or self.data or ''
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether images come with labels; else the run is the pretraining of a backbone on --unlabeled."""
+        return bool(self.root or self.dataset or not self.unlabeled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +364,7 @@ class RunFlags:
     output: str = flag('', "parent of the run's folder", metavar='DIR', unset='./output/train')
     experiment: str = flag('', "name of the run's folder", metavar='NAME', unset='date, model, size')
     overwrite: bool = switch("delete an earlier run in the run's folder; without this flag the earlier run is moved aside, to NAME.1 and so on", added=True)
-    eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label')
+    eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label, cosine without labels')
     tta: int = flag(0, 'validation: average the outputs of this many images in a row; 0 averages none')
     resume: str = flag('', "continue from this checkpoint, or 'auto' from the newest in the run's folder: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run')
     no_resume_opt: bool = switch('with --resume: weights only, fresh optimizer and schedule state', needs='resume')

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .declare import declared_in, name_of
 from .flags import DataFlags
+from .without_labels import METRICS, check_without_labels
 
 if TYPE_CHECKING:
     from .run_config import RunConfig
@@ -85,6 +86,7 @@ def check(config: 'RunConfig', refuse: Refuse) -> None:
     _check_needs(config, refuse)
     _check_teacher(config, refuse)
     _check_cache(config, refuse)
+    check_without_labels(config, refuse)
     _check_task(config, refuse)
     _check_losses(config, refuse)
     _check_sizes(config, refuse)
@@ -264,9 +266,11 @@ def _check_cache(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_task(config: 'RunConfig', refuse: Refuse) -> None:
-    if config.eval_metric not in (None, *_METRICS[config.task]):
-        known = ', '.join(_METRICS[config.task])
-        refuse(f'--eval-metric of --task {config.task} must be one of {known}, got {config.eval_metric!r}')
+    metrics, of = _METRICS[config.task], f'of --task {config.task}'
+    if not config.has_labels:
+        metrics, of = METRICS, 'without labels'
+    if config.eval_metric not in (None, *metrics):
+        refuse(f'--eval-metric {of} must be one of {", ".join(metrics)}, got {config.eval_metric!r}')
     if config.target_format and config.task != 'multilabel':
         refuse('--target-format needs --task multilabel')
     if config.task == 'multilabel' and (config.kd_model_name or config.aug_splits):
@@ -381,7 +385,9 @@ def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
-    if not config.root and not config.dataset and not config.evaluate:  # --evaluate takes the data from its run
+    if (
+        config.has_labels and not config.root and not config.dataset and not config.evaluate
+    ):  # --evaluate takes the data from its run
         refuse('no data: give a folder, or --dataset NAME (try --dataset sklearn/digits)')
     if config.resume == 'auto' and not config.experiment:
         refuse('--resume auto needs --experiment: it continues in the folder of that name')

@@ -22,6 +22,7 @@ from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
+from .unlabeled import check_unlabeled, create_unlabeled, describe_unlabeled
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -116,9 +117,13 @@ def _image_mode(flags: DataFlags, in_chans: int) -> str:
     return flags.input_img_mode or ('RGB' if in_chans == 3 else 'L')
 
 
-def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: int) -> Dataset[Any]:
-    if in_chans not in (1, 3) and not config.input_img_mode:
+def _check_channels(flags: DataFlags, in_chans: int) -> None:
+    if in_chans not in (1, 3) and not flags.input_img_mode:
         raise UsageError(f'the student has {in_chans} input channels: say with --input-img-mode how images become that')
+
+
+def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: int) -> Dataset[Any]:
+    _check_channels(config, in_chans)
     mode = _image_mode(config, in_chans)
     if config.dataset.lower() in _BUILT_IN_READERS:
         return ImageDataset(config.root, reader=_BUILT_IN_READERS[config.dataset.lower()](split), input_img_mode=mode)
@@ -193,6 +198,9 @@ def check_data(flags: DataFlags) -> None:
     Raises:
         UsageError: No such folder, or an unknown kind of data set.
     """
+    if not flags.has_labels:
+        check_unlabeled(flags.unlabeled)
+        return
     name, root = flags.dataset.lower(), flags.root
     if name in _BUILT_IN_READERS:
         return
@@ -216,7 +224,7 @@ def check_data(flags: DataFlags) -> None:
 
 
 def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] | None, Dataset[Any]]:
-    """Open the training split (None if the run only evaluates) and the validation split.
+    """Open the training split (None if the run only evaluates) and the validation split; of --unlabeled, the part held out.
 
     Args:
         config: Run settings.
@@ -225,6 +233,9 @@ def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] 
     Raises:
         UsageError: No such data, no images, or splits whose classes differ.
     """
+    if not config.has_labels:
+        _check_channels(config, in_chans)
+        return create_unlabeled(config, _image_mode(config, in_chans))
     _check_split_folders(config)
     train = None if config.evaluate else _create_dataset(config, config.train_split, True, in_chans)
     evaluation = _create_dataset(config, config.val_split, False, in_chans)
@@ -326,13 +337,16 @@ def count_images(dataset: Any) -> int:
     return int(described) if described and isinstance(dataset, IterableDataset) else len(dataset)
 
 
-def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
+def describe_data(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
     """Rows of the start table about the data: its size, and what was left out.
 
     Args:
+        flags: Flags of the data.
         train: Training split.
         evaluation: Validation split.
     """
+    if not flags.has_labels:
+        return describe_unlabeled(train, evaluation, flags.val_fraction)
     sizes = class_sizes(train)
     images = f'{count_images(train)} training, {count_images(evaluation)} validation images'
     rows = [('data', f'{images} of {len(sizes)} classes' if sizes else images)]

@@ -58,6 +58,34 @@ def find_split(root: str, split: str) -> str | None:
     return None
 
 
+def scan_folder(root: str, endings: frozenset[str], ignored: Counter[str]) -> tuple[list[str], list[str]]:
+    """Images anywhere below a folder, and folders without subfolders, both relative to it.
+
+    Args:
+        root: The folder.
+        endings: Endings of images, with their dots.
+        ignored: Counts the files left out, by kind.
+    """
+    images, innermost = [], []
+    for path, subfolders, files in os.walk(root, followlinks=True):
+        for name in [n for n in subfolders if n.startswith('.') or n == '__MACOSX']:
+            subfolders.remove(name)
+            ignored['hidden'] += sum(len(inside) for _, _, inside in os.walk(os.path.join(path, name)))
+        subfolders[:] = [n for n in subfolders if not _leads_back(os.path.join(path, n))]
+        folder = '' if path == root else os.path.relpath(path, root)
+        if folder and not subfolders:
+            innermost.append(folder)
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith('.'):
+                ignored['hidden'] += 1
+            elif ending in endings:
+                images.append(os.path.join(folder, name))
+            else:
+                ignored[ending or 'without ending'] += 1
+    return images, innermost
+
+
 class FolderReader(Reader):
     """Images anywhere below a folder, each labelled by the name of a folder above it.
 
@@ -87,7 +115,7 @@ class FolderReader(Reader):
         super().__init__()
         self.root = root
         self.ignored: Counter[str] = Counter()
-        images, folders = self._scan(endings or image_endings())
+        images, folders = scan_folder(root, endings or image_endings(), self.ignored)
         if not images:
             left_out = f' ({describe_ignored(self.ignored)})' if self.ignored else ''
             raise UsageError(f"no images in '{root}'{left_out}: put those of each class into a folder of its name")
@@ -107,27 +135,6 @@ class FolderReader(Reader):
         if not self.samples:
             raise UsageError(f"no image in '{root}' is of a class that '{class_map}' names")
         self.empty = sorted(folder for folder in folders if not holds_images.intersection(_with_parents(folder)))
-
-    def _scan(self, endings: frozenset[str]) -> tuple[list[str], list[str]]:
-        """Images, and folders without subfolders, both relative to the root; counts the files left out."""
-        images, innermost = [], []
-        for path, subfolders, files in os.walk(self.root, followlinks=True):
-            for name in [n for n in subfolders if n.startswith('.') or n == '__MACOSX']:
-                subfolders.remove(name)
-                self.ignored['hidden'] += sum(len(inside) for _, _, inside in os.walk(os.path.join(path, name)))
-            subfolders[:] = [n for n in subfolders if not _leads_back(os.path.join(path, n))]
-            folder = '' if path == self.root else os.path.relpath(path, self.root)
-            if folder and not subfolders:
-                innermost.append(folder)
-            for name in files:
-                ending = os.path.splitext(name)[1].lower()
-                if name.startswith('.'):
-                    self.ignored['hidden'] += 1
-                elif ending in endings:
-                    images.append(os.path.join(folder, name))
-                else:
-                    self.ignored[ending or 'without ending'] += 1
-        return images, innermost
 
     def _check_classes(self, images: list[str], folders: set[str], class_depth: int | None) -> None:
         if '' in folders:

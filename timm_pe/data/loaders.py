@@ -90,22 +90,8 @@ def create_data(
     """
     _check_ranks(datasets, runtime)
     num_classes = cast(int, student.num_classes)
-    for dataset in filter(None, datasets):
-        check_columns(dataset, None if config.task == 'multilabel' else num_classes)
-    if config.task == 'multilabel':
-        for dataset in filter(None, datasets):
-            target = MultiLabelTargets(num_classes, dense=config.target_format == 'multihot')
-            cast(Any, dataset).target_transform = target
-            _check_target(dataset)
-    else:
-        check_num_classes(datasets, num_classes, given=given_classes(config) is not None)
-        if datasets[0] is not None and count_classes(datasets[1]) is None and given_classes(config) is None:
-            _logger.warning(
-                f'The data does not tell its classes: the student has {num_classes}; --num-classes gives another number.'
-            )
-        for dataset in filter(None, datasets):
-            if count_classes(dataset) is None or data_kind(config) in _LABELLED:
-                cast(Any, dataset).target_transform = ClassTarget(num_classes)
+    if config.has_labels:
+        _check_labels(config, datasets, num_classes)
     try:
         data_config = resolve_input_data_config(student, args=config.as_dict())
     except ValueError as e:
@@ -120,6 +106,26 @@ def create_data(
     if train is not None:
         _init_workers(train)
     return Data(train, evaluation, mixup, data_config)
+
+
+def _check_labels(config: RunConfig, datasets: tuple[Dataset[Any] | None, Dataset[Any]], num_classes: int) -> None:
+    """Refuse labels that do not fit the student, where they are known; others are checked as they are read."""
+    for dataset in filter(None, datasets):
+        check_columns(dataset, None if config.task == 'multilabel' else num_classes)
+    if config.task == 'multilabel':
+        for dataset in filter(None, datasets):
+            target = MultiLabelTargets(num_classes, dense=config.target_format == 'multihot')
+            cast(Any, dataset).target_transform = target
+            _check_target(dataset)
+        return
+    check_num_classes(datasets, num_classes, given=given_classes(config) is not None)
+    if datasets[0] is not None and count_classes(datasets[1]) is None and given_classes(config) is None:
+        _logger.warning(
+            f'The data does not tell its classes: the student has {num_classes}; --num-classes gives another number.'
+        )
+    for dataset in filter(None, datasets):
+        if count_classes(dataset) is None or data_kind(config) in _LABELLED:
+            cast(Any, dataset).target_transform = ClassTarget(num_classes)
 
 
 def _init_workers(loader: Any) -> None:

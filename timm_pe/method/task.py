@@ -70,7 +70,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         student_model: Student model to train, on its device.
         teacher_model: A timm name, any module, a `Teacher`, or a timm `DistillationTeacher`. A name is created with its
             own pretrained weights and its own classes. The module is frozen in place.
-        criterion: Task loss. Created by timm's create_classification_loss() from criterion_kwargs when None.
+        criterion: Task loss. Created by timm's create_classification_loss() from criterion_kwargs when None; a student
+            without a classifier (num_classes=0) then has none, and targets are not read.
         criterion_kwargs: Arguments for it.
         teacher_pretrained_path: Checkpoint for a teacher given by name.
         teacher_pretrained_cfg_overlay: timm's pretrained cfg overrides for a teacher given by name.
@@ -165,9 +166,16 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.trainable_module = ProjectorEnsembleModule(
             student_model, projection.to(device=self.device, dtype=self.dtype), tap, target
         )
-        self.criterion = resolve_classification_loss(
-            criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
-        )
+        self.criterion = None  # type: ignore[assignment]  # timm's tasks always have one
+        if criterion is not None or getattr(student, 'num_classes', None) != 0:
+            self.criterion = resolve_classification_loss(
+                criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
+            )
+        elif task_loss_weight:
+            raise UsageError(
+                'the student has no classifier (num_classes=0), so there is no task loss: leave task_loss_weight out, or '
+                'give a criterion for its features'
+            )
         self.multi_label, self.threshold = multi_label, threshold
         task_weight, distill_weight, loss = TARGETS[target]
         self.feature_loss_name = feature_loss or loss
@@ -175,6 +183,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.target, self.teacher_norm = target, teacher_norm
         self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
         self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
+        if self.criterion is None:
+            self.task_loss_weight = 0.0
         self.kd_loss_weight, self.kd_temperature = kd_loss_weight, kd_temperature
         if self.verbose:
             self._log_settings()
@@ -292,8 +302,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
                 `[b, c]`; those that no loss reads may be None. The teacher does not run then.
 
         Returns:
-            `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss`, `pe_loss`, and
-            with a KD weight `logit_loss`.
+            `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss` (if there is a
+            criterion), `pe_loss`, and with a KD weight `logit_loss`.
         """
         if teacher is None:
             # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
@@ -302,9 +312,12 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             self._settle_act(teacher.feature)
         logits, projected = self.trainable_module(input)
         aim = teacher.logits if self.target == 'logits' else normalize_teacher(teacher.feature, self.teacher_norm)
-        terms = {'task_loss': self.criterion(logits, target), 'pe_loss': self.feature_loss(projected, aim)}
+        terms = {} if self.criterion is None else {'task_loss': self.criterion(logits, target)}
+        terms['pe_loss'] = self.feature_loss(projected, aim)
         self._check_feature_loss(terms['pe_loss'], projected)
-        loss = self.task_loss_weight * terms['task_loss'] + self.distill_loss_weight * terms['pe_loss']
+        weighted = [(self.task_loss_weight, 'task_loss'), (self.distill_loss_weight, 'pe_loss')]
+        first, *others = [weight * terms[name] for weight, name in weighted if name in terms]
+        loss = sum(others, first)
         if self.kd_loss_weight:
             if teacher.logits is None or logits.shape != teacher.logits.shape:
                 given = None if teacher.logits is None else list(teacher.logits.shape)

@@ -313,13 +313,18 @@ class Teacher(nn.Module):
         return x.clone() if self._compiled else x
 
     @torch.no_grad()
-    def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
+    def forward_uncompiled(self, x: torch.Tensor) -> TeacherOutput:
+        """Feature and logits of the student's batch, whatever `needs_logits` is, for other batches than those of training."""
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
             # a compiled network would meet other shapes here, and its graphs would become dynamic for training too
             logits = unwrap_model(self.model)(x)
-        self.tap.pop()
+        return TeacherOutput(self.tap.pop(), logits)
+
+    def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
+        logits = self.forward_uncompiled(x).logits
+        assert logits is not None
         return logits
 
     def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:

@@ -76,6 +76,11 @@ class Run:
         return [row for row in self.rows if row.get('eval_top1') is not None]
 
     @property
+    def has_labels(self) -> bool:
+        """Whether it was trained with labels."""
+        return not self.args.get('unlabeled') or any(self.args.get(k) for k in ('data', 'data_dir', 'dataset'))
+
+    @property
     def final(self) -> dict[str, float | None]:
         """The last validated row; empty if there is none."""
         return self.validated[-1] if self.validated else {}
@@ -274,6 +279,8 @@ def differing(run: Run, other: Run) -> list[str]:
 
 
 def _data_folder(run: Run) -> str:
+    if not run.has_labels:
+        return ' '.join(map(os.path.abspath, run.args['unlabeled']))
     folder = run.args.get('data_dir') or run.args.get('data')
     return os.path.abspath(folder) if folder else 'none'
 
@@ -355,7 +362,7 @@ def describe_method(run: Run) -> str:
     task_weight, distill_weight, loss = TARGETS[target]
     loss = args.get('pe_loss') or loss
     given = [
-        (args.get('task_loss_weight'), task_weight, 'task loss'),
+        (args.get('task_loss_weight'), task_weight if run.has_labels else 0, 'task loss'),
         (args.get('distill_loss_weight'), distill_weight, loss),
         (args.get('kd_loss_weight'), 0, f'KL at T = {args.get("kd_temperature", 4):g}'),
     ]

@@ -156,6 +156,8 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
     config = folder.config()
     if config.task == 'multilabel' or config.naflex_loader:
         raise UsageError('runs with --task multilabel or --naflex-loader cannot be analysed')
+    if not config.has_labels:
+        raise UsageError('a run without labels cannot be analysed: its measures are in summary.csv')
     return replace(
         without_weights(config),
         data_dir=options.data_dir or config.data_dir,

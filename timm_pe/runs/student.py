@@ -81,10 +81,11 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
     config = replace(without_weights(config), data_dir=data_dir or config.data_dir)
     weights = read_state_dict(run_folder.student_file, 'RUN')
     learnt = saved_classes(run_folder) or {}
-    classes = (
-        given_classes(config) or classes_in_checkpoint(config.model, weights) or max(learnt.values(), default=-1) + 1
-    )
-    model = create_student(config, classes or None).eval()
+    classes: int | None = 0
+    if config.has_labels:
+        known = given_classes(config) or classes_in_checkpoint(config.model, weights)
+        classes = known or max(learnt.values(), default=-1) + 1 or None
+    model = create_student(config, classes).eval()
     load_weights(model, weights, 'RUN', str(run_folder.student_file))
     try:
         data_config = resolve_input_data_config(model, args=config.as_dict())
@@ -98,7 +99,7 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
 
 def _open_validation(config: RunConfig, model: nn.Module) -> Dataset[Any] | None:
     """The split that the run was validated on; None if it is not available."""
-    if config.dataset.split('/')[0].lower() in _REMOTE:
+    if config.dataset.split('/')[0].lower() in _REMOTE or not config.has_labels:
         return None
     try:
         return create_datasets(replace(config, evaluate='RUN', dataset_download=False), cast(int, model.in_chans))[1]

@@ -160,6 +160,8 @@ def start_table(
 
 
 def _classes(config: RunConfig, num_classes: int, data: Data) -> str:
+    if not config.has_labels:
+        return 'none, no labels'
     if given_classes(config) is not None:
         return str(num_classes)
     return f'{num_classes} ({"of the data" if count_classes(data.eval.dataset) == num_classes else "its own"})'
@@ -169,6 +171,15 @@ def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
     height, width = teacher.size_for(torch.empty(1, *student_size, device=teacher.scale.device))
     resized = '' if (height, width) == tuple(student_size[1:]) else ' (bicubic)'
     return f'{len(teacher.mean)}x{height}x{width}{resized}'
+
+
+def _describe_loss(task: ProjectorEnsembleTask) -> str:
+    terms = [f'{task.distill_loss_weight:g} x {task.feature_loss_name}']
+    if task.criterion is not None:
+        terms.insert(0, f'{task.task_loss_weight:g} x {type(task.criterion).__name__}')
+    if task.kd_loss_weight:
+        terms.append(f'{task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}')
+    return ' + '.join(terms)
 
 
 def _run_rows(
@@ -182,9 +193,8 @@ def _run_rows(
 ) -> list[tuple[str, str]]:
     rows = []
     start_epoch, num_epochs = epochs
-    criterion = type(task.criterion).__name__
     if teacher is None:
-        rows.append(('loss', criterion))
+        rows.append(('loss', type(task.criterion).__name__))
     else:
         task = cast(ProjectorEnsembleTask, task)
         p = task.projection
@@ -198,13 +208,7 @@ def _run_rows(
         )
         if task.teacher_norm != 'none':
             rows.append(('teacher norm', task.teacher_norm))
-        kd = f' + {task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}' if task.kd_loss_weight else ''
-        rows.append(
-            (
-                'loss',
-                f'{task.task_loss_weight:g} x {criterion} + {task.distill_loss_weight:g} x {task.feature_loss_name}{kd}',
-            )
-        )
+        rows.append(('loss', _describe_loss(task)))
     rows.append(('learning rate', f'{rates[0]:.4g} ({config.opt}, {config.sched}, weight decay {rates[1]:g})'))
     accum, batch = config.grad_accum_steps, config.batch_size
     rows.append(
@@ -218,11 +222,12 @@ def _run_rows(
         first += f"; {config.epochs} is timm's default, --epochs sets it"
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
     mixing = [f'{n} {getattr(config, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(config, n)]
-    rows.append(('regularization', ', '.join([*mixing, f'smoothing {label_smoothing(config):g}'])))
+    smoothing = [f'smoothing {label_smoothing(config):g}'] if config.has_labels else []
+    rows.append(('regularization', ', '.join([*mixing, *smoothing]) or 'none'))
     average = f'decay {config.model_ema_decay:g}' if config.model_ema else 'none'
     rows.append(('weight average', average))
     rows.append(('seed', str(config.seed)))
-    rows += describe_data(data.train.dataset, data.eval.dataset)
+    rows += describe_data(config, data.train.dataset, data.eval.dataset)
     pinned = ', pinned memory' if pins_memory(config, runtime.device.type) else ''
     rows.append(('loader workers', '{} ({}){}'.format(*loader_workers(config, data.train.dataset), pinned)))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))

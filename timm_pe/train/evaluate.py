@@ -27,7 +27,9 @@ from .student import place_student
 _logger = logging.getLogger(__name__)
 
 # display names
-METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'loss': 'val loss'}
+METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'loss': 'val loss', 'effective_rank': 'effective rank'}
+# metrics that are no percentages
+_NUMBERS = ('cosine', 'effective_rank')
 
 
 def create_evaluator(flags: LossFlags, runtime: Runtime, loader: Any) -> ClassificationEvaluator:
@@ -129,8 +131,8 @@ def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
 def format_metrics(metrics: Mapping[str, float], num_classes: int) -> str:
     """Metrics on one line, percentages to three places; top-5 is omitted for five classes or fewer."""
     shown = {k: v for k, v in metrics.items() if k != 'loss' and not (k == 'top5' and num_classes <= 5)}
-    percent = [f'{METRIC_NAMES.get(k, k)} {v:.3f} %' for k, v in shown.items()]
-    return '  '.join([*percent, f'val loss {metrics["loss"]:.4f}'])
+    said = [f'{METRIC_NAMES.get(k, k)} {v:.3f}{"" if k in _NUMBERS else " %"}' for k, v in shown.items()]
+    return '  '.join([*said, f'val loss {metrics["loss"]:.4f}'])
 
 
 def evaluate_checkpoint(parts: Parts) -> None:

@@ -81,7 +81,7 @@ def check_teacher(parts: Parts) -> TeacherAgreement | None:
     """
     config, teacher, data, runtime = parts.config, parts.teacher, parts.data, parts.runtime
     num_classes = parts.num_classes
-    if teacher is None or not config.teacher_eval:
+    if teacher is None or not config.teacher_eval or not config.has_labels:
         return None
     if teacher.num_classes != num_classes:
         _logger.info(

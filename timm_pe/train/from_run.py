@@ -92,6 +92,11 @@ def fill_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
     folder = RunFolder.around(given.get('evaluate'))
     if folder is None:
         return {}
+    if not RunConfig(**read_settings(folder, '--evaluate', ('data', 'data_dir', 'dataset', 'unlabeled'))).has_labels:
+        raise UsageError(
+            f"--evaluate: the run '{folder.path}' had no labels and its student has no classifier to evaluate: fine-tune "
+            f'it (--pretrained-path {folder.path}), its own measures are in summary.csv'
+        )
     return _of_an_evaluation(folder, given)
 
 

@@ -114,7 +114,7 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
     target = config.pe_target if config.teacher else config.kd_distill_type if config.kd_model_name else None
     meaning = {
         'model': (getattr(student, 'pretrained_cfg', None) or {}).get('architecture', config.model),
-        'task': config.task,
+        'task': config.task if config.has_labels else 'pretraining without labels',
         'classes': class_map_of(getattr(plain_loader(data.train), 'dataset', None)),
         'target': target,
         'teacher': config.teacher or config.kd_model_name,

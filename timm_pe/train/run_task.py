@@ -132,7 +132,9 @@ def create_run_task(
     runtime: Runtime,
 ) -> TrainingTask:
     """Make our task with --teacher, timm's distillation task with --kd-model-name, else timm's classification task."""
-    criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
+    criterion = None
+    if config.has_labels:
+        criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teacher is not None:
@@ -148,7 +150,7 @@ def _create_projector_task(
     config: RunConfig,
     student: nn.Module,
     teacher: Teacher,
-    criterion: nn.Module,
+    criterion: nn.Module | None,
     common: dict[str, Any],
 ) -> ProjectorEnsembleTask:
     _, weight, loss = TARGETS[config.pe_target]
@@ -183,7 +185,7 @@ def _create_projector_task(
 
 
 def _create_timm_kd_task(
-    config: RunConfig, teacher: str, student: nn.Module, criterion: nn.Module, common: dict[str, Any]
+    config: RunConfig, teacher: str, student: nn.Module, criterion: nn.Module | None, common: dict[str, Any]
 ) -> TrainingTask:
     """timm's logit, feature or token distillation. It gives its teacher the student's classes and pretrained weights."""
     common = {

@@ -35,13 +35,14 @@ from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
 from .console import start_table, warn_of_settings
-from .first_look import check_teacher, prepare_teacher
+from .first_look import prepare_teacher
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
 from .position import RunState, Span, check_rank_state, is_plateau, restore_schedule, run_meaning, run_settings
 from .run_cache import allocate_cache
 from .trackers import Trackers, start_trackers
 from .trainer import Trainer
+from .validation import create_validation
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ _logger = logging.getLogger(__name__)
 _OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
 
 # inputs of which a run keeps no copy
-_INPUTS = ('data', 'data_dir', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
+_INPUTS = ('data', 'data_dir', 'unlabeled', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def start(parts: Parts) -> Trainer | None:
     if config.resume == 'auto' and span.first >= span.end:
         _finish(parts, optimizer, found, span)
         return None
-    agreement = check_teacher(parts)
+    validation = create_validation(parts)
     allocate_cache(cache, parts.teacher, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
     _announce(parts, span, rates, cache, folder)
@@ -124,7 +125,7 @@ def start(parts: Parts) -> Trainer | None:
         folder=folder,
         saver=saver,
         trackers=trackers,
-        agreement=agreement,
+        validation=validation,
     )
 
 
@@ -361,12 +362,13 @@ def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
     """
     own = os.path.realpath(folder.path)
     for name in _INPUTS:
-        path = getattr(config, name)
-        if path and os.path.exists(path) and os.path.commonpath([own, os.path.realpath(path)]) == own:
-            raise UsageError(
-                f"{name_of(name)}: '{path}' lies in the folder of the earlier run, which makes room for this one: give another "
-                f'--experiment, or --resume auto to go on'
-            )
+        given = getattr(config, name)
+        for path in given if isinstance(given, list) else [given]:
+            if path and os.path.exists(path) and os.path.commonpath([own, os.path.realpath(path)]) == own:
+                raise UsageError(
+                    f"{name_of(name)}: '{path}' lies in the folder of the earlier run, which makes room for this one: give "
+                    f'another --experiment, or --resume auto to go on'
+                )
 
 
 def _create_saver(parts: Parts, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Saver:

@@ -77,11 +77,13 @@ def choose_num_classes(config: RunConfig, dataset: Dataset[Any], weights: str, f
         flag: The flag that names the file, for messages.
 
     Returns:
-        The number; None if unknown, which keeps the model's own.
+        The number, 0 without labels; None if unknown, which keeps the model's own.
 
     Raises:
         UsageError: The number of labels of multi-label data is unknown.
     """
+    if not config.has_labels:
+        return 0
     given = given_classes(config)
     if given is not None:
         return given
@@ -106,12 +108,12 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
 
     Args:
         config: Run settings.
-        num_classes: Its classes; None takes those of the settings, or the model's own.
+        num_classes: Its classes, 0 for no classifier; None takes those of the settings, or the model's own.
 
     Raises:
         UsageError: Unknown model, arguments it does not take, weights that can't be had.
     """
-    num_classes = num_classes or config.num_classes
+    num_classes = config.num_classes if num_classes is None else num_classes
     if config.fast_norm:
         set_fast_norm()
     overlay = dict(config.pretrained_cfg_overlay)
@@ -230,7 +232,10 @@ def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) 
 def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
     """Lines to copy after a run: its student in timm, its evaluation, its export."""
     path = shlex.quote(str(folder.path))
-    tools = f'Evaluate:  train-distill --evaluate {path}\nExport:    timm-pe export {path} --output exported'
+    then = f'Evaluate:  train-distill --evaluate {path}'
+    if not num_classes:
+        then = f'Fine-tune: train-distill DATA --model {shlex.quote(config.model)} --pretrained-path {path}'
+    tools = f'{then}\nExport:    timm-pe export {path} --output exported'
     try:
         args = _model_args(config, {})
     except UsageError:  # the folder of a local-dir model, or the hub, is gone: the run is complete anyway

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn as nn
 import torchvision
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, distribute_bn
@@ -23,12 +22,13 @@ from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
 from .console import Progress, say_epoch
-from .evaluate import METRIC_NAMES, batch_to_device, create_evaluator, format_metrics, say_unreadable, validate
+from .evaluate import METRIC_NAMES, batch_to_device, format_metrics, say_unreadable
 from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batch_size, mean_lr
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
 from .student import describe_use
-from .trackers import StepCurves, TeacherAgreement, Trackers, flat_metrics, log_epoch
+from .trackers import StepCurves, Trackers, flat_metrics, log_epoch
+from .validation import Validation
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Trainer:
         folder: The run's folder.
         saver: Checkpoint saver on the primary rank, else None.
         trackers: Trackers on the primary rank, none on the others.
-        agreement: Measures agreement with the teacher for the trackers, if that costs nothing, else None.
+        validation: Measures the weights after an epoch.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
         folder: RunFolder,
         saver: Saver | None,
         trackers: Trackers,
-        agreement: TeacherAgreement | None,
+        validation: Validation,
     ):
         assert parts.task is not None
         self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
@@ -72,7 +72,7 @@ class Trainer:
         self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
         self.images, self.meaning = dict(images), dict(meaning)
         self.cache, self.guard, self.folder, self.saver = cache, guard, folder, saver
-        self.trackers, self.agreement = trackers, agreement
+        self.trackers, self.validation = trackers, validation
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
         self.interrupts, self.pace = Interrupts(self.runtime), Pace(span, len(self.data.train))
         self.epoch_images = 0  # images of all ranks in the last epoch
@@ -340,11 +340,7 @@ class Trainer:
         with_average = self.task.has_ema() and not self.config.model_ema_force_cpu
         for ema in (False, True) if with_average else (False,):
             what = 'Test (EMA)' if ema else 'Test'
-            model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
-            forward = model if self.agreement is None else self.agreement.compare(model)
-            metrics = validate(forward, self.data, self.runtime, self.config, what, lambda: self._stop_if_asked(state))
-            if self.agreement is not None:
-                self.agreement.finish(self.runtime.distributed)
+            metrics = self.validation(ema, what, lambda: self._stop_if_asked(state))
             if with_average and not ema:
                 said = format_metrics(metrics, self.num_classes)
                 _logger.info(f'Epoch {state.epoch + 1}/{self.span.schedule} without the average: {said}')
@@ -428,10 +424,10 @@ class Trainer:
         def save() -> None:
             nonlocal best
             assert self.saver is not None
-            metric_names = create_evaluator(self.config, self.runtime, self.data.eval).metric_names
-            self.folder.append_row(number, state.train_metrics, eval_metrics or dict.fromkeys(metric_names, ''), lr)
+            without = dict.fromkeys(self.validation.metric_names, '')
+            self.folder.append_row(number, state.train_metrics, eval_metrics or without, lr)
             if self.trackers:
-                agreement = self.agreement.percent if self.agreement and eval_metrics else None
+                agreement = self.validation.agreement if eval_metrics else None
                 row = flat_metrics(number, state.train_metrics, eval_metrics or {}, lr)
                 log_epoch(self.trackers, self.task, (number + 1) * self.updates_per_epoch, row, agreement)
             self.saver.run = state

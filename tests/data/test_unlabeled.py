@@ -1,0 +1,106 @@
+"""Images without labels: which files are found, in which order, and which of them are held out."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_pe.config.run_config import RunConfig
+from timm_pe.data.unlabeled import create_unlabeled, find_images, hold_out
+from timm_pe.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """24 images at several depths, in several formats, and files that are none."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        place = tmp_path / 'images' / ('', 'a', 'a/b', 'c d')[i % 4]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f'{i}.{("png", "jpg", "webp")[i % 3]}')
+    (tmp_path / 'images' / 'notes.txt').write_text('no image')
+    (tmp_path / 'images' / '.hidden.png').write_text('hidden')
+    return tmp_path / 'images'
+
+
+def names(found):
+    return [os.path.relpath(path, found.root) for path in found.paths]
+
+
+def test_images_are_found_at_any_depth_and_other_files_are_counted(folder):
+    found = find_images([str(folder)])
+    assert len(found.paths) == 24
+    assert {os.path.dirname(name) for name in names(found)} == {'', 'a', 'a/b', 'c d'}
+    assert found.ignored == {'.txt': 1, 'hidden': 1}
+    assert found.repeated == 0
+
+
+def test_the_order_does_not_depend_on_that_of_the_folders(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'more')
+    folders = [str(folder), str(tmp_path / 'more')]
+    found = find_images(folders)
+    assert found.paths == find_images(folders[::-1]).paths
+    # by the path within the folder, over both folders
+    relative = [os.path.relpath(path, next(f for f in folders if path.startswith(f + '/'))) for path in found.paths]
+    assert relative[::2] == relative[1::2] == names(find_images([str(folder)]))
+
+
+def test_a_file_that_is_reached_twice_counts_once(folder, tmp_path):
+    alone = find_images([str(folder)])
+    (folder / 'link.png').symlink_to(folder / '0.png')
+    (tmp_path / 'other').symlink_to(folder / 'a')
+    found = find_images([str(folder), str(folder / 'a'), str(tmp_path / 'other'), f'{folder}/'])
+    assert len(found.paths) == 24
+    assert {os.path.realpath(path) for path in found.paths} == set(alone.paths)
+    inside = len([name for name in names(alone) if name.startswith('a/')])
+    assert found.repeated == 1 + 2 * inside
+    assert found.ignored == alone.ignored
+    assert os.path.lexists(found.first_repeated)
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda path: None, 'does not exist'),
+        (lambda path: path.write_text(''), 'is no folder'),
+        (lambda path: path.mkdir(), 'no images in'),
+        (lambda path: (path.mkdir(), (path / 'x.csv').write_text('')), r'no images in .* \(1 file ignored: 1 .csv\)'),
+    ],
+    ids=['missing', 'file', 'empty', 'other files'],
+)
+def test_a_folder_without_images_is_named(folder, tmp_path, make, message):
+    make(tmp_path / 'bad')
+    with pytest.raises(UsageError, match=message) as e:
+        find_images([str(folder), str(tmp_path / 'bad')])
+    assert f"'{tmp_path / 'bad'}'" in str(e.value)
+
+
+def test_files_that_are_added_or_renamed_change_nothing_for_the_others(tmp_path):
+    paths = []
+    for i in range(400):
+        paths.append(str(tmp_path / f'{i}'))
+        (tmp_path / f'{i}').write_bytes(b'%d' % i * 50)
+    held_out = hold_out(paths, 0.2)
+    assert 50 < held_out.sum() < 110
+    fewer = hold_out(paths[:300], 0.2)
+    assert (fewer == held_out[:300]).all()
+    os.rename(paths[0], tmp_path / 'renamed')
+    assert hold_out([str(tmp_path / 'renamed'), *paths[1:]], 0.2).tolist() == held_out.tolist()
+
+
+def test_of_few_images_some_are_held_out_but_never_more_than_half(folder):
+    paths = find_images([str(folder)]).paths
+    assert [int(hold_out(paths[:n], 0.01).sum()) for n in (2, 5, 24)] == [1, 2, 12]
+
+
+def test_no_image_is_both_trained_on_and_held_out(folder):
+    train, evaluation = create_unlabeled(RunConfig(unlabeled=[str(folder)]), 'RGB')
+    held = {evaluation.filename(i) for i in range(len(evaluation))}
+    trained = {train.filename(i) for i in range(len(train))}
+    assert not held & trained
+    assert len(held | trained) == 24
+    image, target = train[0]
+    assert (image.mode, target) == ('RGB', -1)

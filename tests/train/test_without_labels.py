@@ -1,0 +1,274 @@
+"""Pretraining on images without labels: what a run leaves, says and refuses."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import load, make_trainer, refused, run, stopped, summary, tensorboard_curves
+from PIL import Image
+
+from timm_pe import ProjectorEnsembleTask
+from timm_pe.errors import UsageError
+from timm_pe.process.signals import Interrupts
+from timm_pe.report import main as report
+from timm_pe.train.validation import Moments
+
+PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """40 tiny PNGs in folders whose names mean nothing."""
+    root, rng = tmp_path_factory.mktemp('unlabeled') / 'images', np.random.default_rng(0)
+    for i in range(40):
+        folder = root / f'{i % 3}' / ('x' * (i % 2))
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 150, (36, 36, 3))
+        pixels[..., i % 3] += 50
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def argv(images, tmp_path):
+    return [
+        *('--unlabeled', str(images), '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu', '--epochs', '2'),
+        *('--warmup-epochs', '0', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run', *PAIR),
+    ]
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+    """A finished run, and what it said."""
+    output = tmp_path_factory.mktemp('finished')
+    argv = [
+        *('--unlabeled', str(images), '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu', '--epochs', '3'),
+        *('--warmup-epochs', '0', '--lr', '0.02', '--output', str(output), '--experiment', 'run', '--log-tb', *PAIR),
+    ]
+    script = 'import sys; from timm_pe.train.main import main; main(sys.argv[1:])'
+    out = subprocess.run([sys.executable, '-c', script, *argv], capture_output=True, text=True, check=True, timeout=300)
+    return output / 'run', argv, out.stderr
+
+
+def test_the_summary_has_what_the_teacher_asks_for_and_nothing_of_labels(finished):
+    rows = summary(finished[0])
+    columns = 'epoch train_loss train_pe_loss train_images_per_s eval_loss eval_cosine eval_effective_rank lr'
+    assert list(rows[0]) == columns.split()
+    for row in rows:
+        assert float(row['train_loss']) == pytest.approx(25 * float(row['train_pe_loss']), rel=1e-5)
+        assert float(row['eval_loss']) == pytest.approx(1 - float(row['eval_cosine']), abs=1e-5)
+
+
+def test_the_trackers_have_it_too(finished):
+    curves, _ = tensorboard_curves(finished[0])
+    assert 'eval_cosine' in curves
+    assert not [name for name in curves if 'task' in name or 'top1' in name]
+
+
+def test_the_start_says_what_is_held_out_and_speaks_of_no_classes(finished):
+    said = finished[2]
+    for pattern in (
+        r'classes +none, no labels +1000',
+        r'loss +25 x direction\n',
+        r'regularization +none',
+        r'data +24 images without labels, of /.*images',
+        r'held out +16 more, chosen by their content \(--val-fraction 0.05\)',
+        r'Teacher: on the 16 images held out .* could reach a cosine of 0\.\d+',
+        r'Best cosine 0\.\d+ in epoch',
+        r'Fine-tune: train-distill DATA --model test_resnet --pretrained-path ',
+    ):
+        assert len(re.findall(pattern, said)) == 1, pattern
+    assert re.search(r'Epoch 1/3  cosine -?0\.\d+.*effective rank \d.*val loss', said)
+    assert not re.search(r'\b0 classes|top-1|task_loss|smoothing|accuracy', said)
+
+
+def test_the_student_is_a_backbone_that_plain_timm_loads(finished):
+    folder = finished[0]
+    student, best = (
+        timm.create_model('test_resnet', num_classes=0, checkpoint_path=str(folder / name)).eval()
+        for name in ('student.safetensors', 'model_best.pth.tar')
+    )
+    x = torch.randn(2, 3, 32, 32)
+    assert student(x).shape == (2, 96)
+    assert torch.equal(student(x), best(x))
+
+
+def test_the_epoch_of_the_highest_cosine_is_kept(finished):
+    rows = summary(finished[0])
+    best = max(rows, key=lambda row: float(row['eval_cosine']))
+    assert load(finished[0] / 'model_best.pth.tar')['epoch'] == int(best['epoch'])
+
+
+def test_the_cosine_and_the_rank_are_those_of_a_naive_computation(argv, monkeypatch):
+    trainer = make_trainer(argv, monkeypatch)
+    metrics = trainer.validation(False, 'Test', lambda: None)
+    module, teacher = trainer.task.trainable_module.eval(), trainer.task.teacher
+    cosines, features = [], []
+    with torch.no_grad():
+        for input, _ in trainer.data.eval:
+            feature = module.student(input)
+            module.tap.pop()
+            projections = [
+                feature @ w.T + b
+                for w, b in zip(
+                    *(p.split(64) for p in dict(module.projection.named_parameters()).values()), strict=True
+                )
+            ]
+            cosines.append(F.cosine_similarity(sum(projections) / 3, teacher(input).feature.float()))
+            features.append(feature)
+    assert metrics['cosine'] == pytest.approx(torch.cat(cosines).mean().item(), abs=1e-5)
+    eigenvalues = torch.linalg.eigvalsh(torch.cat(features).double().T.cov(correction=0))
+    expected = (eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item()
+    assert metrics['effective_rank'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_collapse_is_warned_about_once(argv, monkeypatch, capsys):
+    trainer = make_trainer(argv, monkeypatch)
+    for parameter in trainer.task.trainable_module.student.parameters():
+        torch.nn.init.zeros_(parameter)
+    for _ in range(2):
+        trainer.validation(False, 'Test', lambda: None)
+    assert capsys.readouterr().err.count("THE STUDENT'S FEATURES HAVE COLLAPSED") == 1
+
+
+@pytest.mark.parametrize(
+    ('feature', 'rank'), [(torch.eye(4), 3), (torch.arange(4.0)[:, None] * torch.ones(4), 1), (torch.ones(5, 4), 0)]
+)
+def test_the_effective_rank_counts_directions(feature, rank, argv, monkeypatch):
+    moments = Moments(4, make_trainer(argv, monkeypatch).runtime)
+    moments.add(feature)
+    assert moments.effective_rank == pytest.approx(rank, abs=1e-6)
+
+
+VARIANTS = {
+    'plain': [],
+    'average': ['--model-ema', '--model-ema-decay', '0.9', '--opt', 'adamw', '--lr', '1e-3'],
+    'plateau': ['--sched', 'plateau', '--patience-epochs', '0', '--eval-metric', 'loss'],
+    'workers': ['-j', '2'],
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('number', [2, 4])
+def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(variant, number, argv, tmp_path, capsys, monkeypatch):
+    argv = [*argv, *VARIANTS[variant]]
+    run([*argv, '--experiment', 'alone'])
+    asked = []
+    requested = Interrupts.requested
+    monkeypatch.setattr(Interrupts, 'requested', lambda self: (asked.append(1), 15 if len(asked) == number else 0)[1])
+    stopped([*argv, '--resume', 'auto'], capsys)
+    monkeypatch.setattr(Interrupts, 'requested', requested)
+    run([*argv, '--resume', 'auto'])
+    alone, resumed = (load(tmp_path / name / 'last.pth.tar') for name in ('alone', 'run'))
+    for part in ('state_dict', 'state_dict_ema', 'optimizer', 'task_state'):
+        assert str(alone.get(part)) == str(resumed.get(part)), part
+    drop = {'train_images_per_s'}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in summary(tmp_path / 'alone')] == [
+        {k: v for k, v in row.items() if k not in drop} for row in summary(tmp_path / 'run')
+    ]
+
+
+def test_other_folders_are_other_training_images(finished, argv, images, tmp_path, capsys):
+    folder, _, _ = finished
+    argv = [*argv, '--unlabeled', str(images / '0'), str(images / '1'), '--epochs', '4', '--resume', str(folder)]
+    assert 'The training images have changed since the checkpoint' in run(argv, capsys)
+
+
+def test_a_run_with_labels_does_not_go_on_from_one_without(finished, image_folder, tmp_path, capsys):
+    argv = [str(image_folder), '--num-classes', '3', *finished[1][2:], '--output', str(tmp_path)]
+    error = refused([*argv, '--resume', str(finished[0]), '--epochs', '5'], capsys)
+    assert 'task pretraining without labels then, classification now' in error
+
+
+def test_a_cache_gives_the_numbers_that_the_teacher_gives(argv, tmp_path, capsys):
+    argv = [*argv, '--teacher-cache', str(tmp_path / 'cache'), '--teacher-dtype', 'float32']
+    run(argv)
+    said = run([*argv, '--experiment', 'again'], capsys)
+    assert '24 of 24 rows there' in said
+    assert [row['eval_cosine'] for row in summary(tmp_path / 'run')] == [
+        row['eval_cosine'] for row in summary(tmp_path / 'again')
+    ]
+
+
+# flag -> what the error says of it
+REFUSED = {
+    '--mixup 0.2': '--mixup mixes labels',
+    '--cutmix 1': '--cutmix mixes labels',
+    '--smoothing 0.1': '--smoothing is about a loss of labels',
+    '--loss bce': '--loss is about a loss of labels',
+    '--task multilabel': '--task is about a loss of labels',
+    '--task-loss-weight 0.5': '--task-loss-weight weighs a loss of labels',
+    '--kd-loss-weight 1': '--kd-loss-weight compares logits',
+    '--pe-target logits': '--pe-target logits maps logits',
+    '--num-classes 3': '--num-classes is about a classifier',
+    '--head-init-scale 0.1': '--head-init-scale is about a classifier',
+    '--drop 0.1': '--drop is about a classifier',
+    '--class-map x.txt': '--class-map is about a labelled data set',
+    '--val-split test': '--val-split is about a labelled data set',
+    '--tta 2': '--tta averages logits',
+    '--eval-metric top1': '--eval-metric without labels must be one of cosine, loss',
+    '--dataset sklearn/digits': '--unlabeled does not go with --dataset sklearn/digits',
+    '--data-dir .': "--unlabeled does not go with the data folder '.'",
+    '--evaluate x': '--evaluate measures a classifier',
+    '--val-fraction 0': '--val-fraction must be above 0',
+    '--val-fraction 0.6': '--val-fraction must be 0.5 or less',
+    '--unlabeled nowhere': "--unlabeled: 'nowhere' does not exist",
+    '-b 64': 'are fewer than one batch of 64',
+}
+
+
+@pytest.mark.parametrize('flags', REFUSED)
+def test_what_cannot_work_without_labels_is_one_line(flags, argv, tmp_path, capsys):
+    assert REFUSED[flags] in refused([*argv, *flags.split()], capsys)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_teacher_is_needed(argv, capsys):
+    argv = argv[: argv.index('--teacher')]
+    assert '--unlabeled needs --teacher' in refused(argv, capsys)
+
+
+def test_a_run_without_labels_is_not_evaluated(finished, capsys):
+    error = refused(['--evaluate', str(finished[0]), '--device', 'cpu'], capsys)
+    assert 'its student has no classifier to evaluate: fine-tune it' in error
+
+
+def test_the_report_shows_its_curves(finished, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    report([str(finished[0]), '-o', str(tmp_path / 'report.html')])
+    assert 'Validation cosine' in (tmp_path / 'report.html').read_text()
+
+
+def test_a_task_without_classifier_has_no_task_loss():
+    student = timm.create_model('test_resnet', num_classes=0)
+    task = ProjectorEnsembleTask(student, timm.create_model('test_vit'), verbose=False)
+    result = task(torch.randn(2, 3, 160, 160), torch.full((2,), -1))
+    assert set(result) == {'loss', 'output', 'pe_loss'}
+    assert torch.equal(result['loss'], 25 * result['pe_loss'])
+    with pytest.raises(UsageError, match='no classifier'):
+        ProjectorEnsembleTask(student, timm.create_model('test_vit'), task_loss_weight=1, verbose=False)
+
+
+@pytest.mark.long
+def test_two_ranks_measure_what_one_measures(images, tmp_path):
+    argv = [
+        *('--unlabeled', str(images), '--val-fraction', '0.42', '--img-size', '32', '-j', '0', '--device', 'cpu'),
+        *('--model', 'test_vit', '--teacher', 'test_vit2', '--no-teacher-pretrained', '--teacher-dtype', 'float32'),
+        *('--epochs', '1', '--warmup-epochs', '0', '--lr', '0', '--output', str(tmp_path)),
+    ]
+    script, found = os.path.join(os.path.dirname(__file__), '..', '..', 'train_distill.py'), []
+    for ranks in (1, 2):
+        more = ['--experiment', f'ranks{ranks}', '-b', str(8 // ranks)]
+        start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}']
+        out = subprocess.run([*start, script, *argv, *more], check=True, timeout=300, capture_output=True, text=True)
+        # an odd number: one rank has an image that only pads its share
+        assert int(re.search(r'held out +(\d+) more', out.stderr)[1]) % 2
+        found.append(summary(tmp_path / f'ranks{ranks}')[0])
+    for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank'):
+        assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-4), name

@@ -1,0 +1,207 @@
+"""Images without labels: all that lie in some folders, each once, and a part of them held out for validation."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
+from timm.utils import natural_key
+from torch.utils.data import Dataset
+
+from ..config.flags import DataFlags
+from ..errors import UsageError
+from ..process.files import hash_content
+from .fingerprint import hash_files
+from .folders import describe_ignored, image_endings, scan_folder
+from .unreadable import CountingImageDataset
+
+# what the data set gives in place of a label
+NO_LABEL = -1
+# images are held out at least, where there are twice as many
+_LEAST_HELD_OUT = 16
+# part of a file whose hash decides whether it is held out, in bytes: reading all of a large data set would take hours
+_HASHED = 2**16
+
+
+@dataclass(frozen=True)
+class ImagesFound:
+    """The images of some folders.
+
+    Attributes:
+        root: The innermost folder that holds all of the folders.
+        paths: The images, absolute, sorted by their paths within their folder.
+        ignored: Number of files left out, by kind (see `FolderReader`).
+        repeated: Number of further paths that lead to one of the images, by overlapping folders or links.
+        first_repeated: One of these paths.
+    """
+
+    root: str
+    paths: list[str]
+    ignored: Counter[str]
+    repeated: int = 0
+    first_repeated: str = ''
+
+
+def check_unlabeled(folders: Sequence[str]) -> None:
+    """Refuse folders that do not exist.
+
+    Raises:
+        UsageError: The message names the first of them.
+    """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            what = 'is no folder' if os.path.exists(folder) else 'does not exist'
+            raise UsageError(f"--unlabeled: '{folder}' {what}: give folders that hold images, at any depth")
+
+
+def find_images(folders: Sequence[str]) -> ImagesFound:
+    """All images below some folders, each file once, in an order that does not depend on that of the folders.
+
+    Raises:
+        UsageError: A folder without an image.
+    """
+    check_unlabeled(folders)
+    ignored: Counter[str] = Counter()
+    found: list[tuple[Any, str, str]] = []
+    folders = list(dict.fromkeys(map(os.path.abspath, folders)))
+    for folder in folders:
+        own: Counter[str] = Counter()
+        images = scan_folder(folder, image_endings(), own)[0]
+        if not images:
+            left_out = f' ({describe_ignored(own)})' if own else ''
+            raise UsageError(
+                f"--unlabeled: no images in '{folder}'{left_out}: give folders that hold images, at any depth"
+            )
+        if not any(other != folder and os.path.commonpath([other, folder]) == other for other in folders):
+            ignored += own  # else the outer folder counts them
+        found += [(natural_key(image), image, os.path.join(folder, image)) for image in images]
+    paths, seen, repeated = [], set(), []
+    real_folder: dict[str, str] = {}
+    for _, _, path in sorted(found):
+        real = _real_path(path, real_folder)
+        if real in seen:
+            repeated.append(path)
+        else:
+            seen.add(real)
+            paths.append(path)
+    return ImagesFound(os.path.commonpath(folders), paths, ignored, len(repeated), repeated[0] if repeated else '')
+
+
+def _real_path(path: str, real_folder: dict[str, str]) -> str:
+    """`os.path.realpath`, with what is known of folders: a look at every part of every path takes long."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    if folder not in real_folder:
+        real_folder[folder] = os.path.realpath(folder)
+    return os.path.join(real_folder[folder], name)
+
+
+def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
+    """Which images are held out, bool [n].
+
+    The hash of an image's content is compared with the fraction, so that files that are added or renamed change nothing
+    for the others. If that gives fewer than 16, those of the lowest hashes are held out, but never more than half.
+    """
+    hashes = hash_files(paths, _hash_start)
+    hashes[hashes == 0] = np.iinfo(np.uint64).max  # unreadable: training counts and names it
+    held_out = hashes < np.uint64(int(fraction * 2**64))
+    least = min(_LEAST_HELD_OUT, len(paths) // 2)
+    if held_out.sum() < least:
+        held_out = np.zeros(len(paths), bool)
+        held_out[np.argsort(hashes, kind='stable')[:least]] = True
+    return held_out
+
+
+def _hash_start(path: str) -> int:
+    """Hash of a file's size and of its first bytes, 0 if it cannot be read."""
+    try:
+        with open(path, 'rb') as f:
+            return hash_content(os.fstat(f.fileno()).st_size.to_bytes(8, 'little') + f.read(_HASHED))
+    except OSError:
+        return 0
+
+
+class UnlabeledReader(Reader):
+    """Images without labels.
+
+    Args:
+        found: The images.
+        held_out: Which of them are held out, bool [n].
+        training: Whether to read the others.
+
+    Attributes:
+        root: Folder that holds them all.
+        paths: The images that it reads.
+        found: As given.
+    """
+
+    def __init__(self, found: ImagesFound, held_out: np.ndarray, training: bool):
+        super().__init__()
+        self.root, self.found = found.root, found
+        self.paths = [found.paths[i] for i in np.flatnonzero(~held_out if training else held_out).tolist()]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return open(self.paths[index], 'rb'), NO_LABEL
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.paths[index]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Open the images to train on and those that are held out.
+
+    Args:
+        flags: The folders, and the share that is held out.
+        mode: PIL mode that images are converted to.
+
+    Raises:
+        UsageError: No such folder, one without images, or a single image.
+    """
+    found = find_images(flags.unlabeled)
+    if len(found.paths) < 2:
+        raise UsageError(
+            f"--unlabeled: '{found.paths[0]}' is the only image: one to train on and one to hold out are needed"
+        )
+    held_out = hold_out(found.paths, flags.val_fraction)
+    train, evaluation = (
+        CountingImageDataset(
+            ImageDataset(found.root, reader=UnlabeledReader(found, held_out, training), input_img_mode=mode)
+        )
+        for training in (True, False)
+    )
+    return train, evaluation
+
+
+def describe_unlabeled(train: Any, evaluation: Any, fraction: float) -> list[tuple[str, str]]:
+    """Rows of the start table about images without labels, and what was left out.
+
+    Args:
+        train: Those to train on.
+        evaluation: Those that are held out.
+        fraction: --val-fraction.
+    """
+    reader = train
+    while not hasattr(reader, 'found'):  # in the data set of seeded draws, and in that which counts unreadable images
+        reader = reader.reader if hasattr(reader, 'reader') else reader.dataset
+    found = reader.found
+    rows = [
+        ('data', f'{len(train)} images without labels, of {found.root}'),
+        ('held out', f'{len(evaluation)} more, chosen by their content (--val-fraction {fraction:g})'),
+    ]
+    if found.ignored:
+        rows.append(('left out', describe_ignored(found.ignored)))
+    if found.repeated:
+        further = f'{found.repeated} further path{"s" * (found.repeated > 1)} to the same files'
+        rows.append(('counted once', f"{further}, one is '{found.first_repeated}'"))
+    return rows

@@ -1,0 +1,252 @@
+"""The validation of a run after an epoch: by labels, or without them by what the student has learnt from the teacher."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import evaluation_sample_limit
+from timm.utils import unwrap_model
+
+from ..method.losses import normalize_teacher
+from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
+from ..process.runtime import Runtime
+from .build import Parts
+from .console import Progress
+from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
+from .first_look import check_teacher
+from .trackers import TeacherAgreement
+
+_logger = logging.getLogger(__name__)
+
+# an effective rank of the student's features under this is a collapse: all images lie on one line
+_LEAST_RANK = 1.05
+# likewise a variance that is a smaller share of the mean square
+_LEAST_VARIANCE = 1e-6
+
+
+class Validation(Protocol):
+    """Measures the weights of a run.
+
+    Attributes:
+        metric_names: Names of its metrics.
+        agreement: Percentage of images on which student and teacher agree, None if not measured.
+    """
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """See the class."""
+
+    @property
+    def agreement(self) -> float | None:
+        """See the class."""
+
+    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+        """The metrics by name.
+
+        Args:
+            ema: Whether to measure the moving average.
+            what: Name of the pass, for its progress.
+            after_batch: Called after each batch.
+        """
+
+
+def create_validation(parts: Parts) -> Validation:
+    """The validation of a run, once its teacher is validated or has seen the images that are held out."""
+    if parts.config.has_labels:
+        return LabelValidation(parts, check_teacher(parts))
+    return TeacherValidation(parts)
+
+
+class LabelValidation:
+    """Accuracy on the validation split; see `Validation`.
+
+    Args:
+        parts: The run's parts.
+        measured: Measures agreement with the teacher for the trackers, if that costs nothing, else None.
+    """
+
+    def __init__(self, parts: Parts, measured: TeacherAgreement | None):
+        assert parts.task is not None
+        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
+        self.measured = measured
+        self.metric_names = tuple(create_evaluator(self.config, self.runtime, self.data.eval).metric_names)
+
+    @property
+    def agreement(self) -> float | None:
+        """See `Validation`."""
+        return self.measured.percent if self.measured else None
+
+    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+        """See `Validation`."""
+        model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
+        forward = model if self.measured is None else self.measured.compare(model)
+        metrics = validate(forward, self.data, self.runtime, self.config, what, after_batch)
+        if self.measured is not None:
+            self.measured.finish(self.runtime.distributed)
+        return metrics
+
+
+class TeacherValidation:
+    """What the student has learnt from the teacher, on images that are held out; see `Validation`.
+
+    - loss: the feature loss.
+    - cosine: the mean over images of the cosine, from -1 to 1, between the mean of the projectors' outputs and the
+      teacher's feature, as the loss compares them.
+    - effective_rank: how many directions the student's features fill, see `Moments`.
+
+    The teacher sees the images once, before the first epoch: its features are kept in memory.
+
+    Args:
+        parts: The run's parts.
+    """
+
+    metric_names: tuple[str, ...] = ('loss', 'cosine', 'effective_rank')
+    agreement: float | None = None
+
+    def __init__(self, parts: Parts):
+        self.config, self.runtime, self.data = parts.config, parts.runtime, parts.data
+        self.task = cast(ProjectorEnsembleTask, parts.task)
+        self.limit = evaluation_sample_limit(self.data.eval)
+        self.warned = False
+        self.features: list[torch.Tensor] = []
+        moments = Moments(self.task.teacher.width, self.runtime)
+        directions = torch.zeros_like(moments.sums)
+        for input, size in self._batches('Teacher', lambda: None):
+            with self.runtime.autocast():
+                feature = self.task.teacher.forward_uncompiled(input).feature
+            self.features.append(feature.float().cpu())
+            moments.add(feature[:size])
+            directions += F.normalize(self._aim(feature)[:size], dim=1).sum(0)
+        moments.share()
+        self._share(directions)
+        self.teacher_rank = moments.effective_rank
+        # the best constant is the mean direction, so its mean cosine is the length of that mean
+        constant = float(directions.norm() / moments.images)
+        _logger.info(
+            f'Teacher: on the {len(self.data.eval.dataset)} images held out its features have an effective rank of '
+            f'{self.teacher_rank:.2f}; a student that gives the same for each image could reach a cosine of {constant:.3f}.'
+        )
+
+    def _share(self, sums: torch.Tensor) -> None:
+        """Add up sums of all ranks, in place."""
+        if self.runtime.distributed:
+            dist.all_reduce(sums)
+
+    def _aim(self, feature: torch.Tensor) -> torch.Tensor:
+        """A feature of the teacher `[b, m]` as the loss takes it, in float32."""
+        return normalize_teacher(feature, self.task.teacher_norm).float()
+
+    @torch.no_grad()
+    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+        """See `Validation`."""
+        # not compiled: its graphs would become dynamic for training too
+        module = unwrap_model(cast(nn.Module, self.task.get_trainable_module(ema=ema))).eval()
+        module = cast(ProjectorEnsembleModule, module)
+        moments = Moments(module.tap.width, self.runtime)
+        sums = torch.zeros(2, dtype=moments.sums.dtype, device=self.runtime.device)
+        for (input, size), known in zip(self._batches(what, after_batch), self.features, strict=True):
+            with self.runtime.autocast():
+                module.student(input)
+                feature = module.tap.pop()
+                projected = module.projection(feature)
+            aim = self._aim(known.to(projected.device))[:size]
+            projected = projected[:size].float()
+            moments.add(feature[:size])
+            if size:
+                cosines = F.cosine_similarity(projected, aim, dim=1)
+                loss = self.task.feature_loss(projected, aim)
+                sums += torch.stack([loss * size, cosines.sum()])
+        moments.share()
+        self._share(sums)
+        self._warn_of_collapse(moments)
+        loss, cosine = (sums / moments.images).tolist()
+        return OrderedDict(loss=loss, cosine=cosine, effective_rank=moments.effective_rank)
+
+    def _batches(self, what: str, after_batch: Callable[[], None]) -> Iterator[tuple[torch.Tensor, int]]:
+        """The batches that are held out, each with the number of its images that count: others only pad a rank's share."""
+        loader, left = self.data.eval, self.limit
+        progress = Progress(what, len(loader), self.runtime.is_primary)
+        try:
+            for i, (input, target) in enumerate(loader):
+                input, _ = batch_to_device(self.config, self.runtime, input, target)
+                size = len(input) if left is None else min(len(input), left)
+                left = None if left is None else left - size
+                yield input, size
+                progress.update(i + 1)
+                after_batch()
+        finally:
+            progress.close()
+        say_unreadable(loader, len(loader.dataset), self.runtime)
+
+    def _warn_of_collapse(self, moments: 'Moments') -> None:
+        rank = moments.effective_rank
+        if self.warned or not (rank < _LEAST_RANK or moments.variance_share < _LEAST_VARIANCE):
+            return
+        self.warned = True
+        _logger.warning(
+            f"THE STUDENT'S FEATURES HAVE COLLAPSED: on the images held out their effective rank is {rank:.2f} (the "
+            f"teacher's: {self.teacher_rank:.2f}), so they tell images hardly apart: a lower --lr, a longer warmup or another "
+            f'optimizer may help.'
+        )
+
+
+class Moments:
+    """First and second moments of features, over batches and ranks.
+
+    Args:
+        width: Width d of the features.
+        runtime: Device and ranks.
+
+    Attributes:
+        images: Number of images so far.
+    """
+
+    def __init__(self, width: int, runtime: Runtime):
+        self.runtime, self.images = runtime, 0.0
+        # MPS has no float64
+        dtype = torch.float32 if runtime.device.type == 'mps' else torch.float64
+        self.sums = torch.zeros(width, dtype=dtype, device=runtime.device)
+        self.products = torch.zeros(width, width, dtype=dtype, device=runtime.device)
+
+    def add(self, feature: torch.Tensor) -> None:
+        """Add the features `[b, d]` of a batch."""
+        feature = feature.to(self.sums.dtype)
+        self.images += len(feature)
+        self.sums += feature.sum(0)
+        self.products += feature.T @ feature
+
+    def share(self) -> None:
+        """Add up the moments of all ranks; all ranks must call it."""
+        if not self.runtime.distributed:
+            return
+        images = torch.tensor(self.images, device=self.sums.device)
+        for part in (self.sums, self.products, images):
+            dist.all_reduce(part)
+        self.images = images.item()
+
+    @property
+    def _covariance(self) -> torch.Tensor:
+        mean = self.sums / self.images
+        return self.products / self.images - mean[:, None] * mean
+
+    @property
+    def effective_rank(self) -> float:
+        """Number of directions that the features fill, the participation ratio of the eigenvalues of their covariance.
+
+        (sum of eigenvalues)^2 / sum of squared eigenvalues: 1 on a line, d for the same variance in each direction; 0
+        without any variance.
+        """
+        covariance = self._covariance
+        squares = covariance.square().sum()
+        return float(covariance.trace() ** 2 / squares) if squares > 0 else 0.0
+
+    @property
+    def variance_share(self) -> float:
+        """Their variance as a share of their mean square; 0 if all are zero."""
+        square = self.products.trace() / self.images
+        return float(self._covariance.trace() / square) if square > 0 else 0.0
