@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -256,11 +257,15 @@ def test_a_task_without_classifier_has_no_task_loss():
 
 
 @pytest.mark.long
-def test_two_ranks_measure_what_one_measures(images, tmp_path):
+def test_two_ranks_measure_what_one_measures(images, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / 'knn')
+    (tmp_path / 'knn' / 'train' / 'ant' / '3.png').unlink()
+    (tmp_path / 'knn' / 'val' / 'bee' / '2.png').unlink()
     argv = [
         *('--unlabeled', str(images), '--val-fraction', '0.42', '--img-size', '32', '-j', '0', '--device', 'cpu'),
         *('--model', 'test_vit', '--teacher', 'test_vit2', '--no-teacher-pretrained', '--teacher-dtype', 'float32'),
         *('--epochs', '1', '--warmup-epochs', '0', '--lr', '0', '--output', str(tmp_path)),
+        *('--knn-data', str(tmp_path / 'knn')),
     ]
     script, found = os.path.join(os.path.dirname(__file__), '..', '..', 'train_distill.py'), []
     for ranks in (1, 2):
@@ -270,5 +275,5 @@ def test_two_ranks_measure_what_one_measures(images, tmp_path):
         # an odd number: one rank has an image that only pads its share
         assert int(re.search(r'held out +(\d+) more', out.stderr)[1]) % 2
         found.append(summary(tmp_path / f'ranks{ranks}')[0])
-    for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank'):
+    for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank', 'eval_knn'):
         assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-4), name

@@ -88,6 +88,8 @@ class DataFlags:
     unlabeled: list[str] = flag([], 'train on images without labels: all that lie in these folders, at any depth; no data folder is given then, and the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
     val_fraction: float = flag(0.05, 'share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
 
+    knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), and at the start the teacher's", metavar='DIR', needs='teacher', added=True)
+
     @property
     def root(self) -> str:
         """Folder of the data set, '' if none is given."""

@@ -269,7 +269,9 @@ def _check_task(config: 'RunConfig', refuse: Refuse) -> None:
     metrics, of = _METRICS[config.task], f'of --task {config.task}'
     if not config.has_labels:
         metrics, of = METRICS, 'without labels'
-    if config.eval_metric not in (None, *metrics):
+    if config.eval_metric == 'knn' and not config.knn_data:
+        refuse('--eval-metric knn needs --knn-data')
+    if config.eval_metric not in (None, 'knn', *metrics):
         refuse(f'--eval-metric {of} must be one of {", ".join(metrics)}, got {config.eval_metric!r}')
     if config.target_format and config.task != 'multilabel':
         refuse('--target-format needs --task multilabel')

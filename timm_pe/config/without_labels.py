@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .run_config import RunConfig
 
 # metrics that can name the best epoch
-METRICS = ('cosine', 'loss')
+METRICS: tuple[str, ...] = ('cosine', 'loss')
 
 _MIXES = 'mixes labels'
 _OF_CLASSIFIER = 'is about a classifier, which a student without labels does not have'

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config.run_config import RunConfig
 from ..data.datasets import check_data, create_datasets
+from ..data.knn_data import check_knn_data
 from ..data.loaders import Data, create_data
 from ..errors import UsageError
 from ..method.teacher import Teacher
@@ -72,6 +73,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     with hint(hints.get('data')):
         check_data(config)
     if training and not config.evaluate:
+        check_knn_data(config)
         check_loss_weights(config, config.num_classes)
     runtime = setup_runtime(config)
     channels = input_channels(config)

@@ -39,15 +39,8 @@ _ENTRIES = {
 # flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
     *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
-    *(
-        'data',
-        'data_dir',
-        'unlabeled',
-        'dataset_download',
-        'dataset_trust_remote_code',
-        'teacher_checkpoint',
-        'teacher_pretrained',
-    ),
+    *('data', 'data_dir', 'unlabeled', 'knn_data', 'dataset_download', 'dataset_trust_remote_code'),
+    *('teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
     *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),

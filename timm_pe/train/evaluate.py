@@ -27,7 +27,14 @@ from .student import place_student
 _logger = logging.getLogger(__name__)
 
 # display names
-METRIC_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'loss': 'val loss', 'effective_rank': 'effective rank'}
+METRIC_NAMES = {
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'map': 'mAP',
+    'loss': 'val loss',
+    'knn': 'kNN',
+    'effective_rank': 'effective rank',
+}
 # metrics that are no percentages
 _NUMBERS = ('cosine', 'effective_rank')
 

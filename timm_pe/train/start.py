@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 _OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
 
 # inputs of which a run keeps no copy
-_INPUTS = ('data', 'data_dir', 'unlabeled', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
+_INPUTS = ('data', 'data_dir', 'unlabeled', 'knn_data', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
 
 
 @dataclass(frozen=True)

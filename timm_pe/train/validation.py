@@ -14,11 +14,13 @@ from timm.utils import unwrap_model
 
 from ..method.losses import normalize_teacher
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
+from ..method.teacher import Teacher
 from ..process.runtime import Runtime
 from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
 from .first_look import check_teacher
+from .knn import Knn
 from .trackers import TeacherAgreement
 
 _logger = logging.getLogger(__name__)
@@ -56,10 +58,55 @@ class Validation(Protocol):
 
 
 def create_validation(parts: Parts) -> Validation:
-    """The validation of a run, once its teacher is validated or has seen the images that are held out."""
-    if parts.config.has_labels:
-        return LabelValidation(parts, check_teacher(parts))
-    return TeacherValidation(parts)
+    """The validation of a run, once its teacher is validated or has seen the images that are held out.
+
+    Raises:
+        UsageError: Images of --knn-data that do not fit.
+    """
+    knn = Knn(parts) if parts.config.knn_data else None  # first: it may refuse its images
+    validation = LabelValidation(parts, check_teacher(parts)) if parts.config.has_labels else TeacherValidation(parts)
+    if knn is None:
+        return validation
+    teacher = cast(Teacher, parts.teacher)  # --knn-data needs one
+    score = knn(lambda input: teacher.forward_uncompiled(input).feature, 'Teacher')
+    _logger.info(f'Teacher: {knn.describe()} {score:.3f} %.')
+    return WithKnn(validation, knn, cast(ProjectorEnsembleTask, parts.task))
+
+
+class WithKnn:
+    """A validation that also measures the kNN top-1 of the student's features; see `Validation`.
+
+    Args:
+        validation: What else is measured.
+        knn: The kNN.
+        task: The task.
+    """
+
+    def __init__(self, validation: Validation, knn: Knn, task: ProjectorEnsembleTask):
+        self.validation, self.knn, self.task = validation, knn, task
+        self.metric_names = (*validation.metric_names, 'knn')
+
+    @property
+    def agreement(self) -> float | None:
+        """See `Validation`."""
+        return self.validation.agreement
+
+    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+        """See `Validation`."""
+        metrics = self.validation(ema, what, after_batch)
+        module = _measured_module(self.task, ema)
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            module.student(input)
+            return module.tap.pop()
+
+        metrics['knn'] = self.knn(forward, what, after_batch)
+        return metrics
+
+
+def _measured_module(task: ProjectorEnsembleTask, ema: bool) -> ProjectorEnsembleModule:
+    """Student and projectors in eval mode, not compiled: graphs that meet other shapes would become dynamic."""
+    return cast(ProjectorEnsembleModule, unwrap_model(cast(nn.Module, task.get_trainable_module(ema=ema))).eval())
 
 
 class LabelValidation:
@@ -144,9 +191,7 @@ class TeacherValidation:
     @torch.no_grad()
     def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
         """See `Validation`."""
-        # not compiled: its graphs would become dynamic for training too
-        module = unwrap_model(cast(nn.Module, self.task.get_trainable_module(ema=ema))).eval()
-        module = cast(ProjectorEnsembleModule, module)
+        module = _measured_module(self.task, ema)
         moments = Moments(module.tap.width, self.runtime)
         sums = torch.zeros(2, dtype=moments.sums.dtype, device=self.runtime.device)
         for (input, size), known in zip(self._batches(what, after_batch), self.features, strict=True):

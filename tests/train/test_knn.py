@@ -1,0 +1,108 @@
+"""The kNN top-1 of student and teacher on labelled images, beside a run's own validation."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_trainer, refused, run, summary, tensorboard_curves
+from PIL import Image
+
+from timm_pe.train.knn import TEMPERATURE, predict
+
+
+@pytest.fixture
+def argv(image_folder, tmp_path):
+    """A run without labels, on images in folders that mean nothing."""
+    rng = np.random.default_rng(1)
+    (tmp_path / 'images').mkdir()
+    for i in range(30):
+        pixels = rng.integers(0, 120, (36, 36, 3))
+        pixels[..., i % 3] += 100
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / 'images' / f'{i}.png')
+    return [
+        *('--unlabeled', str(tmp_path / 'images'), '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu'),
+        *('--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--epochs', '2'),
+        *('--warmup-epochs', '0', '--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run'),
+        *('--knn-data', str(image_folder)),
+    ]
+
+
+def test_the_votes_are_those_of_scikit_learn():
+    neighbors = pytest.importorskip('sklearn.neighbors')
+    generator = torch.Generator().manual_seed(0)
+    bank, query = (F.normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (50, 30))
+    labels = torch.randint(0, 4, (50,), generator=generator)
+    reference = neighbors.KNeighborsClassifier(
+        20, metric='cosine', algorithm='brute', weights=lambda distances: np.exp((1 - distances) / TEMPERATURE)
+    )
+    expected = reference.fit(bank.numpy(), labels.numpy()).predict(query.numpy())
+    assert predict(query, bank, labels, 4, 20).tolist() == expected.tolist()
+
+
+def test_it_is_measured_after_each_validation_and_names_the_best_epoch(argv, tmp_path, capsys):
+    said = run([*argv, '--eval-metric', 'knn', '--log-tb'], capsys)
+    assert re.search(r"Teacher: 20-nearest-neighbour top-1 on '.*' \(36 and 12 images\) \d+\.\d+ %\.", said)
+    assert re.search(r'Epoch 1/2 .* kNN \d+\.\d+ % \(best\)', said)
+    rows = summary(tmp_path / 'run')
+    values = [float(row['eval_knn']) for row in rows]
+    assert all(value == pytest.approx(100 * round(value * 12 / 100) / 12) for value in values)
+    assert f'Best kNN {max(values):.3f} in epoch' in said
+    assert [value for _, value in tensorboard_curves(tmp_path / 'run')[0]['eval_knn']] == pytest.approx(values)
+
+
+def test_it_goes_beside_labels_too(image_folder, small_run, tmp_path):
+    pair = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
+    run([*small_run, *pair, '--knn-data', str(image_folder)])
+    columns = list(summary(tmp_path / 'run')[0])
+    assert columns[columns.index('eval_top5') + 1] == 'eval_knn'
+
+
+def test_features_that_tell_classes_apart_have_it_right(argv, monkeypatch):
+    trainer = make_trainer(argv, monkeypatch)
+    knn = trainer.validation.knn
+    assert knn(lambda input: input.mean((2, 3)), 'Test') == 100
+    noise = torch.Generator().manual_seed(0)
+    assert knn(lambda input: torch.randn(len(input), 8, generator=noise), 'Test') < 80
+
+
+def test_few_images_have_fewer_neighbours(argv, image_folder, tmp_path, monkeypatch):
+    for c in ('ant', 'bee'):
+        shutil.copytree(image_folder / 'val' / c, tmp_path / 'few' / 'train' / c)
+        shutil.copytree(image_folder / 'val' / c, tmp_path / 'few' / 'val' / c)
+    trainer = make_trainer([*argv, '--knn-data', str(tmp_path / 'few')], monkeypatch)
+    assert trainer.validation.knn.neighbours == 8
+
+
+def write(*folders):
+    def make(root, source):
+        for folder in folders:
+            shutil.copytree(source / 'val' / 'ant', root / folder)
+
+    return make
+
+
+BAD = {
+    'missing': (lambda root, source: None, 'no folder'),
+    'no validation': (write('train/a', 'train/b'), "no folder for split 'validation' in"),
+    'one class': (write('train/a', 'val/a'), 'holds one class alone'),
+    'other classes': (write('train/a', 'train/b', 'val/a', 'val/c'), 'different classes'),
+    'no classes': (write('train', 'val'), 'lies in no class folder'),
+}
+
+
+@pytest.mark.parametrize('kind', BAD)
+def test_images_that_cannot_measure_are_one_line(kind, argv, image_folder, tmp_path, capsys):
+    make, message = BAD[kind]
+    make(tmp_path / 'bad', image_folder)
+    error = refused([*argv, '--knn-data', str(tmp_path / 'bad')], capsys)
+    assert '--knn-data: ' in error
+    assert message in error
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_metric_needs_the_images(argv, capsys):
+    argv = argv[: argv.index('--knn-data')]
+    assert '--eval-metric knn needs --knn-data' in refused([*argv, '--eval-metric', 'knn'], capsys)
