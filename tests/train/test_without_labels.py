@@ -214,8 +214,6 @@ REFUSED = {
     '--val-split test': '--val-split is about a labelled data set',
     '--tta 2': '--tta averages logits',
     '--eval-metric top1': '--eval-metric without labels must be one of cosine, loss',
-    '--dataset sklearn/digits': '--unlabeled does not go with --dataset sklearn/digits',
-    '--data-dir .': "--unlabeled does not go with the data folder '.'",
     '--evaluate x': '--evaluate measures a classifier',
     '--val-fraction 0': '--val-fraction must be above 0',
     '--val-fraction 0.6': '--val-fraction must be 0.5 or less',

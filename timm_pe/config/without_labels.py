@@ -32,6 +32,16 @@ _REASONS = {
     ),
 }
 
+# likewise where there are labelled images too
+_BESIDE = {
+    **dict.fromkeys(('mixup', 'cutmix', 'cutmix_minmax'), 'mixes labels, also with images that have none'),
+    'dataset': 'names a data set that is not a folder of class folders',
+    'task': 'reads labels of another kind than folders have',
+    'val_fraction': 'holds images out for a validation, and the data folder has its own',
+    'aug_repeats': 'gives images to ranks in its own order',
+    'train_img_sizes': 'makes batches of its own',
+}
+
 
 def check_without_labels(config: 'RunConfig', refuse: Callable[[str], NoReturn]) -> None:
     """Refuse flags that do not go with --unlabeled.
@@ -43,8 +53,10 @@ def check_without_labels(config: 'RunConfig', refuse: Callable[[str], NoReturn])
     if not config.unlabeled:
         return
     if config.has_labels:
-        given = f'--dataset {config.dataset}' if config.dataset else f"the data folder '{config.root}'"
-        refuse(f'--unlabeled does not go with {given}: train on one of the two, then fine-tune on the other')
+        for name, reason in _BESIDE.items():
+            if config.is_given(name):
+                refuse(f'{name_of(name)} {reason}: leave it out with --unlabeled next to a data folder')
+        return
     if config.evaluate:
         refuse('--evaluate measures a classifier on labelled images, --unlabeled has none: give a labelled data folder')
     for name in (*_REASONS, *declared_in(LossFlags)):

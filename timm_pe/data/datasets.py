@@ -21,6 +21,7 @@ from ..config.flags import DataFlags
 from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
+from .beside import describe_beside, put_beside, reader_of
 from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
 from .unlabeled import check_unlabeled, create_unlabeled, describe_unlabeled
 from .unreadable import CountingImageDataset
@@ -240,6 +241,8 @@ def create_datasets(config: RunConfig, in_chans: int = 3) -> tuple[Dataset[Any] 
     train = None if config.evaluate else _create_dataset(config, config.train_split, True, in_chans)
     evaluation = _create_dataset(config, config.val_split, False, in_chans)
     _check_splits(train, evaluation)
+    if config.unlabeled and train is not None:
+        train = put_beside(config, train, evaluation)
     return train, evaluation
 
 
@@ -337,18 +340,20 @@ def count_images(dataset: Any) -> int:
     return int(described) if described and isinstance(dataset, IterableDataset) else len(dataset)
 
 
-def describe_data(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
+def describe_data(config: RunConfig, train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
     """Rows of the start table about the data: its size, and what was left out.
 
     Args:
-        flags: Flags of the data.
+        config: Run settings.
         train: Training split.
         evaluation: Validation split.
     """
-    if not flags.has_labels:
-        return describe_unlabeled(train, evaluation, flags.val_fraction)
+    if not config.has_labels:
+        return describe_unlabeled(train, evaluation, config.val_fraction)
     sizes = class_sizes(train)
-    images = f'{count_images(train)} training, {count_images(evaluation)} validation images'
+    beside = reader_of(train)
+    number = count_images(train) if beside is None else beside.num_labeled
+    images = f'{number} training, {count_images(evaluation)} validation images'
     rows = [('data', f'{images} of {len(sizes)} classes' if sizes else images)]
     if sizes:
         (small, least), (large, most) = next(iter(sizes.items())), list(sizes.items())[-1]
@@ -357,6 +362,8 @@ def describe_data(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any
         few = [f'{name} ({size})' for name, size in sizes.items() if size < FEW_IMAGES]
         if few:
             rows.append((f'fewer than {FEW_IMAGES}', name_some(few)))
+    if beside is not None:
+        rows += describe_beside(beside, config.batch_size)
     reader = _folder_reader(train)
     if reader is not None and reader.is_deep:
         deep = next(os.path.relpath(os.path.dirname(path), reader.root) for path, _ in reader.samples)

@@ -81,7 +81,7 @@ class IndexedTarget(NamedTuple):
     the images' files, 0 if unknown.
     """
 
-    target: torch.Tensor
+    target: 'torch.Tensor | LabeledTarget'
     index: np.ndarray  # type: ignore[assignment]  # replaces tuple.index, which has no use here
     view: int
     sources: np.ndarray | None = None
@@ -89,6 +89,24 @@ class IndexedTarget(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> 'IndexedTarget':
         """The target as `target.to(...)`."""
         return self._replace(target=self.target.to(*args, **kwargs))
+
+
+class LabeledTarget(NamedTuple):
+    """The targets of the labelled images of a batch that has others too.
+
+    Loaders pin it and move it to the device as they do a tensor; the host knows the shapes, so nothing waits for it.
+
+    Attributes:
+        target: Labels `[l]` of the images that have one.
+        rows: Their places in the batch, `[l]`.
+    """
+
+    target: torch.Tensor
+    rows: torch.Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> 'LabeledTarget':
+        """Both as `tensor.to(...)`."""
+        return LabeledTarget(self.target.to(*args, **kwargs), self.rows.to(*args, **kwargs))
 
 
 class DrawBatchSampler(Sampler[Batch]):
@@ -199,14 +217,21 @@ class SeededDataset(Dataset[Any]):
 class SeededCollate:
     """A collate function whose draws (mixup, cutmix) depend only on the batch; mixing ends at `mixup_off_epoch`.
 
-    With `indexed` its targets are `IndexedTarget`s.
+    With `indexed` its targets are `IndexedTarget`s; with `some_labeled` only images whose target is not negative have a
+    label, and targets are `LabeledTarget`s.
     """
 
     def __init__(
-        self, collate: Callable[[Any], Any], seed: int, rank: int, mixup_off_epoch: int, indexed: bool = False
+        self,
+        collate: Callable[[Any], Any],
+        seed: int,
+        rank: int,
+        mixup_off_epoch: int,
+        indexed: bool = False,
+        some_labeled: bool = False,
     ):
         self.collate, self.seed, self.rank, self.mixup_off_epoch = collate, seed, rank, mixup_off_epoch
-        self.indexed = indexed
+        self.indexed, self.some_labeled = indexed, some_labeled
 
     def __call__(self, batch: Batch) -> Any:
         if isinstance(self.collate, FastCollateMixup):
@@ -214,9 +239,12 @@ class SeededCollate:
         with kept_rng():
             _seed_all(derive_seed(self.seed, batch.epoch, batch.number, self.rank))
             collated = self.collate(batch)
-        if not self.indexed:
-            return collated
         input, target = collated
+        if self.some_labeled:
+            rows = (target >= 0).nonzero()[:, 0]
+            target = LabeledTarget(target[rows], rows)
+        if not self.indexed:
+            return input, target
         index = np.array([-1 if draw.replaced else draw.index for draw in batch.draws])
         sources = np.array([draw.source for draw in batch.draws], np.uint64)
         return input, IndexedTarget(target, index, batch.draws[0].view, sources)

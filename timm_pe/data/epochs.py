@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, one_line
 from ..process.runtime import Runtime
+from .beside import EvenSampler, reader_of
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .unreadable import forget_unreadable
 
@@ -19,11 +20,16 @@ from .unreadable import forget_unreadable
 def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
     """Replace timm's DataLoader by one over seeded draws, under its prefetcher if there is one."""
     plain = plain_loader(loader)
+    beside = reader_of(plain.dataset)
+    batch_sampler: Any = plain.batch_sampler
+    if beside is not None:
+        sampler = EvenSampler(beside.num_labeled, len(beside.found.paths), runtime.rank, runtime.world_size)
+        batch_sampler = BatchSampler(sampler, config.batch_size, drop_last=True)
     loader_class = MultiEpochsDataLoader if config.use_multi_epochs_loader else DataLoader
     seeded = loader_class(
         SeededDataset(plain.dataset, config.seed),
         batch_sampler=DrawBatchSampler(
-            plain.batch_sampler,
+            batch_sampler,
             config.seed,
             runtime.rank,
             runtime.world_size,
@@ -31,7 +37,12 @@ def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
             views=config.teacher_cache_views if config.teacher_cache else None,
         ),
         collate_fn=SeededCollate(  # type: ignore[arg-type]  # its batches are those of SeededDataset
-            plain.collate_fn, config.seed, runtime.rank, config.mixup_off_epoch, indexed=bool(config.teacher_cache)
+            plain.collate_fn,
+            config.seed,
+            runtime.rank,
+            config.mixup_off_epoch,
+            indexed=bool(config.teacher_cache),
+            some_labeled=beside is not None,
         ),
         num_workers=plain.num_workers,
         pin_memory=plain.pin_memory,

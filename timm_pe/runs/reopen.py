@@ -163,6 +163,7 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
         data_dir=options.data_dir or config.data_dir,
         teacher_checkpoint=options.teacher_checkpoint or config.teacher_checkpoint,
         teacher_dtype=_decided_dtype(config, checkpoint_file(folder, options)),
+        unlabeled=[],  # labelled images are looked at
         device=options.device or config.device,
         validation_batch_size=options.batch_size or config.validation_batch_size,
         workers=config.workers if options.workers is None else options.workers,

@@ -27,7 +27,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
 from ..version import __version__
 from .cache import TeacherCache
-from .run_task import has_random_weights
+from .run_task import LabeledLoss, has_random_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -176,7 +176,10 @@ def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
 def _describe_loss(task: ProjectorEnsembleTask) -> str:
     terms = [f'{task.distill_loss_weight:g} x {task.feature_loss_name}']
     if task.criterion is not None:
-        terms.insert(0, f'{task.task_loss_weight:g} x {type(task.criterion).__name__}')
+        criterion, of = task.criterion, ''
+        if isinstance(criterion, LabeledLoss):
+            criterion, of = criterion.criterion, ' of labelled images'
+        terms.insert(0, f'{task.task_loss_weight:g} x {type(criterion).__name__}{of}')
     if task.kd_loss_weight:
         terms.append(f'{task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}')
     return ' + '.join(terms)

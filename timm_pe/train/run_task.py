@@ -26,6 +26,7 @@ from ..config.flags import LossFlags, TeacherFlags
 from ..config.rules import loss_type
 from ..config.run_config import RunConfig
 from ..data.datasets import class_map_of, describe_other_class
+from ..data.draws import LabeledTarget
 from ..data.loaders import Data
 from ..errors import NoPretrainedWeights, UsageError, one_line
 from ..method.names import TARGETS
@@ -125,6 +126,24 @@ def other_class_of_teacher(flags: TeacherFlags, data: Data) -> str:
     return describe_other_class(saved_classes(folder), class_map_of(data.eval.dataset)) if folder is not None else ''
 
 
+class LabeledLoss(nn.Module):
+    """A task loss of the labelled images of a batch that has others too; without any it is 0.
+
+    Args:
+        criterion: The loss of logits `[l, c]` and labels `[l]`.
+    """
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, logits: torch.Tensor, target: LabeledTarget) -> torch.Tensor:
+        """The loss of logits `[b, c]` of all images."""
+        if not len(target.rows):
+            return logits.sum() * 0.0  # the classifier gets a gradient of zeros: DDP waits for one
+        return self.criterion(logits.index_select(0, target.rows), target.target)
+
+
 def create_run_task(
     config: RunConfig,
     student: nn.Module,
@@ -135,6 +154,7 @@ def create_run_task(
     criterion = None
     if config.has_labels:
         criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
+        criterion = LabeledLoss(criterion) if config.unlabeled else criterion
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teacher is not None:

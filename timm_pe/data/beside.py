@@ -1,0 +1,142 @@
+"""Labelled images and images without labels in one training: one data set, in batches that hold the same share of both."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
+from torch.utils.data import Dataset, Sampler
+
+from ..config.flags import DataFlags
+from ..errors import UsageError
+from .draws import derive_seed
+from .folders import FolderReader
+from .unlabeled import NO_LABEL, ImagesFound, find_images
+from .unreadable import CountingImageDataset
+
+
+class BesideReader(Reader):
+    """Labelled images, and after them images without labels. What else is asked is answered by the labelled ones.
+
+    Args:
+        labeled: The labelled images.
+        found: The images without labels.
+        known: Number of images left out of these because they are labelled ones too.
+
+    Attributes:
+        num_labeled: Number of labelled images.
+        found: As given.
+        known: As given.
+        root: Folder that holds all of them.
+    """
+
+    def __init__(self, labeled: FolderReader, found: ImagesFound, known: int):
+        super().__init__()
+        self.labeled, self.found, self.known = labeled, found, known
+        self.num_labeled = len(labeled)
+        self.root = os.path.commonpath([os.path.abspath(labeled.root), found.root])
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index < self.num_labeled:
+            return self.labeled[index]
+        return open(self.found.paths[index - self.num_labeled], 'rb'), NO_LABEL
+
+    def __len__(self) -> int:
+        return self.num_labeled + len(self.found.paths)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'labeled':
+            raise AttributeError(name)
+        return getattr(self.labeled, name)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        if index < self.num_labeled:
+            path = os.path.abspath(self.labeled.samples[index][0])
+        else:
+            path = self.found.paths[index - self.num_labeled]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+def put_beside(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) -> Dataset[Any]:
+    """The labelled images to train on, and those of --unlabeled after them.
+
+    Images of --unlabeled that are labelled ones too, to train on or to validate, are left out.
+
+    Args:
+        flags: Flags of the data.
+        train: The labelled images.
+        evaluation: Those of validation.
+
+    Raises:
+        UsageError: The labelled images are in no folder of class folders, or no image is left of --unlabeled.
+    """
+    readers: list[Any] = [getattr(getattr(dataset, 'reader', None), 'reader', None) for dataset in (train, evaluation)]
+    if not isinstance(train, CountingImageDataset) or not all(isinstance(reader, FolderReader) for reader in readers):
+        raise UsageError('--unlabeled goes beside a folder of class folders alone: give one, or no data at all')
+    found, labeled = find_images(flags.unlabeled), {os.path.realpath(p) for r in readers for p, _ in r.samples}
+    paths = [path for path in found.paths if os.path.realpath(path) not in labeled]
+    if not paths:
+        raise UsageError('--unlabeled: all of its images are labelled ones of the data folder: give others')
+    known = len(found.paths) - len(paths)
+    found = ImagesFound(found.root, paths, found.ignored, found.repeated, found.first_repeated)
+    images = ImageDataset(
+        readers[0].root, reader=BesideReader(readers[0], found, known), input_img_mode=train.input_img_mode
+    )
+    return CountingImageDataset(images)
+
+
+def reader_of(dataset: Any) -> BesideReader | None:
+    """The `BesideReader` of a data set, or of one that wraps it; None if it has none."""
+    while dataset is not None and not isinstance(dataset, BesideReader):
+        dataset = getattr(dataset, 'reader', getattr(dataset, 'dataset', None))
+    return dataset
+
+
+def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, str]]:
+    """Rows of the start table about the images without labels."""
+    number, found = len(reader.found.paths), reader.found
+    share = batch_size * reader.num_labeled / len(reader)
+    rows = [
+        (
+            'without labels',
+            f'{number} images more, of {found.root}: {share:.3g} of {batch_size} in a batch are labelled',
+        )
+    ]
+    if reader.known:
+        rows.append(('counted once', f'{reader.known} images of --unlabeled that the data folder has with labels'))
+    if found.repeated:
+        rows.append(('counted once', f"{found.repeated} further paths to files, one is '{found.first_repeated}'"))
+    return rows
+
+
+class EvenSampler(Sampler[int]):
+    """Labelled images and others, each in a random order, spread evenly over an epoch.
+
+    Args:
+        labeled: Number of labelled images, the first ones.
+        others: Number of the others.
+        rank: This rank.
+        world_size: Number of ranks; each has the same number of images.
+    """
+
+    def __init__(self, labeled: int, others: int, rank: int, world_size: int):
+        self.labeled, self.others, self.rank, self.world_size = labeled, others, rank, world_size
+        self.seed = 0
+
+    def set_epoch(self, seed: int) -> None:
+        """Set the seed of the next order; `DrawBatchSampler` derives it from the run's seed and the epoch."""
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng(derive_seed(self.seed))
+        images = np.concatenate([rng.permutation(self.labeled), self.labeled + rng.permutation(self.others)])
+        places = np.concatenate([(np.arange(n) + 0.5) / n for n in (self.labeled, self.others)])
+        order = images[np.argsort(places, kind='stable')]
+        yield from order[self.rank : len(self) * self.world_size : self.world_size].tolist()
+
+    def __len__(self) -> int:
+        return (self.labeled + self.others) // self.world_size
