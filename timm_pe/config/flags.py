@@ -32,7 +32,7 @@ class TeacherFlags:
     teacher_eval: bool = switch("validate the teacher before the first epoch, where its classes are the student's", needs='teacher', added=True, default=True, off='no')
     teacher_ema: bool = switch('prefer the moving average in --teacher-checkpoint, where the file has one', needs='teacher', added=True, default=True, off='no')
     teacher_num_classes: int | None = flag(None, 'classes of the teacher', metavar='N', unset="the checkpoint's, or what belongs to its name", at_least=0, needs='teacher', added=True)
-    teacher_input_size: int | None = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', added=True)
+    teacher_input_size: int | None = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, or be built for it in whole patches, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', added=True)
     teacher_mean: list[float] | None = flag(None, 'mean the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', needs='teacher', added=True)
     teacher_std: list[float] | None = flag(None, 'standard deviation the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', above=0, needs='teacher', added=True)
     teacher_dtype: str | None = flag('auto', "precision of the teacher; 'auto' is a low one where the device is fast in it and the teacher's outputs on the first batch keep a cosine above 0.999 to float32, else float32, under the student's AMP", allowed=('auto', *DTYPES), needs='teacher', added=True)

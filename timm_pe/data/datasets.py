@@ -21,9 +21,9 @@ from ..config.flags import DataFlags
 from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
-from .beside import describe_beside, put_beside, reader_of
+from .beside import put_beside, reader_of
 from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
-from .unlabeled import check_unlabeled, create_unlabeled, describe_unlabeled
+from .unlabeled import check_unlabeled, create_unlabeled
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -340,16 +340,13 @@ def count_images(dataset: Any) -> int:
     return int(described) if described and isinstance(dataset, IterableDataset) else len(dataset)
 
 
-def describe_data(config: RunConfig, train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
+def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[str, str]]:
     """Rows of the start table about the data: its size, and what was left out.
 
     Args:
-        config: Run settings.
         train: Training split.
         evaluation: Validation split.
     """
-    if not config.has_labels:
-        return describe_unlabeled(train, evaluation, config.val_fraction)
     sizes = class_sizes(train)
     beside = reader_of(train)
     number = count_images(train) if beside is None else beside.num_labeled
@@ -362,8 +359,6 @@ def describe_data(config: RunConfig, train: Dataset[Any], evaluation: Dataset[An
         few = [f'{name} ({size})' for name, size in sizes.items() if size < FEW_IMAGES]
         if few:
             rows.append((f'fewer than {FEW_IMAGES}', name_some(few)))
-    if beside is not None:
-        rows += describe_beside(beside, config.batch_size)
     reader = _folder_reader(train)
     if reader is not None and reader.is_deep:
         deep = next(os.path.relpath(os.path.dirname(path), reader.root) for path, _ in reader.samples)

@@ -16,6 +16,7 @@ from timm.utils import unwrap_model
 
 from ..errors import UsageError, is_out_of_memory, one_line
 from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
+from .input_size import Size, size_to_build
 from .tap import FeatureTap
 from .weights import (
     check_model_name,
@@ -63,6 +64,7 @@ class Teacher(nn.Module):
         fingerprint: See the attribute.
         autocast_dtype: Compute under autocast in this dtype, with convolutions and linear layers cast once, not in every
             step. Only without a `dtype`.
+        built_size: Height and width that the network was built for, if they are not those of its `pretrained_cfg`.
 
     Attributes:
         model: The network.
@@ -98,6 +100,7 @@ class Teacher(nn.Module):
         fold: bool = False,
         fingerprint: Mapping[str, str] | None = None,
         autocast_dtype: torch.dtype | None = None,
+        built_size: Size | None = None,
     ):
         super().__init__()
         self.fingerprint = dict(fingerprint or {})
@@ -117,7 +120,10 @@ class Teacher(nn.Module):
         for name, values in (('mean', self.mean), ('std', self.std)):
             if own and len(values) != channels:
                 raise UsageError(f'the {name} of the teacher has {len(values)} values, it sees {channels} channels')
-        self.own_size: tuple[int, int] | None = own['input_size'][1:] if own else None
+        self.built_size = built_size
+        # timm resolves the size that a network is built for; its weights are for that of its cfg
+        of_weights = cast(Any, network).pretrained_cfg if built_size else own
+        self.own_size: Size | None = of_weights['input_size'][1:] if own else None
         self.input_size = input_size
         self.folded = 0
         if fold and model is network:
@@ -165,7 +171,7 @@ class Teacher(nn.Module):
 
         A network that reads a weight outside of its layer would compute with another one: it keeps all its weights.
         """
-        height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
+        height, width = self._some_size
         device = next(self.model.parameters()).device
         if self._try_size((height, width), device):
             return
@@ -228,6 +234,13 @@ class Teacher(nn.Module):
         self.register_buffer('shift', shift.float().to(device), persistent=False)
 
     @property
+    def _some_size(self) -> Size:
+        """A size that the network should take."""
+        if self.input_size:
+            return self.input_size, self.input_size
+        return self.built_size or self.own_size or (224, 224)
+
+    @property
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.preserve_format
 
@@ -241,7 +254,7 @@ class Teacher(nn.Module):
 
     def _fold(self, model: nn.Module, tap: str | None) -> nn.Module:
         """`model` with its batch norms folded, or unchanged if that is not possible."""
-        height, width = (self.input_size,) * 2 if self.input_size else self.own_size or (224, 224)
+        height, width = self._some_size
         pixels = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
         folded = fold_batch_norm(model, (pixels - mean) / std, tap)
@@ -276,12 +289,13 @@ class Teacher(nn.Module):
             failure = self._try_size(wanted, x.device)
             if failure and self.input_size is not None:
                 raise UsageError(f'the teacher cannot take its input size {self.input_size} ({one_line(failure, 120)})')
-            if failure and (self.own_size is None or self._try_size(self.own_size, x.device)):
+            other = self.built_size or self.own_size
+            if failure and (other is None or self._try_size(other, x.device)):
                 raise UsageError(
                     f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
                     f'({one_line(failure, 120)}): give its own input size'
                 )
-            self._size_of[given] = self.own_size if failure and self.own_size else wanted
+            self._size_of[given] = other if failure and other else wanted
         return self._size_of[given]
 
     def _try_size(self, size: tuple[int, int], device: torch.device) -> Exception | None:
@@ -370,6 +384,7 @@ def create_teacher(
     needs_logits: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     what: str = 'teacher',
+    student_size: Size | None = None,
     **teacher_kwargs: Any,
 ) -> Teacher:
     """Make a `Teacher` from a timm name or from any module.
@@ -386,6 +401,8 @@ def create_teacher(
             classifier does not match `num_classes` is accepted: the teacher's stays random.
         model_kwargs: More arguments for `timm.create_model`.
         what: Its name in messages.
+        student_size: Height and width of the student's images: a network given by name that has a fixed input size is built
+            for them, rounded to its patches, or for `input_size`, if its architecture can be (see `size_to_build`).
         **teacher_kwargs: For `Teacher`.
 
     Raises:
@@ -418,4 +435,10 @@ def create_teacher(
     else:
         model = create(pretrained=pretrained, num_classes=num_classes)
     loaded = fingerprint(model, needs_logits) if checkpoint or pretrained else None
-    return Teacher(model, fingerprint=loaded, **teacher_kwargs)
+    built = None
+    if student_size is not None and hasattr(model, 'set_input_size'):
+        given = teacher_kwargs.get('input_size')
+        built = size_to_build(create, (given, given) if given else student_size, rounds=not given)
+        if built is not None:
+            cast(Any, model).set_input_size(img_size=built)
+    return Teacher(model, fingerprint=loaded, built_size=built, **teacher_kwargs)

@@ -16,7 +16,7 @@ from ..data.loaders import Data, create_data
 from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
-from .checkpoints import find_resume
+from .checkpoints import find_resume, keeps_teacher_size
 from .run_task import check_loss_weights, create_run_task, create_run_teacher
 from .student import check_names, choose_num_classes, create_student, input_channels
 
@@ -89,7 +89,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     if config.evaluate:
         return Parts(config, runtime, student, datasets, data, None, None)
     with hint(hints.get('teacher')):
-        teacher = create_run_teacher(config, data, runtime)
+        teacher = create_run_teacher(config, data, runtime, resizes=not keeps_teacher_size(weights))
     task = create_run_task(config, student, teacher, runtime) if training or teacher is not None else None
     return Parts(config, runtime, student, datasets, data, teacher, task, checkpoint)
 

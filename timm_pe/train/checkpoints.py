@@ -280,6 +280,17 @@ def saved_precision(path: str, meaning: Mapping[str, Any] | None = None) -> str 
     return next(filter(is_precision, found))
 
 
+def keeps_teacher_size(path: str) -> bool:
+    """Whether a checkpoint is of a run that left a teacher at its own input size, as all did once; False without one."""
+    if not path:
+        return False
+    try:
+        run = read_run_state(load_checkpoint_metadata(path), path)
+    except Exception:  # whatever it may be: loading it says so
+        return False
+    return run is not None and bool(run.meaning.get('teacher')) and 'teacher_input' not in run.meaning
+
+
 def find_resume(flags: RunFlags) -> str:
     """The training checkpoint that --resume means.
 

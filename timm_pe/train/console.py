@@ -20,8 +20,10 @@ from ..config.declare import default_of
 from ..config.derive import given_classes, label_smoothing, loader_workers, pins_memory
 from ..config.rules import without_effect
 from ..config.run_config import RunConfig
+from ..data.beside import describe_beside, reader_of
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
+from ..data.unlabeled import describe_unlabeled
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
@@ -170,6 +172,8 @@ def _classes(config: RunConfig, num_classes: int, data: Data) -> str:
 def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
     height, width = teacher.size_for(torch.empty(1, *student_size, device=teacher.scale.device))
     resized = '' if (height, width) == tuple(student_size[1:]) else ' (bicubic)'
+    if teacher.built_size and teacher.own_size:
+        resized += f', built for it in place of {"x".join(map(str, teacher.own_size))}'
     return f'{len(teacher.mean)}x{height}x{width}{resized}'
 
 
@@ -230,7 +234,13 @@ def _run_rows(
     average = f'decay {config.model_ema_decay:g}' if config.model_ema else 'none'
     rows.append(('weight average', average))
     rows.append(('seed', str(config.seed)))
-    rows += describe_data(config, data.train.dataset, data.eval.dataset)
+    train, evaluation = data.train.dataset, data.eval.dataset
+    if config.has_labels:
+        beside = reader_of(train)
+        rows += describe_data(train, evaluation)
+        rows += describe_beside(beside, batch) if beside is not None else []
+    else:
+        rows += describe_unlabeled(train, evaluation, config.val_fraction)
     pinned = ', pinned memory' if pins_memory(config, runtime.device.type) else ''
     rows.append(('loader workers', '{} ({}){}'.format(*loader_workers(config, data.train.dataset), pinned)))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))

@@ -23,6 +23,7 @@ from ..data.draws import kept_rng
 from ..data.epochs import plain_loader
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
+from ..method.teacher import Teacher
 from ..method.weights import fingerprint
 from ..process.runtime import Runtime
 
@@ -104,7 +105,7 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
 
     Returns:
         The architecture of the student, the kind of task, the class map (None if unknown), what is distilled, the
-        teacher's name and the hashes of its weights (none for random weights).
+        teacher's name and the hashes of its weights (none for random weights), and the size of its images.
     """
     student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
     if isinstance(teacher, DistillationTeacher):
@@ -120,6 +121,10 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         'teacher': config.teacher or config.kd_model_name,
         'teacher_weights': hashes,
     }
+    if isinstance(teacher, Teacher):
+        # not compared: flags and the student's size decide it. Checkpoints without are of runs that did not build it anew
+        size = teacher.size_for(torch.empty(1, *data.config['input_size'], device=teacher.scale.device))
+        meaning['teacher_input'] = 'x'.join(map(str, size))
     return runtime.share(meaning)  # random weights of timm's own teacher differ between ranks
 
 
@@ -133,7 +138,10 @@ def _is_meaning(value: Any) -> bool:
     kinds: dict[str, type | tuple[type, ...]] = {'classes': (dict, type(None)), 'teacher_weights': dict}
     names = {'model', 'task', 'target', 'teacher', *kinds}
     return value == {} or (
-        isinstance(value, dict) and value.keys() == names and all(isinstance(value[n], k) for n, k in kinds.items())
+        isinstance(value, dict)
+        and value.keys() - {'teacher_input'} == names
+        and all(isinstance(value[n], k) for n, k in kinds.items())
+        and isinstance(value.get('teacher_input', ''), str)
     )
 
 

@@ -29,6 +29,7 @@ from ..data.datasets import class_map_of, describe_other_class
 from ..data.draws import LabeledTarget
 from ..data.loaders import Data
 from ..errors import NoPretrainedWeights, UsageError, one_line
+from ..method.input_size import Size
 from ..method.names import TARGETS
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
@@ -42,10 +43,16 @@ from .student import place_student
 _logger = logging.getLogger(__name__)
 
 
-def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teacher | None:
+def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes: bool = True) -> Teacher | None:
     """The teacher that the flags name; None without --teacher.
 
     With --teacher-dtype auto its precision is open: `settle_precision` decides it, until then it follows autocast.
+
+    Args:
+        config: Run settings.
+        data: The data that it has to fit.
+        runtime: Device and ranks.
+        resizes: Whether to build a network of a fixed input size for the student's.
     """
     if not config.teacher:
         return None
@@ -67,6 +74,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         needs_logits=config.kd_loss_weight > 0 or config.pe_target == 'logits',
         model_kwargs=settings.kwargs,
         what='--teacher',
+        student_size=data.config['input_size'][1:] if resizes and not _has_own_size(config) else None,
         input_mean=data.config['mean'],
         input_std=data.config['std'],
         input_size=config.teacher_input_size,
@@ -96,6 +104,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         ) from e
     if has_random_weights(config):
         _logger.warning('Teacher: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).')
+    _say_size(teacher, data.config['input_size'][1:])
     if teacher.folded:
         _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
     if runtime.distributed:
@@ -103,6 +112,31 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime) -> Teach
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
+
+
+def _has_own_size(flags: TeacherFlags) -> bool:
+    """Whether flags say for which size the teacher is built."""
+    return bool({'img_size', 'dynamic_img_size'} & set(flags.teacher_kwargs))
+
+
+def _say_size(teacher: Teacher, student_size: Size) -> None:
+    """Log a size of the teacher's images that is not the student's: a larger one may cost many times as much."""
+    if teacher.input_size:
+        return
+    mine, own = 'x'.join(map(str, student_size)), 'x'.join(map(str, teacher.own_size or ()))
+    if teacher.built_size:
+        _logger.info(
+            f"Teacher: built for {'x'.join(map(str, teacher.built_size))} images, the student's are {mine}; "
+            f'--teacher-kwargs img_size=N builds it for another size, its own is {own}.'
+        )
+        return
+    size = teacher.size_for(torch.empty(1, len(teacher.input_mean), *student_size, device=teacher.scale.device))
+    times = size[0] * size[1] / (student_size[0] * student_size[1])
+    if times > 1:
+        _logger.info(
+            f"Teacher: it sees {'x'.join(map(str, size))} images, as its architecture cannot take the student's {mine}: "
+            f'{times:.1f} times as many pixels.'
+        )
 
 
 def _torchvision_name(flags: TeacherFlags) -> str:
