@@ -27,7 +27,7 @@ from timm.models._hub import generate_readme, save_for_hf
 
 from .config.cli import Parser
 from .errors import UsageError, one_line
-from .runs.model_card import model_card
+from .runs.model_card import model_card, task_of
 from .runs.student import Student, read_student
 from .train.console import setup_logging
 
@@ -107,7 +107,7 @@ def write_folder(
             save_for_hf(student.model, str(folder), **_save_args(student, license))
         except (ValueError, TypeError, RuntimeError) as e:
             raise UsageError(f'timm cannot save {student.architecture}: {one_line(e)}') from e
-        card = generate_readme(model_card(student, license, onnx), student.architecture)
+        card = generate_readme(model_card(student, license, onnx), student.architecture, task_of(student))
         (folder / 'README.md').write_text(card, encoding='utf-8')
         # safetensors makes its file readable by the owner only
         (folder / 'model.safetensors').chmod((folder / 'config.json').stat().st_mode)
@@ -152,7 +152,7 @@ def write_onnx(student: Student, path: Path) -> None:
                 str(path),
                 dynamo=True,
                 input_names=['image'],
-                output_names=['logits'],
+                output_names=['logits' if student.model.num_classes else 'feature'],
                 dynamic_shapes=(batch,),
                 external_data=False,
                 verbose=False,
@@ -208,6 +208,7 @@ def push(student: Student, repo_id: str, license: str = 'unknown', private: bool
             repo_id,
             private=private,
             model_card=model_card(student, license),
+            task_name=task_of(student),
             **_save_args(student, license),
         )
     except Exception as e:  # errors of network, hub or client
@@ -276,7 +277,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
         if args.output:
             write_folder(student, args.output, args.license, args.onnx)
             need = '' if student.package == 'timm' else f'after import {student.package}, '
-            print(f"{args.output}: {need}timm.create_model('local-dir:{args.output}', pretrained=True)")
+            classes = '' if student.model.num_classes else ', num_classes=N'
+            print(f"{args.output}: {need}timm.create_model('local-dir:{args.output}', pretrained=True{classes})")
         if args.push_to_hub:
             print(push(student, args.push_to_hub, args.license, args.private))
     except UsageError as e:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from helpers import load, make_trainer, refused, run, stopped, summary, tensorboard_curves
 from PIL import Image
+from safetensors.torch import load_file
 
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.errors import UsageError
+from timm_pe.export import main as export
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
 from timm_pe.train.validation import Moments
@@ -275,3 +277,50 @@ def test_two_ranks_measure_what_one_measures(images, image_folder, tmp_path):
         found.append(summary(tmp_path / f'ranks{ranks}')[0])
     for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank', 'eval_knn'):
         assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-4), name
+
+
+@pytest.mark.parametrize('flag', ['--pretrained-path', '--initial-checkpoint'])
+def test_a_fine_tuning_starts_from_the_backbone_by_one_flag(
+    flag, finished, image_folder, tmp_path, monkeypatch, capsys
+):
+    argv = [str(image_folder), *finished[1][2:], '--output', str(tmp_path), flag, str(finished[0])]
+    at = argv.index('--teacher')
+    trainer = make_trainer([*argv[:at], *argv[at + 3 :]], monkeypatch)
+    assert 'the classifier starts new' in capsys.readouterr().err
+    student = trainer.task.get_eval_model().state_dict()
+    backbone = load_file(finished[0] / 'student.safetensors')
+    assert set(student) - set(backbone) == {'fc.weight', 'fc.bias'}
+    assert all(torch.equal(student[name], value) for name, value in backbone.items())
+    assert student['fc.weight'].shape[0] == 3
+
+
+def test_the_exported_backbone_takes_any_classes_and_gives_feature_maps(finished, tmp_path, capsys):
+    export([str(finished[0]), '--output', str(tmp_path / 'exported')])
+    assert "timm.create_model('local-dir:" in (said := capsys.readouterr().out)
+    assert 'num_classes=N)' in said
+    name = f'local-dir:{tmp_path / "exported"}'
+    weights = load_file(finished[0] / 'student.safetensors')
+    for model in (timm.create_model(name, pretrained=True, num_classes=n).eval() for n in (0, 5)):
+        own = model.state_dict()
+        assert all(torch.equal(own[key], value) for key, value in weights.items())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    maps = timm.create_model(name, pretrained=True, features_only=True).eval()
+    assert len(maps(torch.randn(2, 3, 32, 32))) > 1
+    own = maps.state_dict()
+    assert all(torch.equal(own[key], weights[key]) for key in own if key in weights)
+    assert set(own) & set(weights)
+    card = (tmp_path / 'exported' / 'README.md').read_text()
+    assert 'none, it gives features' in card
+    assert 'softmax' not in card
+    assert 'pipeline_tag: image-feature-extraction' in card
+
+
+def test_a_fine_tuned_student_is_exported_with_its_classes(finished, image_folder, tmp_path):
+    argv = [str(image_folder), *finished[1][2:], '--output', str(tmp_path), '--pretrained-path', str(finished[0])]
+    run(argv)
+    export([str(tmp_path / 'run'), '--output', str(tmp_path / 'exported')])
+    name = f'local-dir:{tmp_path / "exported"}'
+    x = torch.randn(2, 3, 32, 32)
+    assert timm.create_model(name, pretrained=True)(x).shape == (2, 3)
+    assert timm.create_model(name, pretrained=True, num_classes=7)(x).shape == (2, 7)
+    assert len(timm.create_model(name, pretrained=True, features_only=True)(x)) > 1

@@ -344,6 +344,14 @@ def without_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) ->
     return {**{k: v for k, v in state_dict.items() if not k.startswith(tuple(f'{n}.' for n in names))}, **own}
 
 
+def with_new_classifier(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` of a backbone, with the classifier of `model` added; as it is if it has any part of a classifier."""
+    names = tuple(f'{n}.' for n in _classifier_names(model))
+    if any(k.startswith(names) for k in state_dict):
+        return state_dict
+    return {**state_dict, **{k: v for k, v in model.state_dict().items() if k.startswith(names)}}
+
+
 def classes_in_checkpoint(name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
     """Number of classes in a checkpoint of architecture `name`, by its classifier; 0 without one, None if unknown."""
     source, model_id = parse_model_name(name)

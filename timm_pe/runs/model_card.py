@@ -44,11 +44,29 @@ with torch.inference_mode():
 names = model.pretrained_cfg.get('label_names')
 for score, label in zip(scores.tolist(), labels.tolist()):
     print(f'{{names[label] if names else label}}: {{score:.3f}}')"""
+_FEATURES = """\
+import timm
+{need}import torch
+from PIL import Image
+
+backbone = timm.create_model('local-dir:FOLDER', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
+images = transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0)
+with torch.inference_mode():
+    features = backbone(images)
+# to fine-tune with a new classifier of N classes, or to read its feature maps
+model = timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=N)
+maps = timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)"""
 _PREDICT_ONNX = """\
 import onnxruntime
 
 session = onnxruntime.InferenceSession('FOLDER/model.onnx')
-(logits,) = session.run(None, {'image': images.numpy()})  # `images` as above, any number of them"""
+({output},) = session.run(None, {{'image': images.numpy()}})  # `images` as above, any number of them"""
+
+
+def task_of(student: Student) -> str:
+    """What a student is for, as a hub names it."""
+    return 'image-classification' if student.model.num_classes else 'image-feature-extraction'
 
 
 def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, Any]:
@@ -62,7 +80,8 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         onnx: Whether there is a model.onnx beside them.
     """
     run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
-    data = args['dataset'] or _shown(args['data'] or args['data_dir'] or '')
+    folders = [args['data'] or args['data_dir'] or ''] if run.has_labels else args['unlabeled']
+    data = args['dataset'] or ' '.join(map(_shown, folders))
     row = _kept_row(run)
     details = {
         'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
@@ -72,8 +91,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
         'Method': _code(describe_method(run)),
         'Data': _code(data),
-        'Validated on': f'split {_code(args["val_split"])}, '
-        + (f'{student.images:,} images' if student.images else 'of unknown size'),
+        'Validated on': _validated_on(student),
         'Validation': _describe_row(run, row, num_classes) if row else 'not validated',
         **_beside_the_student_alone(run),
         'Trained with': f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}',
@@ -83,8 +101,12 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         'license': license,
         # timm writes this line unchanged, and has no field for the lines after it
         'library_name': f'timm\n{_model_index(student, data, row)}'.rstrip(),
-        'tags': ['image-classification', 'timm', *(['knowledge-distillation'] if run.teacher else [])],
-        'description': f'A student trained with timm_pe{taught}.',
+        'tags': [
+            task_of(student),
+            'timm',
+            *(['knowledge-distillation'] if run.teacher else []),
+        ],
+        'description': f'A {"student" if num_classes else "backbone"} trained with timm_pe{taught}.',
         'details': details,
         'usage': _usage(student, num_classes, onnx),
     }
@@ -93,13 +115,12 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
 
 def _usage(student: Student, num_classes: int, onnx: bool) -> str:
     need = '' if student.package == 'timm' else f'import {student.package}  # registers the architecture\n'
-    predict = _PREDICT.format(
+    predict = (_PREDICT if num_classes else _FEATURES).format(
         need=need,
         mode=student.run.args['input_img_mode'] or ('RGB' if student.data_config['input_size'][0] == 3 else 'L'),
         scores='sigmoid()' if student.run.args['task'] == 'multilabel' else 'softmax(dim=1)',
         number=min(5, num_classes),
     )
-    many = 'some of them, or none,' if student.run.args['task'] == 'multilabel' else 'one of them'
     notes = 'For a repository on the hub the name is `hf-hub:OWNER/NAME`.'
     if need:
         notes += f' The architecture is not one of timm: `import {student.package}` is needed before.'
@@ -107,17 +128,42 @@ def _usage(student: Student, num_classes: int, onnx: bool) -> str:
     parts = [
         _block(predict, 'python'),
         notes,
-        *(['In ONNX:', _block(_PREDICT_ONNX, 'python')] if onnx else []),
+        *(
+            ['In ONNX:', _block(_PREDICT_ONNX.format(output='logits' if num_classes else 'features'), 'python')]
+            if onnx
+            else []
+        ),
         '## Limitations',
-        f'It knows its own classes alone and gives {many} for any image. Its accuracy was measured on one split of one data '
-        'set; on images of other origin it may be lower. What its teacher and its data have of bias, it may have too.',
+        _limitations(student, num_classes),
         f'## Training\n{_block(format_command(chunks), "sh")}',
         'Absolute paths are shown by their last part.',
     ]
     return '\n\n'.join(parts)
 
 
+def _limitations(student: Student, num_classes: int) -> str:
+    bias = 'What its teacher and its data have of bias, it may have too.'
+    if not num_classes:
+        return f'It gives features, no classes: they were measured against those of its teacher, not on a task. {bias}'
+    many = 'some of them, or none,' if student.run.args['task'] == 'multilabel' else 'one of them'
+    return (
+        f'It knows its own classes alone and gives {many} for any image. Its accuracy was measured on one split of one data '
+        f'set; on images of other origin it may be lower. {bias}'
+    )
+
+
+def _validated_on(student: Student) -> str:
+    args = student.run.args
+    if not student.run.has_labels:
+        return f'{100 * args["val_fraction"]:g} % of the images, held out'
+    return f'split {_code(args["val_split"])}, ' + (
+        f'{student.images:,} images' if student.images else 'of unknown size'
+    )
+
+
 def _classes(student: Student, num_classes: int) -> str:
+    if not num_classes:
+        return 'none, it gives features'
     names = student.label_names or []
     if not names:
         return str(num_classes)

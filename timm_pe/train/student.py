@@ -26,6 +26,7 @@ from ..method.weights import (
     find_checkpoint,
     load_weights,
     read_state_dict,
+    with_new_classifier,
 )
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
@@ -186,15 +187,20 @@ def _default_classes(name: str) -> int | None:
 
 
 def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], flags: ModelFlags) -> None:
+    classes = classes_in_checkpoint(flags.model, state_dict)
+    is_backbone = classes == 0 and bool(model.num_classes)
+    if is_backbone:
+        state_dict = with_new_classifier(model, state_dict)
     try:
         load_weights(model, state_dict, '--initial-checkpoint', flags.initial_checkpoint)
     except UsageError as e:
-        classes = classes_in_checkpoint(flags.model, state_dict)
-        if not classes or classes == model.num_classes:
+        if classes is None or classes == model.num_classes:
             raise
         raise UsageError(
             f'{e}; it has {classes} classes, the model {model.num_classes}: --pretrained-path takes all but its classifier'
         ) from e
+    if is_backbone:
+        _logger.info(f"--initial-checkpoint: '{flags.initial_checkpoint}' is a backbone, the classifier starts new.")
 
 
 def _check_classifier(model: nn.Module, config: RunConfig) -> None:
@@ -220,7 +226,10 @@ def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) 
         )
     classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    others = [name for name in others if not name.startswith(tuple(f'{head}.' for head in heads))]
+    of_heads = tuple(f'{head}.' for head in heads)
+    said = ', the classifier starts new' if any(name.startswith(of_heads) for name in others) else ''
+    _logger.info(f"--pretrained-path: weights of '{path}' loaded{said}.")
+    others = [name for name in others if not name.startswith(of_heads)]
     if others:
         shown = ', '.join(others[:3]) + (', ...' if len(others) > 3 else '')
         _logger.warning(
