@@ -127,7 +127,7 @@ def _say_size(teacher: Teacher, student_size: Size) -> None:
     if teacher.built_size:
         _logger.info(
             f"Teacher: built for {'x'.join(map(str, teacher.built_size))} images, the student's are {mine}; "
-            f'--teacher-kwargs img_size=N builds it for another size, its own is {own}.'
+            f'--teacher-input-size N gives another size, its own is {own}.'
         )
         return
     size = teacher.size_for(torch.empty(1, len(teacher.input_mean), *student_size, device=teacher.scale.device))
