@@ -695,7 +695,7 @@ def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, caps
         (['--torchcompile', 'nonsense'], "--torchcompile: unknown backend 'nonsense'"),
         (['--model-kwargs', 'in_chans=4'], 'the student has 4 input channels'),
         (['--seed', '4294967296'], '--seed must be under'),
-        (['--teacher', 'vit_tiny_patch16_224', '--teacher-input-size', '48'], 'cannot take its input size 48'),
+        (['--teacher', 'vit_tiny_patch16_224', '--teacher-input-size', '50'], 'cannot take its input size 50'),
         (['--dataset', 'sklearn/digit'], 'did you mean sklearn/digits'),
         (['--dataset', 'torh/cifar10'], "unknown data set 'torh/cifar10'"),
         (['--start-epoch', '5'], 'nothing to train'),

@@ -39,6 +39,28 @@ def size_to_build(create: Callable[[], nn.Module], wanted: Size, rounds: bool = 
         return None
 
 
+def resize_network(
+    model: nn.Module, create: Callable[[], nn.Module], student_size: Size | None, input_size: int | None
+) -> Size | None:
+    """Build a network with weights for the student's size, or for the one that is given, in place.
+
+    Args:
+        model: The network.
+        create: Makes another one like it.
+        student_size: Height and width of the student's images; None leaves the network as it is.
+        input_size: Side of the images that it is to see, None for the student's.
+
+    Returns:
+        The size that it is built for; None if it stays as it is.
+    """
+    if student_size is None or not hasattr(model, 'set_input_size'):
+        return None
+    built = size_to_build(create, (input_size, input_size) if input_size else student_size, rounds=not input_size)
+    if built is not None:
+        cast(Any, model).set_input_size(img_size=built)
+    return built
+
+
 def _takes(model: nn.Module, size: Size) -> bool:
     channels = cast(Any, model).pretrained_cfg['input_size'][0]
     try:

@@ -167,14 +167,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             student_model, projection.to(device=self.device, dtype=self.dtype), tap, target
         )
         self.criterion = None  # type: ignore[assignment]  # timm's tasks always have one
-        if criterion is not None or getattr(student, 'num_classes', None) != 0:
+        if criterion is not None or _has_classifier(student, task_loss_weight):
             self.criterion = resolve_classification_loss(
                 criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
-            )
-        elif task_loss_weight:
-            raise UsageError(
-                'the student has no classifier (num_classes=0), so there is no task loss: leave task_loss_weight out, or '
-                'give a criterion for its features'
             )
         self.multi_label, self.threshold = multi_label, threshold
         task_weight, distill_weight, loss = TARGETS[target]
@@ -408,6 +403,17 @@ def _check_dim(name: str, given: int | None, measured: int) -> None:
 def _check_choice(name: str, given: str, allowed: Iterable[str]) -> None:
     if given not in allowed:
         raise UsageError(f"unknown {name} '{given}': choose from {', '.join(allowed)}")
+
+
+def _has_classifier(student: nn.Module, task_loss_weight: float | None) -> bool:
+    if getattr(student, 'num_classes', None) != 0:
+        return True
+    if task_loss_weight:
+        raise UsageError(
+            'the student has no classifier (num_classes=0), so there is no task loss: leave task_loss_weight out, or give a '
+            'criterion for its features'
+        )
+    return False
 
 
 def _num_classes(model: nn.Module, what: str) -> int:

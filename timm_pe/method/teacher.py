@@ -16,7 +16,7 @@ from timm.utils import unwrap_model
 
 from ..errors import UsageError, is_out_of_memory, one_line
 from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
-from .input_size import Size, size_to_build
+from .input_size import Size, resize_network
 from .tap import FeatureTap
 from .weights import (
     check_model_name,
@@ -435,10 +435,5 @@ def create_teacher(
     else:
         model = create(pretrained=pretrained, num_classes=num_classes)
     loaded = fingerprint(model, needs_logits) if checkpoint or pretrained else None
-    built = None
-    if student_size is not None and hasattr(model, 'set_input_size'):
-        given = teacher_kwargs.get('input_size')
-        built = size_to_build(create, (given, given) if given else student_size, rounds=not given)
-        if built is not None:
-            cast(Any, model).set_input_size(img_size=built)
+    built = resize_network(model, create, student_size, teacher_kwargs.get('input_size'))
     return Teacher(model, fingerprint=loaded, built_size=built, **teacher_kwargs)

@@ -89,7 +89,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     if config.evaluate:
         return Parts(config, runtime, student, datasets, data, None, None)
     with hint(hints.get('teacher')):
-        teacher = create_run_teacher(config, data, runtime, resizes=not keeps_teacher_size(weights))
+        teacher = create_run_teacher(config, data, runtime, not keeps_teacher_size(weights))
     task = create_run_task(config, student, teacher, runtime) if training or teacher is not None else None
     return Parts(config, runtime, student, datasets, data, teacher, task, checkpoint)
 

@@ -102,11 +102,7 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes:
             f"{e}; it is torchvision's {other}, which names its weights otherwise: in Python create_teacher("
             f'torchvision.models.{other}(), checkpoint=..., tap=...) takes it'
         ) from e
-    if has_random_weights(config):
-        _logger.warning('Teacher: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).')
-    _say_size(teacher, data.config['input_size'][1:])
-    if teacher.folded:
-        _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
+    _say_teacher(config, teacher, data.config['input_size'][1:])
     if runtime.distributed:
         # ranks have different seeds and DDP does not wrap the teacher: random weights would differ between ranks
         for tensor in teacher.state_dict().values():
@@ -117,6 +113,14 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes:
 def _has_own_size(flags: TeacherFlags) -> bool:
     """Whether flags say for which size the teacher is built."""
     return bool({'img_size', 'dynamic_img_size'} & set(flags.teacher_kwargs))
+
+
+def _say_teacher(flags: TeacherFlags, teacher: Teacher, student_size: Size) -> None:
+    if has_random_weights(flags):
+        _logger.warning('Teacher: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).')
+    _say_size(teacher, student_size)
+    if teacher.folded:
+        _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
 
 
 def _say_size(teacher: Teacher, student_size: Size) -> None:
