@@ -2,10 +2,12 @@
 
 To add one, decorate with `@register_feature_loss('name')` a function or class without arguments that returns an
 `nn.Module` whose `forward(projected, teacher)`, both `[b, m]`, gives a scalar, and add the name to names.py. It may
-also live in a package of its own, see plugins.py.
+also live in a package of its own, see plugins.py. A method `per_row`, `([b, m], [b, m]) -> [b]`, of which forward is the
+mean, lets it work with `teacher_drop`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -79,18 +81,22 @@ class DirectionLoss(nn.Module):
         eps: Norm at or under which a feature counts as zero.
 
     Shapes:
-        `([b, m], [b, m]) -> []`, a value in [0, 2].
+        forward: `([..., m], [..., m]) -> []`, a value in [0, 2]; per_row: `([..., m], [..., m]) -> [...]`.
     """
 
     def __init__(self, eps: float = 1e-8):
         super().__init__()
         self.eps = eps
 
-    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def per_row(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """1 - cos of each row."""
         with torch.autocast(projected.device.type, enabled=False):
             projected, teacher = _full_precision(projected, teacher)
             cosine = (_direction(projected, self.eps) * _direction(teacher, self.eps)).sum(dim=-1)
-            return (1.0 - cosine).mean()
+            return 1.0 - cosine
+
+    def forward(self, projected: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return self.per_row(projected, teacher).mean()
 
 
 @register_feature_loss('mse')
@@ -216,3 +222,27 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
             reduction='batchmean',
             log_target=True,
         )
+
+
+def average_logits(logits: Sequence[torch.Tensor], weights: Sequence[float], temperature: float) -> torch.Tensor:
+    """Logits whose softmax at the temperature is the weighted mean of theirs, for `kd_loss`; a single one as it is.
+
+    The mean is over probabilities: it is a mixture of the teachers. One over logits would be their normalized product, in
+    which a single teacher that excludes a class excludes it for all. In float32 outside autocast.
+
+    Args:
+        logits: Of each teacher, `[b, c]`.
+        weights: Above 0, in any scale.
+        temperature: T > 0.
+
+    Returns:
+        `[b, c]`.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    with torch.autocast(logits[0].device.type, enabled=False):
+        logs = [
+            F.log_softmax(x / temperature, dim=-1) + math.log(weight / sum(weights))
+            for x, weight in zip(_full_precision(*logits), weights, strict=True)
+        ]
+        return temperature * torch.stack(logs).logsumexp(dim=0)

@@ -14,47 +14,29 @@ from timm.task import (
     TrainingTask,
 )
 from timm.task.classification import resolve_classification_loss
-from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 
 from ..errors import UsageError, one_line
-from .losses import TEACHER_NORMS, KlLoss, create_feature_loss, kd_loss, normalize_teacher
+from .aims import Aim, has_rows, measure_aims, sum_of
+from .losses import TEACHER_NORMS, KlLoss, average_logits, create_feature_loss, kd_loss
 from .names import TARGETS
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
-from .teacher import Teacher, TeacherOutput, create_teacher
+from .teacher import Teacher, TeacherOutput
+from .teachers import (
+    TeacherLike,
+    as_list,
+    check_apart,
+    check_logits,
+    check_single,
+    name_teachers,
+    normalize_weights,
+    resolve_teacher,
+    teachers_of_classes,
+)
+from .trainable import ProjectorEnsembleModule
 
 _logger = logging.getLogger(__name__)
-
-
-class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
-    """All that is trained, student and projectors, in one module, for DDP, compile and EMA.
-
-    Args:
-        student: Student model.
-        projection: Projectors from the student's feature (or logits) to the teacher's.
-        tap: The tap on the student.
-        target: 'feature', or 'logits'.
-
-    Shapes:
-        forward: `[b, ch, h, w]` -> (logits `[b, c]`, projection `[b, m]`).
-    """
-
-    student: nn.Module
-    projection: ProjectorEnsemble
-
-    def __init__(self, student: nn.Module, projection: ProjectorEnsemble, tap: FeatureTap, target: str = 'feature'):
-        super().__init__(student, projection)
-        self.tap = tap
-        self.target = target
-
-    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.student(input)
-        if isinstance(logits, (tuple, list)):
-            # set_distilled_training: in eval mode the model returns the mean of its heads
-            logits = sum(logits) / len(logits)
-        feature = self.tap.pop()
-        return logits, self.projection(feature if self.target == 'feature' else logits)
 
 
 class ProjectorEnsembleTask(FeatureDistillationTask):
@@ -66,10 +48,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     can replace it. Three differences: the weights default to 1 and 25 independently, while timm derives one from the other;
     the term is called `pe_loss`, not `kd_loss`; a teacher given by name keeps its own classes.
 
+    Several teachers have projectors of their own each. The feature loss is the weighted mean of theirs; logit distillation
+    compares with the weighted mean of the probabilities (at temperature T) of those that have the student's classes.
+
     Args:
         student_model: Student model to train, on its device.
         teacher_model: A timm name, any module, a `Teacher`, or a timm `DistillationTeacher`. A name is created with its
-            own pretrained weights and its own classes. The module is frozen in place.
+            own pretrained weights and its own classes. The module is frozen in place. A list of them for several.
         criterion: Task loss. Created by timm's create_classification_loss() from criterion_kwargs when None; a student
             without a classifier (num_classes=0) then has none, and targets are not read.
         criterion_kwargs: Arguments for it.
@@ -96,20 +81,28 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         threshold: Probability that counts as a prediction in that evaluator.
         student_tap: Path of the module whose input is the student's feature, for models that are not timm's.
         teacher_tap: The same for the teacher.
+        teacher_weights: How much each teacher counts, above 0, in any scale; None means equally.
+        teacher_drop: In training, the probability with which an image does not learn from a teacher that it does not match
+            worst, see `aims.draw_kept` (UNIC, arXiv 2408.05088). For several teachers and a loss of rows ('direction').
         device: Device for teacher and projectors.
         dtype: Dtype of the projectors.
         verbose: Log what was resolved.
 
     Raises:
         UsageError: An argument does not fit; the message gives its value and what is allowed.
+
+    Attributes:
+        teacher: The `Teacher`; of several, a `ModuleList` of them.
+        teacher_names: A name for each, unique.
+        aims: What the student is aimed at, one `Aim` for each output of a teacher that a projector maps to.
     """
 
-    teacher: Teacher  # type: ignore[assignment]  # timm's has its own kind
+    teacher: Teacher | nn.ModuleList  # type: ignore[assignment]  # timm's has its own kind
 
     def __init__(
         self,
         student_model: nn.Module,
-        teacher_model: str | nn.Module,
+        teacher_model: TeacherLike | Sequence[TeacherLike],
         criterion: nn.Module | Callable[..., torch.Tensor] | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
         teacher_pretrained_path: str | None = None,
@@ -132,6 +125,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         threshold: float = 0.5,
         student_tap: str | None = None,
         teacher_tap: str | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        teacher_drop: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -140,42 +135,44 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         _check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
-        student = unwrap_model(student_model)
-        _check_apart(student, teacher_model)
+        models, student = as_list(teacher_model), unwrap_model(student_model)
+        check_single(
+            len(models),
+            teacher_pretrained_path=teacher_pretrained_path,
+            teacher_pretrained_cfg_overlay=teacher_pretrained_cfg_overlay,
+            teacher_tap=teacher_tap,
+            teacher_feature_dim=teacher_feature_dim,
+        )
+        weights = normalize_weights(teacher_weights, len(models))
+        check_apart(student, models)
         tap = FeatureTap(student, student_tap, before_dropout=True)
-        self.teacher = _resolve_teacher(
-            teacher_model,
-            student,
-            teacher_pretrained_path,
-            teacher_pretrained_cfg_overlay,
-            teacher_tap,
-            input_mean,
-            input_std,
-            self.device,
-            needs_logits,
-        )
+        given = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap, input_mean, input_std
+        teachers = [resolve_teacher(m, student, *given, self.device, needs_logits) for m in models]
+        self.teacher = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
+        self.teacher_names, self.teacher_weights = name_teachers(teachers), weights
         _check_dim('student_feature_dim', student_feature_dim, tap.width)
-        _check_dim('teacher_feature_dim', teacher_feature_dim, self.teacher.width)
-        if kd_loss_weight:
-            _check_classes(student, self.teacher)
-        widths = tap.width, self.teacher.width
-        if target == 'logits':
-            widths = _num_classes(student, 'student'), _num_classes(self.teacher, 'teacher')
-            act = 'none' if act == 'auto' else act
-        projection = ProjectorEnsemble(*widths, num_projectors, projector, act)
-        self.trainable_module = ProjectorEnsembleModule(
-            student_model, projection.to(device=self.device, dtype=self.dtype), tap, target
-        )
+        _check_dim('teacher_feature_dim', teacher_feature_dim, teachers[0].width)
+        # the teachers that logits are compared with
+        self.kd_teachers = teachers_of_classes(student, teachers, self.teacher_names) if kd_loss_weight else []
+        task_weight, distill_weight, loss = TARGETS[target]
+        self.feature_loss_name = feature_loss or loss
+        self.feature_loss = _create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
+        _check_drop(teacher_drop, len(teachers), self.feature_loss, self.feature_loss_name)
+        self.target, self.teacher_norm, self.teacher_drop = target, teacher_norm, teacher_drop
+        self.aims = self._create_aims()
+        act = 'none' if act == 'auto' and target == 'logits' else act
+        projections = {}
+        for aim in self.aims:
+            widths = _widths(aim, tap, student, teachers[aim.teacher])
+            ensemble = ProjectorEnsemble(*widths, num_projectors, projector, act)
+            projections[aim.name] = ensemble.to(device=self.device, dtype=self.dtype)
+        self.trainable_module = ProjectorEnsembleModule(student_model, projections, tap, [a.tapped for a in self.aims])
         self.criterion = None  # type: ignore[assignment]  # timm's tasks always have one
         if criterion is not None or _has_classifier(student, task_loss_weight):
             self.criterion = resolve_classification_loss(
                 criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
             )
         self.multi_label, self.threshold = multi_label, threshold
-        task_weight, distill_weight, loss = TARGETS[target]
-        self.feature_loss_name = feature_loss or loss
-        self.feature_loss = _create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
-        self.target, self.teacher_norm = target, teacher_norm
         self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
         self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
         if self.criterion is None:
@@ -184,12 +181,21 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         if self.verbose:
             self._log_settings()
 
+    def _create_aims(self) -> list[Aim]:
+        loss, norm = self.feature_loss_name, self.teacher_norm
+        return [
+            Aim(f'{self.target}_{name}', i, self.target, 'pe_loss', f'pe_loss_{name}', weight, loss, norm)
+            for i, (name, weight) in enumerate(zip(self.teacher_names, self.teacher_weights, strict=True))
+        ]
+
     def _log_settings(self) -> None:
+        projectors = '; '.join(p.extra_repr() for p in self.projectors)
+        several = f', teacher_weights={self.teacher_weights}, teacher_drop={self.teacher_drop}'
         _logger.info(
-            f'ProjectorEnsembleTask: projectors {self.projection.extra_repr()}, target={self.target}, '
+            f'ProjectorEnsembleTask: projectors {projectors}, target={self.target}, '
             f'feature_loss={self.feature_loss_name}, teacher_norm={self.teacher_norm}, '
             f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
-            f'kd_weight={self.kd_loss_weight}'
+            f'kd_weight={self.kd_loss_weight}{several if len(self.teachers) > 1 else ""}'
         )
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
@@ -199,45 +205,68 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         return super().create_evaluator(**kwargs)
 
     @property
-    def projection(self) -> ProjectorEnsemble:
-        """The projectors."""
+    def teachers(self) -> list[Teacher]:
+        """The teachers, also of a single one."""
+        return [self.teacher] if isinstance(self.teacher, Teacher) else cast(list[Teacher], list(self.teacher))
+
+    @property
+    def projection(self) -> Any:
+        """The projectors: a `ProjectorEnsemble`, or with several aims a `ModuleDict` of theirs by name."""
         return unwrap_model(self.trainable_module).projection
 
+    @property
+    def projectors(self) -> list[ProjectorEnsemble]:
+        """The projectors of each of `aims`."""
+        return unwrap_model(self.trainable_module).projectors
+
+    @property
+    def act(self) -> str | dict[str, str]:
+        """Activation of the projectors, with several aims of each by name."""
+        acts = {aim.name: p.act for aim, p in zip(self.aims, self.projectors, strict=True)}
+        return acts if len(acts) > 1 else self.projectors[0].act
+
     @torch.no_grad()
-    def resolve_act(self, input: torch.Tensor, teacher: TeacherOutput | None = None) -> str:
-        """Decide an 'auto' activation from a batch `[b, ch, h, w]` (rank 0's batch decides); return it.
+    def resolve_act(
+        self, input: torch.Tensor, teacher: TeacherOutput | Sequence[TeacherOutput] | None = None
+    ) -> str | dict[str, str]:
+        """Decide each 'auto' activation from a batch `[b, ch, h, w]` (rank 0's batch decides); return `act`.
 
         The teacher's output for the batch can be given, as in `forward`.
         """
-        if self.projection.act == 'auto':
-            self._settle_act((self.teacher(input) if teacher is None else teacher).feature)
-        return self.projection.act
+        if any(p.act == 'auto' for p in self.projectors):
+            self._settle_acts(self._teacher_outputs(input, teacher))
+        return self.act
 
-    def _settle_act(self, feature: torch.Tensor) -> None:
-        non_negative = (normalize_teacher(feature, self.teacher_norm).min() >= 0).to(torch.uint8)
+    def _settle_acts(self, outputs: Sequence[TeacherOutput]) -> None:
+        undecided = [i for i, p in enumerate(self.projectors) if p.act == 'auto']
+        wanted = [self.aims[i].wanted(outputs[self.aims[i].teacher]) for i in undecided]
+        non_negative = torch.stack([(values.min() >= 0).to(wanted[0].device) for values in wanted]).to(torch.uint8)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(non_negative, src=0)
-        self._set_act('relu' if non_negative else 'none')
-        if self.verbose:
-            _logger.info(
-                f"Projector activation 'auto' is '{self.projection.act}': the teacher's features on the first batch "
-                f'{"are all >= 0" if non_negative else "have both signs"}.'
-            )
+        for i, all_positive in zip(undecided, non_negative.tolist(), strict=True):
+            self._set_act(i, 'relu' if all_positive else 'none')
+            if self.verbose:
+                whose = f' of {self.teacher_names[self.aims[i].teacher]}' if len(self.aims) > 1 else ''
+                _logger.info(
+                    f"Projector activation 'auto' is '{self.projectors[i].act}': the teacher's {self.aims[i].tapped}s{whose} "
+                    f'on the first batch {"are all >= 0" if all_positive else "have both signs"}.'
+                )
 
-    def _set_act(self, act: str) -> None:
+    def _set_act(self, index: int, act: str) -> None:
         for ema in (False, True):
             module = self.get_trainable_module(ema=ema)
             if module is not None:
-                unwrap_model(module).projection.act = act
+                unwrap_model(module).projectors[index].act = act
 
     def compile(  # type: ignore[override]  # nn.Module.compile takes anything and gives nothing
         self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
-        """Compile student with projectors, the student alone (evaluation) and the teacher; before DDP."""
+        """Compile student with projectors, the student alone (evaluation) and the teachers; before DDP."""
         compile_kwargs.update(backend=backend, mode=mode)
         self.eval_model = cast(nn.Module, torch.compile(self.trainable_module.student, **compile_kwargs))
         self.trainable_module = cast(Any, torch.compile(self.trainable_module, **compile_kwargs))
-        self.teacher.compile(**compile_kwargs)
+        for teacher in self.teachers:
+            teacher.compile(**compile_kwargs)
         return self.eval_model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -247,11 +276,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         return state and {
             **state,
             **({'feature_loss': of_loss} if of_loss else {}),
-            'target': self.target,
-            'projector': self.projection.projector,
-            'num_projectors': self.projection.num_projectors,
-            'act': self.projection.act,
+            **self._kind_of_projectors(),
+            'act': self.act,
         }
+
+    def _kind_of_projectors(self) -> dict[str, Any]:
+        first = self.projectors[0]
+        return {'target': self.target, 'projector': first.projector, 'num_projectors': first.num_projectors}
 
     def load_task_state(
         self,
@@ -267,15 +298,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         """
         if not state:
             return
-        own = self.projection
-        kind = {'target': self.target, 'projector': own.projector, 'num_projectors': own.num_projectors}
-        for name, value in kind.items():
+        for name, value in self._kind_of_projectors().items():
             if state.get(name, value) != value:
                 raise UsageError(f'the checkpoint has {name}={state[name]}, this run {name}={value}')
-        if state.get('act', 'auto') != 'auto':
-            if own.act not in ('auto', state['act']):
-                raise UsageError(f"the checkpoint's projectors have act={state['act']}, this run act={own.act}")
-            self._set_act(state['act'])
+        self._load_acts(state.get('act', 'auto'))
         try:
             self.feature_loss.load_state_dict(state.get('feature_loss', {}))
         except RuntimeError as e:
@@ -283,10 +309,29 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         try:
             super().load_task_state(state, strict=strict, module=module, ema=ema)
         except RuntimeError as e:
-            raise UsageError(f"the checkpoint's projectors are not those of {own.extra_repr()}: {e}") from e
+            own = '; '.join(p.extra_repr() for p in self.projectors)
+            raise UsageError(f"the checkpoint's projectors are not those of {own}: {one_line(e)}") from e
+
+    def _load_acts(self, saved: str | dict[str, str]) -> None:
+        own = self.act
+        theirs, ours = (sorted(acts) if isinstance(acts, dict) else ['a single one'] for acts in (saved, own))
+        if theirs != ours:
+            raise UsageError(
+                f'the checkpoint has projectors to {", ".join(theirs)}, this run to {", ".join(ours)}: give the same teachers'
+            )
+        for i, aim in enumerate(self.aims):
+            act = saved[aim.name] if isinstance(saved, dict) else saved
+            if act == 'auto':
+                continue
+            if self.projectors[i].act not in ('auto', act):
+                raise UsageError(f"the checkpoint's projectors have act={act}, this run act={self.projectors[i].act}")
+            self._set_act(i, act)
 
     def forward(
-        self, input: torch.Tensor, target: torch.Tensor, teacher: TeacherOutput | None = None
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        teacher: TeacherOutput | Sequence[TeacherOutput] | None = None,
     ) -> dict[str, torch.Tensor]:
         """One training step's forward.
 
@@ -294,44 +339,50 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             input: Batch `[b, ch, h, w]`, in the normalization `input_mean`, `input_std`; teacher and student see it.
             target: Labels `[b]`, or soft ones `[b, c]`.
             teacher: The teacher's output for this batch, if known already (a cache): features `[b, m]`, logits
-                `[b, c]`; those that no loss reads may be None. The teacher does not run then.
+                `[b, c]`; those that no loss reads may be None. The teacher does not run then. Of several a list.
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss` (if there is a
-            criterion), `pe_loss`, and with a KD weight `logit_loss`.
+            criterion), `pe_loss`, and with a KD weight `logit_loss`; with several teachers `pe_loss` is their weighted mean, and `pe_loss_NAME`
+            that of each.
         """
-        if teacher is None:
-            # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
-            teacher = self.teacher(input)
-        if self.projection.act == 'auto':
-            self._settle_act(teacher.feature)
-        logits, projected = self.trainable_module(input)
-        aim = teacher.logits if self.target == 'logits' else normalize_teacher(teacher.feature, self.teacher_norm)
+        # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
+        outputs = self._teacher_outputs(input, teacher)
+        if any(p.act == 'auto' for p in self.projectors):
+            self._settle_acts(outputs)
+        logits, *projected = self.trainable_module(input)
+        losses, drop = {'pe_loss': self.feature_loss}, self.teacher_drop if self.training else 0.0
         terms = {} if self.criterion is None else {'task_loss': self.criterion(logits, target)}
-        terms['pe_loss'] = self.feature_loss(projected, aim)
-        self._check_feature_loss(terms['pe_loss'], projected)
+        terms.update(measure_aims(self.aims, losses, projected, outputs, drop))
         weighted = [(self.task_loss_weight, 'task_loss'), (self.distill_loss_weight, 'pe_loss')]
-        first, *others = [weight * terms[name] for weight, name in weighted if name in terms]
-        loss = sum(others, first)
+        loss = sum_of([weight * terms[name] for weight, name in weighted if name in terms])
         if self.kd_loss_weight:
-            if teacher.logits is None or logits.shape != teacher.logits.shape:
-                given = None if teacher.logits is None else list(teacher.logits.shape)
-                raise UsageError(
-                    f'logits of the student {list(logits.shape)} and of the teacher {given} cannot be compared'
-                )
-            terms['logit_loss'] = kd_loss(logits, teacher.logits, self.kd_temperature)
+            terms['logit_loss'] = kd_loss(logits, self._kd_target(logits, outputs), self.kd_temperature)
             loss = loss + self.kd_loss_weight * terms['logit_loss']
         return {'loss': loss, 'output': logits, **terms}
 
-    def _check_feature_loss(self, value: torch.Tensor, projected: torch.Tensor) -> None:
-        if value.ndim:
-            raise UsageError(
-                f"feature loss '{self.feature_loss_name}' gives {list(value.shape)}, it must give one number"
-            )
-        if projected.requires_grad and not value.requires_grad:
-            raise UsageError(
-                f"feature loss '{self.feature_loss_name}' has no gradient: the projectors would learn nothing"
-            )
+    def _teacher_outputs(
+        self, input: torch.Tensor, given: TeacherOutput | Sequence[TeacherOutput] | None
+    ) -> Sequence[TeacherOutput]:
+        """What each teacher gives for a batch, computed if it is not given."""
+        if given is None:
+            return [teacher(input) for teacher in self.teachers]
+        outputs = [given] if isinstance(given, TeacherOutput) else given
+        if len(outputs) != len(self.teachers):
+            raise UsageError(f'{len(outputs)} outputs are given for {len(self.teachers)} teachers: give one of each')
+        return outputs
+
+    def _kd_target(self, logits: torch.Tensor, outputs: Sequence[TeacherOutput]) -> torch.Tensor:
+        """Logits `[b, c]` that stand for the teachers of the student's classes."""
+        theirs = [outputs[i].logits for i in self.kd_teachers]
+        for each in theirs:
+            if each is None or logits.shape != each.shape:
+                raise UsageError(
+                    f'logits of the student {list(logits.shape)} and of the teacher '
+                    f'{None if each is None else list(each.shape)} cannot be compared'
+                )
+        weights = [self.teacher_weights[i] for i in self.kd_teachers]
+        return average_logits(cast(list[torch.Tensor], theirs), weights, self.kd_temperature)
 
 
 def _check_settings(target: str, teacher_norm: str, temperature: float, compares_many_labels: bool) -> None:
@@ -354,44 +405,22 @@ def _create_frozen_loss(name: str, temperature: float) -> nn.Module:
     return loss
 
 
-def _resolve_teacher(
-    teacher: str | nn.Module,
-    student: nn.Module,
-    checkpoint: str | None,
-    cfg_overlay: dict[str, Any] | None,
-    tap: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    device: torch.device,
-    needs_logits: bool,
-) -> Teacher:
-    cfg = getattr(student, 'pretrained_cfg', None) or {}
-    mean, std = mean or cfg.get('mean'), std or cfg.get('std')
-    if isinstance(teacher, Teacher):
-        if needs_logits and not teacher.needs_logits:
-            raise UsageError(
-                'the teacher was made with needs_logits=False, but a loss compares logits: make it with True'
-            )
-        if mean and std and (tuple(mean), tuple(std)) != (teacher.input_mean, teacher.input_std):
-            _logger.info(f'The teacher keeps the input normalization it was made with, {teacher.input_mean}.')
-        return teacher
-    return create_teacher(
-        teacher,
-        checkpoint=checkpoint,
-        model_kwargs={'pretrained_cfg_overlay': cfg_overlay} if cfg_overlay else None,
-        tap=tap,
-        input_mean=mean,
-        input_std=std,
-        device=device,
-        needs_logits=needs_logits,
-    )
+def _widths(aim: Aim, tap: FeatureTap, student: nn.Module, teacher: Teacher) -> tuple[int, int]:
+    """How wide the student's output is that the projectors of an aim map, and how wide the teacher's is."""
+    if aim.tapped == 'feature':
+        return tap.width, teacher.width
+    check_logits(teacher)
+    return _num_classes(student, 'student'), _num_classes(teacher, 'teacher')
 
 
-def _check_apart(student: nn.Module, teacher: str | nn.Module) -> None:
-    parameters = set() if isinstance(teacher, str) else {id(p) for p in teacher.parameters()}
-    if any(id(p) in parameters for p in student.parameters()):
+def _check_drop(drop: float, teachers: int, loss: nn.Module, loss_name: str) -> None:
+    if not 0 <= drop <= 1:
+        raise UsageError(f'teacher_drop is a probability from 0 to 1, got {drop}')
+    if drop and teachers == 1:
+        raise UsageError('teacher_drop chooses between teachers, and there is one: give several, or leave it at 0')
+    if drop and not has_rows(loss):
         raise UsageError(
-            'student and teacher share parameters, and a teacher is frozen: give copy.deepcopy(student) as the teacher'
+            f"teacher_drop needs the loss of each image, which feature loss '{loss_name}' does not tell: use 'direction'"
         )
 
 
@@ -421,12 +450,3 @@ def _num_classes(model: nn.Module, what: str) -> int:
     if not classes:
         raise UsageError(f"the {what} has no logits to project (its num_classes is {classes}): use target 'feature'")
     return classes
-
-
-def _check_classes(student: nn.Module, teacher: Teacher) -> None:
-    classes = getattr(student, 'num_classes', None)
-    if teacher.num_classes is not None and classes != teacher.num_classes:
-        raise UsageError(
-            f'logit distillation compares logits of equal classes, the student has {classes} and the teacher '
-            f'{teacher.num_classes}: set the KD weight to 0 (features need no equal classes) or take another teacher'
-        )

@@ -1,0 +1,158 @@
+"""The teachers of a task: one or several, created, named, weighed and checked."""
+
+import itertools
+import logging
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+
+from ..errors import UsageError
+from .teacher import Teacher, create_teacher
+
+_logger = logging.getLogger(__name__)
+
+# what names a teacher to the task
+TeacherLike = str | nn.Module
+
+
+def as_list(teachers: TeacherLike | Sequence[TeacherLike]) -> list[TeacherLike]:
+    """The teachers, also of a single one.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = [teachers] if isinstance(teachers, (str, nn.Module)) else list(teachers)
+    if not found:
+        raise UsageError('the list of teachers is empty: give one or more')
+    return found
+
+
+def check_single(number: int, **given: Any) -> None:
+    """Refuse arguments about one teacher where there are several.
+
+    Raises:
+        UsageError: The message names them.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if number > 1 and named:
+        raise UsageError(
+            f'{", ".join(named)} cannot say which of {number} teachers is meant: make each with create_teacher(...)'
+        )
+
+
+def check_apart(student: nn.Module, teachers: Sequence[TeacherLike]) -> None:
+    """Refuse networks that share parameters.
+
+    Raises:
+        UsageError: The student with a teacher, or two teachers.
+    """
+    parameters = [{id(p) for p in t.parameters()} if isinstance(t, nn.Module) else set() for t in teachers]
+    if any(id(p) in of_teacher for p in student.parameters() for of_teacher in parameters):
+        raise UsageError(
+            'student and teacher share parameters, and a teacher is frozen: give copy.deepcopy(student) as the teacher'
+        )
+    for j in range(len(teachers)):
+        for i in range(j):
+            if parameters[i] & parameters[j]:
+                raise UsageError(f'teachers {i + 1} and {j + 1} share parameters: give each network once')
+
+
+def normalize_weights(weights: Sequence[float] | None, number: int) -> list[float]:
+    """The teachers' weights, scaled to sum 1; equal ones for None.
+
+    Raises:
+        UsageError: Another number of weights than of teachers, or one that is not above 0.
+    """
+    weights = [1.0] * number if weights is None else [float(w) for w in weights]
+    if len(weights) != number:
+        raise UsageError(f'{len(weights)} teacher_weights for {number} teachers: give one for each')
+    if not all(math.isfinite(w) and w > 0 for w in weights):
+        raise UsageError(
+            f'teacher_weights must be above 0, got {weights}: leave out a teacher that is to count nothing'
+        )
+    return [w / sum(weights) for w in weights]
+
+
+def name_teachers(teachers: Sequence[Teacher]) -> list[str]:
+    """A name for each: its architecture, else its class, with a number where that repeats: 'resnet34', 'resnet34_2'."""
+    names: list[str] = []
+    for teacher in teachers:
+        network = unwrap_model(teacher.model)
+        cfg: Any = getattr(network, 'pretrained_cfg', None) or {}
+        base = re.sub(r'\W', '_', cfg.get('architecture') or type(network).__name__.lower())
+        numbered = (f'{base}_{number}' for number in itertools.count(2))
+        name = base
+        while name in names:
+            name = next(numbered)
+        names.append(name)
+    return names
+
+
+def resolve_teacher(
+    teacher: TeacherLike,
+    student: nn.Module,
+    checkpoint: str | None,
+    cfg_overlay: dict[str, Any] | None,
+    tap: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    device: torch.device,
+    needs_logits: bool,
+) -> Teacher:
+    """One teacher as the task takes it; the arguments are the task's. A `Teacher` stays as it was made."""
+    cfg = getattr(student, 'pretrained_cfg', None) or {}
+    mean, std = mean or cfg.get('mean'), std or cfg.get('std')
+    if isinstance(teacher, Teacher):
+        if mean and std and (tuple(mean), tuple(std)) != (teacher.input_mean, teacher.input_std):
+            _logger.info(f'The teacher keeps the input normalization it was made with, {teacher.input_mean}.')
+        return teacher
+    return create_teacher(
+        teacher,
+        checkpoint=checkpoint,
+        model_kwargs={'pretrained_cfg_overlay': cfg_overlay} if cfg_overlay else None,
+        tap=tap,
+        input_mean=mean,
+        input_std=std,
+        device=device,
+        needs_logits=needs_logits,
+    )
+
+
+def check_logits(teacher: Teacher) -> None:
+    """Refuse a teacher that leaves out its classifier.
+
+    Raises:
+        UsageError: It was made without the logits that a loss compares.
+    """
+    if not teacher.needs_logits:
+        raise UsageError('the teacher was made with needs_logits=False, but a loss compares logits: make it with True')
+
+
+def teachers_of_classes(student: nn.Module, teachers: Sequence[Teacher], names: Sequence[str]) -> list[int]:
+    """Which teachers have as many classes as the student, or do not tell how many.
+
+    Raises:
+        UsageError: None has.
+    """
+    classes = getattr(student, 'num_classes', None)
+    fitting = [i for i, teacher in enumerate(teachers) if teacher.num_classes in (None, classes)]
+    if not fitting:
+        theirs = [
+            f'the teacher{f" {n}" if len(names) > 1 else ""} {t.num_classes}'
+            for n, t in zip(names, teachers, strict=True)
+        ]
+        raise UsageError(
+            f'logit distillation compares logits of equal classes, the student has {classes} and {", ".join(theirs)}: '
+            f'set the KD weight to 0 (features need no equal classes) or take another teacher'
+        )
+    if len(fitting) < len(teachers):
+        left_out = [names[i] for i in range(len(teachers)) if i not in fitting]
+        _logger.info(f'Logit distillation leaves out {", ".join(left_out)}: of other classes than the student.')
+    for i in fitting:
+        check_logits(teachers[i])
+    return fitting
