@@ -234,6 +234,8 @@ def test_the_mean_of_one_teachers_logits_is_those_logits():
 def test_each_teacher_has_its_own_term_under_a_name_that_no_other_has():
     task = make_task(teachers=('test_vit', 'test_resnet', 'test_vit'), act='none')
     assert task.teacher_names == ['test_vit', 'test_resnet', 'test_vit_2']
+    student, models = networks()
+    assert len(ProjectorEnsembleTask(student, nn.ModuleList(models), verbose=False).teachers) == 2
     result = task(*batch())
     own = [result[f'pe_loss_{name}'] for name in task.teacher_names]
     torch.testing.assert_close(result['pe_loss'], torch.stack(own).mean())
@@ -353,12 +355,14 @@ def test_a_task_of_several_teachers_is_saved_whole_and_follows_to_another_dtype(
 
 def distributed_step(rank, port, folder):
     dist.init_process_group('gloo', f'tcp://localhost:{port}', rank=rank, world_size=2)
-    task = make_task().train()
+    task = make_task(map_weight=3.0).train()
     task.prepare_distributed()
     x, y = (half.chunk(2)[rank] for half in batch(8))
     if rank:  # the first rank's batch decides
         for teacher in task.teachers:
-            teacher.register_forward_hook(lambda m, args, output: output._replace(feature=output.feature.abs()))
+            teacher.register_forward_hook(
+                lambda m, args, output: output._replace(feature=output.feature.abs(), map=output.map.abs())
+            )
     task.resolve_act(x)
     acts = [p.act for p in task.projectors]
     for teacher in task.teachers:
@@ -373,12 +377,12 @@ def test_two_ranks_have_the_gradients_of_the_whole_batch_and_the_first_ranks_act
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(distributed_step, (port, str(tmp_path)), nprocs=2)
-    task = make_task().train()
+    task = make_task(map_weight=3.0).train()
     task(*batch(8))['loss'].backward()
     expected = [p.grad for p in task.trainable_module.parameters()]
     for rank in range(2):
         acts, gradients = torch.load(tmp_path / f'{rank}.pt')
-        assert acts == ['relu', 'none']
+        assert acts == ['relu', 'none', 'relu', 'none']
         for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 

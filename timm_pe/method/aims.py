@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from .losses import normalize_teacher
+from .map_tap import on_grid
 from .teacher import TeacherOutput
 
 
@@ -18,8 +19,8 @@ class Aim:
     Attributes:
         name: The key of its projectors in a checkpoint, unique: 'feature_resnet34'.
         teacher: Which teacher, from 0.
-        tapped: Which output: 'feature' or 'logits'.
-        term: The term of the loss that it belongs to: 'pe_loss'.
+        tapped: Which output: 'feature', 'logits' or 'map'.
+        term: The term of the loss that it belongs to: 'pe_loss' or 'map_loss'.
         own_term: The name of its own loss, which is returned if others share the term: 'pe_loss_resnet34'.
         weight: Its share of that term, above 0; those of a term sum to 1.
         loss: The name of the distance between projection and output.
@@ -35,16 +36,34 @@ class Aim:
     loss: str
     teacher_norm: str = 'none'
 
-    def wanted(self, output: TeacherOutput) -> torch.Tensor:
-        """What the projection should be, `[b, m]`, by the output of its teacher.
+    def value(self, output: TeacherOutput) -> torch.Tensor:
+        """The output of its teacher that it aims at, as the teacher gives it.
 
         Raises:
-            UsageError: The output does not have it.
+            UsageError: It is missing.
         """
-        value = output.logits if self.tapped == 'logits' else output.feature
+        value = {'feature': output.feature, 'logits': output.logits, 'map': output.map}[self.tapped]
         if value is None:
             raise UsageError(f"'{self.own_term}' compares with the teacher's {self.tapped}, which its output lacks")
-        return value if self.tapped == 'logits' else normalize_teacher(value, self.teacher_norm)
+        return value
+
+    def wanted(self, output: TeacherOutput, grid: Sequence[int] | None = None) -> torch.Tensor:
+        """What the projection should be, by the output of its teacher.
+
+        Args:
+            output: Its output.
+            grid: Rows and columns that a map is brought to; None leaves its own.
+
+        Returns:
+            `[b, m]`; of a map `[b, rows, columns, m]`. A map is normalized as a batch of its positions.
+        """
+        value = self.value(output)
+        if self.tapped == 'logits':
+            return value
+        if self.tapped == 'feature':
+            return normalize_teacher(value, self.teacher_norm)
+        value = on_grid(value, tuple(value.shape[2:] if grid is None else grid))
+        return normalize_teacher(value.flatten(0, 2), self.teacher_norm).unflatten(0, value.shape[:3])
 
 
 def measure_aims(
@@ -58,8 +77,8 @@ def measure_aims(
 
     Args:
         aims: What is aimed at.
-        losses: The distance of each term, `([b, m], [b, m]) -> []`.
-        projected: The student's projection for each, as wide as the output that it is compared with.
+        losses: The distance of each term, `([b, m], [b, m]) -> []`; of maps `([b, h, w, m], [b, h, w, m]) -> []`.
+        projected: The student's projection for each: `[b, m]`, of a map `[b, h, w, m]`.
         outputs: What each teacher gives for the batch.
         drop: Probability with which an image does not learn from a teacher, see `draw_kept`. The mean is then over the
             pairs of image and teacher that are kept (UNIC, arXiv 2408.05088).
@@ -70,7 +89,10 @@ def measure_aims(
     Raises:
         UsageError: A loss that gives no scalar, or no gradient.
     """
-    pairs = [(losses[aim.term], p, aim.wanted(outputs[aim.teacher])) for aim, p in zip(aims, projected, strict=True)]
+    pairs = [
+        (losses[aim.term], p, aim.wanted(outputs[aim.teacher], p.shape[1:-1]))
+        for aim, p in zip(aims, projected, strict=True)
+    ]
     rows = [_per_image(*pair) for pair in pairs] if drop else None
     found = [r.mean() for r in rows] if rows else [loss(p, wanted) for loss, p, wanted in pairs]
     for aim, value, p in zip(aims, found, projected, strict=True):

@@ -1,7 +1,7 @@
 """The training task: batch -> student and its projectors <- teacher -> loss. A task of timm's kind (timm.task)."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,8 +17,10 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from ..errors import UsageError, one_line
-from .aims import Aim, has_rows, measure_aims, sum_of
-from .losses import TEACHER_NORMS, KlLoss, average_logits, create_feature_loss, kd_loss
+from .aims import Aim, measure_aims, sum_of
+from .checks import check_dim, check_drop, check_settings, create_frozen_loss, has_classifier, widths_of
+from .losses import DirectionLoss, average_logits, kd_loss
+from .map_tap import MapTap
 from .names import TARGETS
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
@@ -27,7 +29,6 @@ from .teachers import (
     TeacherLike,
     as_list,
     check_apart,
-    check_logits,
     check_single,
     name_teachers,
     normalize_weights,
@@ -43,6 +44,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     """Projector Ensemble Feature Distillation (Chen et al., NeurIPS 2022, arXiv 2210.15274).
 
     loss = task_loss_weight * criterion + distill_loss_weight * feature loss + kd_loss_weight * T^2 KL(teacher || student)
+           + map_weight * direction loss of the feature maps
 
     It takes every keyword of `timm.task.FeatureDistillationTask` and returns the same (`loss`, `output`, named terms), so it
     can replace it. Three differences: the weights default to 1 and 25 independently, while timm derives one from the other;
@@ -84,6 +86,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         teacher_weights: How much each teacher counts, above 0, in any scale; None means equally.
         teacher_drop: In training, the probability with which an image does not learn from a teacher that it does not match
             worst, see `aims.draw_kept` (UNIC, arXiv 2408.05088). For several teachers and a loss of rows ('direction').
+        map_weight: Weight of the direction loss between the last feature maps (or patch tokens) of student and teacher,
+            which are brought to the smaller grid and have projectors of their own, applied at each position; 0: none.
         device: Device for teacher and projectors.
         dtype: Dtype of the projectors.
         verbose: Log what was resolved.
@@ -127,6 +131,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         teacher_tap: str | None = None,
         teacher_weights: Sequence[float] | None = None,
         teacher_drop: float = 0.0,
+        map_weight: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -134,7 +139,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         # not FeatureDistillationTask's: it would build its own Linear and its own idea of the widths
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
-        _check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
+        check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
         models, student = as_list(teacher_model), unwrap_model(student_model)
         check_single(
             len(models),
@@ -145,30 +150,32 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         )
         weights = normalize_weights(teacher_weights, len(models))
         check_apart(student, models)
+        # before the other tap: it runs the model
+        map_tap = MapTap(student) if map_weight else None
         tap = FeatureTap(student, student_tap, before_dropout=True)
         given = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap, input_mean, input_std
         teachers = [resolve_teacher(m, student, *given, self.device, needs_logits) for m in models]
         self.teacher = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
         self.teacher_names, self.teacher_weights = name_teachers(teachers), weights
-        _check_dim('student_feature_dim', student_feature_dim, tap.width)
-        _check_dim('teacher_feature_dim', teacher_feature_dim, teachers[0].width)
+        check_dim('student_feature_dim', student_feature_dim, tap.width)
+        check_dim('teacher_feature_dim', teacher_feature_dim, teachers[0].width)
         # the teachers that logits are compared with
         self.kd_teachers = teachers_of_classes(student, teachers, self.teacher_names) if kd_loss_weight else []
         task_weight, distill_weight, loss = TARGETS[target]
         self.feature_loss_name = feature_loss or loss
-        self.feature_loss = _create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
-        _check_drop(teacher_drop, len(teachers), self.feature_loss, self.feature_loss_name)
+        self.feature_loss = create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
+        check_drop(teacher_drop, len(teachers), self.feature_loss, self.feature_loss_name)
         self.target, self.teacher_norm, self.teacher_drop = target, teacher_norm, teacher_drop
+        self.map_weight, self.map_loss = map_weight, DirectionLoss()
         self.aims = self._create_aims()
-        act = 'none' if act == 'auto' and target == 'logits' else act
         projections = {}
         for aim in self.aims:
-            widths = _widths(aim, tap, student, teachers[aim.teacher])
-            ensemble = ProjectorEnsemble(*widths, num_projectors, projector, act)
-            projections[aim.name] = ensemble.to(device=self.device, dtype=self.dtype)
-        self.trainable_module = ProjectorEnsembleModule(student_model, projections, tap, [a.tapped for a in self.aims])
+            widths = widths_of(aim, tap, map_tap, student, teachers[aim.teacher])
+            projections[aim.name] = self._create_projectors(aim, *widths, num_projectors, projector, act)
+        tapped = [aim.tapped for aim in self.aims]
+        self.trainable_module = ProjectorEnsembleModule(student_model, projections, tapped, tap, map_tap)
         self.criterion = None  # type: ignore[assignment]  # timm's tasks always have one
-        if criterion is not None or _has_classifier(student, task_loss_weight):
+        if criterion is not None or has_classifier(student, task_loss_weight):
             self.criterion = resolve_classification_loss(
                 criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
             )
@@ -182,20 +189,34 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             self._log_settings()
 
     def _create_aims(self) -> list[Aim]:
-        loss, norm = self.feature_loss_name, self.teacher_norm
+        """The features (or logits) of each teacher, then with a weight their maps."""
+        tapped = [(self.target, 'pe_loss', self.feature_loss_name)]
+        if self.map_weight:
+            tapped.append(('map', 'map_loss', 'direction'))
         return [
-            Aim(f'{self.target}_{name}', i, self.target, 'pe_loss', f'pe_loss_{name}', weight, loss, norm)
-            for i, (name, weight) in enumerate(zip(self.teacher_names, self.teacher_weights, strict=True))
+            Aim(f'{what}_{name}', i, what, term, f'{term}_{name}', self.teacher_weights[i], loss, self.teacher_norm)
+            for what, term, loss in tapped
+            for i, name in enumerate(self.teacher_names)
         ]
+
+    def _create_projectors(
+        self, aim: Aim, in_dim: int, out_dim: int, num_projectors: int, projector: str, act: str
+    ) -> ProjectorEnsemble:
+        act = 'none' if act == 'auto' and aim.tapped == 'logits' else act
+        return ProjectorEnsemble(in_dim, out_dim, num_projectors, projector, act).to(
+            device=self.device, dtype=self.dtype
+        )
 
     def _log_settings(self) -> None:
         projectors = '; '.join(p.extra_repr() for p in self.projectors)
-        several = f', teacher_weights={self.teacher_weights}, teacher_drop={self.teacher_drop}'
+        more = f', map_weight={self.map_weight}' if self.map_weight else ''
+        if len(self.teachers) > 1:
+            more += f', teacher_weights={self.teacher_weights}, teacher_drop={self.teacher_drop}'
         _logger.info(
             f'ProjectorEnsembleTask: projectors {projectors}, target={self.target}, '
             f'feature_loss={self.feature_loss_name}, teacher_norm={self.teacher_norm}, '
             f'task_weight={self.task_loss_weight}, distill_weight={self.distill_loss_weight}, '
-            f'kd_weight={self.kd_loss_weight}{several if len(self.teachers) > 1 else ""}'
+            f'kd_weight={self.kd_loss_weight}{more}'
         )
 
     def create_evaluator(self, **kwargs: Any) -> ClassificationEvaluator:
@@ -317,7 +338,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         theirs, ours = (sorted(acts) if isinstance(acts, dict) else ['a single one'] for acts in (saved, own))
         if theirs != ours:
             raise UsageError(
-                f'the checkpoint has projectors to {", ".join(theirs)}, this run to {", ".join(ours)}: give the same teachers'
+                f'the checkpoint has projectors to {", ".join(theirs)}, this run to {", ".join(ours)}: give the same '
+                f'teachers and map_weight'
             )
         for i, aim in enumerate(self.aims):
             act = saved[aim.name] if isinstance(saved, dict) else saved
@@ -339,23 +361,26 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             input: Batch `[b, ch, h, w]`, in the normalization `input_mean`, `input_std`; teacher and student see it.
             target: Labels `[b]`, or soft ones `[b, c]`.
             teacher: The teacher's output for this batch, if known already (a cache): features `[b, m]`, logits
-                `[b, c]`; those that no loss reads may be None. The teacher does not run then. Of several a list.
+                `[b, c]`, map `[b, d, h, w]`; those that no loss reads may be None. The teacher does not run then. Of
+                several a list.
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss` (if there is a
-            criterion), `pe_loss`, and with a KD weight `logit_loss`; with several teachers `pe_loss` is their weighted mean, and `pe_loss_NAME`
-            that of each.
+            criterion), `pe_loss`, and with their weights `logit_loss` and `map_loss`; with several teachers `pe_loss` is their weighted mean, and
+            `pe_loss_NAME` that of each (`map_loss` likewise).
         """
         # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
         outputs = self._teacher_outputs(input, teacher)
         if any(p.act == 'auto' for p in self.projectors):
             self._settle_acts(outputs)
-        logits, *projected = self.trainable_module(input)
-        losses, drop = {'pe_loss': self.feature_loss}, self.teacher_drop if self.training else 0.0
+        grids = [aim.value(outputs[aim.teacher]).shape[2:] for aim in self.aims if aim.tapped == 'map']
+        logits, *projected = self.trainable_module(input, grids) if grids else self.trainable_module(input)
+        drop = self.teacher_drop if self.training else 0.0
+        losses = {'pe_loss': self.feature_loss, 'map_loss': self.map_loss}
         terms = {} if self.criterion is None else {'task_loss': self.criterion(logits, target)}
         terms.update(measure_aims(self.aims, losses, projected, outputs, drop))
-        weighted = [(self.task_loss_weight, 'task_loss'), (self.distill_loss_weight, 'pe_loss')]
-        loss = sum_of([weight * terms[name] for weight, name in weighted if name in terms])
+        weights = {'task_loss': self.task_loss_weight, 'pe_loss': self.distill_loss_weight, 'map_loss': self.map_weight}
+        loss = sum_of([weight * terms[name] for name, weight in weights.items() if name in terms])
         if self.kd_loss_weight:
             terms['logit_loss'] = kd_loss(logits, self._kd_target(logits, outputs), self.kd_temperature)
             loss = loss + self.kd_loss_weight * terms['logit_loss']
@@ -383,70 +408,3 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
                 )
         weights = [self.teacher_weights[i] for i in self.kd_teachers]
         return average_logits(cast(list[torch.Tensor], theirs), weights, self.kd_temperature)
-
-
-def _check_settings(target: str, teacher_norm: str, temperature: float, compares_many_labels: bool) -> None:
-    _check_choice('target', target, TARGETS)
-    _check_choice('teacher_norm', teacher_norm, TEACHER_NORMS)
-    if compares_many_labels:
-        raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
-    if temperature <= 0:
-        raise UsageError(f'the KD temperature must be above 0, got {temperature}')
-
-
-def _create_frozen_loss(name: str, temperature: float) -> nn.Module:
-    loss = create_feature_loss(name)
-    if any(p.requires_grad for p in loss.parameters()):
-        raise UsageError(
-            f"feature loss '{name}' has parameters, which no optimizer trains: freeze them, or make them part of a projector"
-        )
-    if isinstance(loss, KlLoss):
-        loss.temperature = temperature
-    return loss
-
-
-def _widths(aim: Aim, tap: FeatureTap, student: nn.Module, teacher: Teacher) -> tuple[int, int]:
-    """How wide the student's output is that the projectors of an aim map, and how wide the teacher's is."""
-    if aim.tapped == 'feature':
-        return tap.width, teacher.width
-    check_logits(teacher)
-    return _num_classes(student, 'student'), _num_classes(teacher, 'teacher')
-
-
-def _check_drop(drop: float, teachers: int, loss: nn.Module, loss_name: str) -> None:
-    if not 0 <= drop <= 1:
-        raise UsageError(f'teacher_drop is a probability from 0 to 1, got {drop}')
-    if drop and teachers == 1:
-        raise UsageError('teacher_drop chooses between teachers, and there is one: give several, or leave it at 0')
-    if drop and not has_rows(loss):
-        raise UsageError(
-            f"teacher_drop needs the loss of each image, which feature loss '{loss_name}' does not tell: use 'direction'"
-        )
-
-
-def _check_dim(name: str, given: int | None, measured: int) -> None:
-    if given is not None and given != measured:
-        raise UsageError(f'{name} is {given}, but the feature that enters the classifier has {measured} channels')
-
-
-def _check_choice(name: str, given: str, allowed: Iterable[str]) -> None:
-    if given not in allowed:
-        raise UsageError(f"unknown {name} '{given}': choose from {', '.join(allowed)}")
-
-
-def _has_classifier(student: nn.Module, task_loss_weight: float | None) -> bool:
-    if getattr(student, 'num_classes', None) != 0:
-        return True
-    if task_loss_weight:
-        raise UsageError(
-            'the student has no classifier (num_classes=0), so there is no task loss: leave task_loss_weight out, or give a '
-            'criterion for its features'
-        )
-    return False
-
-
-def _num_classes(model: nn.Module, what: str) -> int:
-    classes = getattr(model, 'num_classes', None)
-    if not classes:
-        raise UsageError(f"the {what} has no logits to project (its num_classes is {classes}): use target 'feature'")
-    return classes

@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from ..errors import UsageError, is_out_of_memory, one_line
 from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
 from .input_size import Size, resize_network
+from .map_tap import MapTap
 from .tap import FeatureTap
 from .weights import (
     check_model_name,
@@ -33,10 +34,13 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's output for a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` if they are needed."""
+    """A teacher's output for a batch: its penultimate feature `[b, m]`, and if they are needed its logits `[b, c]` and its
+    last feature map `[b, d, h, w]`.
+    """
 
     feature: torch.Tensor
     logits: torch.Tensor | None
+    map: torch.Tensor | None = None
 
 
 class Teacher(nn.Module):
@@ -72,6 +76,7 @@ class Teacher(nn.Module):
             empty for random weights and for a given module.
         folded: Number of batch norms that were folded.
         width: Width m of its penultimate feature.
+        map_tap: What reads its feature map, after `tap_map`.
         num_classes: Number of its classes, None if unknown.
         mean: What its images are normalized with.
         std: Likewise.
@@ -129,6 +134,7 @@ class Teacher(nn.Module):
         if fold and model is network:
             model = network = self._fold(model, tap)
         self.tap = FeatureTap(network, tap)
+        self.map_tap: MapTap | None = None
         self.channels_last = channels_last
         self.model = model.requires_grad_(False).to(device=device, dtype=dtype, memory_format=self._memory_format)  # type: ignore[call-overload]  # takes all three together
         self.input_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -313,14 +319,31 @@ class Teacher(nn.Module):
             return e
         return None
 
+    def tap_map(self) -> MapTap:
+        """Have `forward` give the last feature map too, from the same pass; before `compile`.
+
+        Raises:
+            UsageError: The network has no map (see `MapTap`).
+        """
+        if self.map_tap is None:
+            with self._autocast(self.scale.device):
+                self.map_tap = MapTap(unwrap_model(self.model))
+            self.tap.pop()
+        return self.map_tap
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> TeacherOutput:
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
             if not self.needs_logits and self._can_skip_classifier(x):
-                return TeacherOutput(self._kept(self._pre_logits(x)), None)
+                return TeacherOutput(self._kept(self._pre_logits(x)), None, self._pop_map())
             logits = self.model(x)
-        return TeacherOutput(self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None)
+        return TeacherOutput(
+            self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None, self._pop_map()
+        )
+
+    def _pop_map(self) -> torch.Tensor | None:
+        return None if self.map_tap is None else self._kept(self.map_tap.pop())
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
         """Copy a compiled teacher's output: with CUDA graphs the student's forward would overwrite it."""

@@ -26,7 +26,8 @@ def as_list(teachers: TeacherLike | Sequence[TeacherLike]) -> list[TeacherLike]:
     Raises:
         UsageError: There is none.
     """
-    found = [teachers] if isinstance(teachers, (str, nn.Module)) else list(teachers)
+    several = isinstance(teachers, nn.ModuleList) or not isinstance(teachers, (str, nn.Module))
+    found: list[TeacherLike] = list(teachers) if several else [teachers]  # type: ignore[list-item, arg-type]
     if not found:
         raise UsageError('the list of teachers is empty: give one or more')
     return found

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from timm.task.distillation import FeatureDistillationTrainableModule
 
+from .map_tap import MapTap, on_grid
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
 
@@ -18,23 +19,29 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
         student: Student model.
         projections: The projectors of each aim, by its name. Those of a single aim are the attribute `projection`
             themselves, so that the state_dict of one teacher has no name in it.
+        tapped: What each of them maps: 'feature', 'logits' or 'map'.
         tap: The tap on the student.
-        tapped: What each of them maps: 'feature' or 'logits'.
+        map_tap: That of its map, if one is mapped.
 
     Shapes:
-        forward: `[b, ch, h, w]` -> (logits `[b, c]`, projection `[b, m]` of the first aim, that of the second, ...).
+        forward: `[b, ch, h, w]` -> (logits `[b, c]`, projection `[b, m]` of the first aim, that of the second, ...). A map's
+        is `[b, rows, columns, m]`: its grid is the smaller one of student and teacher, in each direction.
     """
 
     student: nn.Module
     projection: ProjectorEnsemble | nn.ModuleDict
 
     def __init__(
-        self, student: nn.Module, projections: Mapping[str, ProjectorEnsemble], tap: FeatureTap, tapped: Sequence[str]
+        self,
+        student: nn.Module,
+        projections: Mapping[str, ProjectorEnsemble],
+        tapped: Sequence[str],
+        tap: FeatureTap,
+        map_tap: MapTap | None = None,
     ):
         one, *more = projections.values()
         super().__init__(student, nn.ModuleDict(projections) if more else one)
-        self.tap = tap
-        self.tapped = tuple(tapped)
+        self.tapped, self.tap, self.map_tap = tuple(tapped), tap, map_tap
 
     @property
     def projectors(self) -> list[ProjectorEnsemble]:
@@ -43,10 +50,24 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
             return [self.projection]
         return cast(list[ProjectorEnsemble], list(self.projection.values()))
 
-    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]  # timm's gives two
+    def forward(  # type: ignore[override]  # timm's gives two
+        self, input: torch.Tensor, grids: Sequence[Sequence[int]] = ()
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits and projections of a batch; `grids` are those of the teacher's map for each aim that maps one."""
         logits = self.student(input)
         if isinstance(logits, (tuple, list)):
             # set_distilled_training: in eval mode the model returns the mean of its heads
             logits = sum(logits) / len(logits)
-        given = {'logits': logits, 'feature': self.tap.pop()}
-        return logits, *(p(given[tapped]) for p, tapped in zip(self.projectors, self.tapped, strict=True))
+        given, of_map = {'logits': logits, 'feature': self.tap.pop()}, iter(grids)
+        if self.map_tap is not None:
+            given['map'] = self.map_tap.pop()
+        return logits, *(
+            _project_map(projectors, given['map'], next(of_map)) if tapped == 'map' else projectors(given[tapped])
+            for projectors, tapped in zip(self.projectors, self.tapped, strict=True)
+        )
+
+
+def _project_map(projectors: ProjectorEnsemble, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """Each position of a map `[b, d, h, w]` projected by itself -> `[b, rows, columns, m]`."""
+    x = on_grid(x, (min(x.shape[2], grid[0]), min(x.shape[3], grid[1])))
+    return projectors(x.flatten(0, 2)).unflatten(0, x.shape[:3])

@@ -161,11 +161,12 @@ class TeacherValidation:
         self.limit = evaluation_sample_limit(self.data.eval)
         self.warned = False
         self.features: list[torch.Tensor] = []
-        moments = Moments(self.task.teacher.width, self.runtime)
+        teacher = self.task.teachers[0]
+        moments = Moments(teacher.width, self.runtime)
         directions = torch.zeros_like(moments.sums)
         for input, size in self._batches('Teacher', lambda: None):
             with self.runtime.autocast():
-                feature = self.task.teacher.forward_uncompiled(input).feature
+                feature = teacher.forward_uncompiled(input).feature
             self.features.append(feature.float().cpu())
             moments.add(feature[:size])
             directions += F.normalize(self._aim(feature)[:size], dim=1).sum(0)
