@@ -617,7 +617,7 @@ def measure_seeding(trainer: Trainer, rounds: int) -> dict[str, Any]:
     real, sampler = loader.dataset.dataset, loader.batch_sampler
     images, item = len(loader) * sampler.batch_sampler.batch_size, real[0]
     seeded, collate = copy.copy(loader.dataset), copy.copy(loader.collate_fn)
-    seeded.dataset, collate.collate = _Same(item, len(real)), lambda batch: None
+    seeded.dataset, collate.collate = _Same(item, len(real)), lambda batch: (None, None)
 
     def with_seeds(i: int) -> None:
         for batch in sampler:
