@@ -330,6 +330,7 @@ def test_a_checkpoint_of_other_teachers_is_refused_in_one_line():
 def test_compiled_tasks_of_several_teachers_equal_eager_ones_with_fullgraph():
     eager, compiled = make_task(teacher_drop=0.5).train(), make_task(teacher_drop=0.5).train()
     compiled.compile(backend='aot_eager', fullgraph=True)
+    assert all(isinstance(t.model, torch._dynamo.OptimizedModule) for t in compiled.teachers)
     results = []
     for task in (eager, compiled):
         torch.manual_seed(3)
@@ -360,9 +361,7 @@ def distributed_step(rank, port, folder):
     x, y = (half.chunk(2)[rank] for half in batch(8))
     if rank:  # the first rank's batch decides
         for teacher in task.teachers:
-            teacher.register_forward_hook(
-                lambda m, args, output: output._replace(feature=output.feature.abs(), map=output.map.abs())
-            )
+            teacher.register_forward_hook(lambda m, args, out: TeacherOutput(out.feature.abs(), None, out.map.abs()))
     task.resolve_act(x)
     acts = [p.act for p in task.projectors]
     for teacher in task.teachers:

@@ -311,6 +311,14 @@ def test_outputs_that_are_given_need_the_map():
     with pytest.raises(UsageError, match="'map_loss_test_vit' compares with the teacher's map, which its output lacks"):
         task(x, y, teacher=TeacherOutput(output.feature, None))
     assert create_teacher('test_vit', pretrained=False)(x).map is None
+    teacher = create_teacher('test_vit', pretrained=False)
+    assert teacher.tap_map() is teacher.tap_map()
+    with pytest.raises(RuntimeError, match='no feature to pop'):  # of the image that the tap was made with
+        teacher.tap.pop()
+    feature, logits = output  # as before there were maps
+    assert torch.equal(copy.deepcopy(output).map, output.map)
+    assert feature is output.feature
+    assert logits is output.logits
 
 
 def test_a_network_without_a_map_is_refused_in_one_line_and_left_as_it_was():
