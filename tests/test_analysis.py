@@ -290,7 +290,9 @@ def test_a_teacher_that_was_left_random_is_drawn_again(runs, tmp_path, monkeypat
     _, argv, _ = runs
     teachers = []
     create = build.create_run_teacher
-    monkeypatch.setattr(build, 'create_run_teacher', lambda *args, **kwargs: teachers.append(create(*args, **kwargs)) or teachers[0])
+    monkeypatch.setattr(
+        build, 'create_run_teacher', lambda *args, **kwargs: teachers.append(create(*args, **kwargs)) or teachers[0]
+    )
     random = ['--teacher', 'test_resnet', '--no-teacher-pretrained', '--epochs', '1', '--output', str(tmp_path)]
     run([*argv, '--model', 'test_vit', *random, '--experiment', 'random', '--seed', '3'])
     again = open_run(RunFolder(tmp_path / 'random'), Options()).teacher.state_dict()

@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..errors import UsageError
 from .losses import normalize_teacher
 from .map_tap import on_grid
-from .teacher import TeacherOutput
+from .teacher_output import TeacherOutput
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
 from .input_size import Size, resize_network
 from .map_tap import MapTap
 from .tap import FeatureTap
+from .teacher_output import TeacherOutput
 from .weights import (
     check_model_name,
     classes_in_checkpoint,
@@ -31,26 +32,6 @@ from .weights import (
 
 # weights of red, green and blue in a grey image (ITU-R BT.601), those of PIL's 'L'
 LUMA = (0.299, 0.587, 0.114)
-
-
-class _FeatureAndLogits(NamedTuple):
-    feature: torch.Tensor
-    logits: torch.Tensor | None
-
-
-class TeacherOutput(_FeatureAndLogits):
-    """A teacher's output for a batch: its penultimate feature `[b, m]`, and its logits `[b, c]` if they are needed.
-
-    It unpacks into these two; its last feature map `[b, d, h, w]`, if that is needed, is the attribute `map`."""
-
-    map: torch.Tensor | None
-
-    def __new__(
-        cls, feature: torch.Tensor, logits: torch.Tensor | None, map: torch.Tensor | None = None
-    ) -> 'TeacherOutput':
-        output = super().__new__(cls, feature, logits)
-        output.map = map
-        return output
 
 
 class Teacher(nn.Module):
@@ -252,9 +233,7 @@ class Teacher(nn.Module):
     @property
     def _some_size(self) -> Size:
         """A size that the network should take."""
-        if self.input_size:
-            return self.input_size, self.input_size
-        return self.built_size or self.own_size or (224, 224)
+        return (self.input_size,) * 2 if self.input_size else self.built_size or self.own_size or (224, 224)
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -348,9 +327,8 @@ class Teacher(nn.Module):
             if not self.needs_logits and self._can_skip_classifier(x):
                 return TeacherOutput(self._kept(self._pre_logits(x)), None, self._pop_map())
             logits = self.model(x)
-        return TeacherOutput(
-            self._kept(self.tap.pop()), self._kept(logits) if self.needs_logits else None, self._pop_map()
-        )
+        kept = self._kept(logits) if self.needs_logits else None
+        return TeacherOutput(self._kept(self.tap.pop()), kept, self._pop_map())
 
     def _pop_map(self) -> torch.Tensor | None:
         return None if self.map_tap is None else self._kept(self.map_tap.pop())
