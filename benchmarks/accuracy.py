@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from environment import environment
+from environment import environment, write
 
 from timm_pe.runs.compare import confidence_interval
 
@@ -335,14 +335,6 @@ def format_table(summary: dict[str, Any]) -> str:
             numbers = (row['analysis'].get(name) for name in ANALYSIS)
             lines.append(f'| {row["label"]} | {" | ".join("" if v is None else f"{v:.3f}" for v in numbers)} |')
     return '\n'.join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:

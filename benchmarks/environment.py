@@ -1,4 +1,4 @@
-"""The environment of a measured result."""
+"""The environment of a measured result, and its file."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torch
 
+from timm_pe.process.files import replaced
 from timm_pe.version import __version__
 
 
@@ -24,6 +25,13 @@ def environment(device: str = 'cpu') -> dict[str, str | int]:
         'python': platform.python_version(),
         'system': platform.system(),
     }
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as partial:
+        Path(partial).write_text(text)
 
 
 def _cpu_name() -> str:

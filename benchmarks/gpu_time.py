@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -27,11 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from environment import environment
+from environment import environment, write
 from step_time import (
     Case,
+    Same,
     Step,
-    _Same,
     create_optimizer,
     create_run,
     format_interval,
@@ -309,7 +308,7 @@ def measure_loader(case: Case, rounds: int, batches: int, workers: int) -> dict[
         for name, flag in (('pinned', '--pin-mem'), ('pageable', '--no-pin-mem')):
             trainer = create_run([str(folder), *flags, flag])
             seeded = trainer.data.train.loader.dataset
-            seeded.dataset = _Same(seeded.dataset[0], len(seeded.dataset))
+            seeded.dataset = Same(seeded.dataset[0], len(seeded.dataset))
             epochs[name] = our_epoch(trainer)
         seconds = measure(epochs, rounds, case.device)
     images = case.batch_size * batches
@@ -357,13 +356,10 @@ def format_table(results: Mapping[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
+def save(path: Path, results: Mapping[str, Any]) -> None:
     """Replace the JSON file and the table beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, text in ((path, json.dumps(results, indent=2) + '\n'), (path.with_suffix('.md'), format_table(results))):
-        partial = name.with_name(name.name + '.partial')
-        partial.write_text(text)
-        os.replace(partial, name)
+    write(path, json.dumps(results, indent=2) + '\n')
+    write(path.with_suffix('.md'), format_table(results))
 
 
 def read_known(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
@@ -433,12 +429,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = round(time.perf_counter() - at, 1)
             results[part][key]['seconds'] = seconds
             print(json.dumps({part: key, 'seconds': seconds}), flush=True)
-            write(args.output, results)
+            save(args.output, results)
     except UsageError as e:
         parser.error(str(e))
     except KeyboardInterrupt:
         parser.exit(130, f'interrupted: {args.output} has what was measured before\n')
-    write(args.output, results)
+    save(args.output, results)
     print(format_table(results))
 
 

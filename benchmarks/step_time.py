@@ -21,7 +21,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -41,7 +40,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from environment import environment
+from environment import environment, write
 from PIL import Image
 from timm.data import create_loader
 from timm.task import FeatureDistillationTask, TrainingTask
@@ -594,7 +593,7 @@ def measure_loader(case: Case, rounds: int, number: int, workers: int) -> dict[s
     }
 
 
-class _Same:
+class Same:
     """A data set whose images cost nothing."""
 
     def __init__(self, item: tuple, number: int):
@@ -617,7 +616,7 @@ def measure_seeding(trainer: Trainer, rounds: int) -> dict[str, Any]:
     real, sampler = loader.dataset.dataset, loader.batch_sampler
     images, item = len(loader) * sampler.batch_sampler.batch_size, real[0]
     seeded, collate = copy.copy(loader.dataset), copy.copy(loader.collate_fn)
-    seeded.dataset, collate.collate = _Same(item, len(real)), lambda batch: (None, None)
+    seeded.dataset, collate.collate = Same(item, len(real)), lambda batch: (None, None)
 
     def with_seeds(i: int) -> None:
         for batch in sampler:
@@ -788,14 +787,8 @@ class Results:
             node = node.setdefault(key, {})
         node[keys[-1]] = {'date': f'{date.today()}', **entry, 'environment': here}
         self.known['bounds'] = bounds(self.known)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in (
-            (self.path, json.dumps(self.known, indent=2) + '\n'),
-            (self.path.with_suffix('.md'), format_tables(self.known)),
-        ):
-            partial = path.with_name(path.name + '.partial')
-            partial.write_text(text)
-            os.replace(partial, path)
+        write(self.path, json.dumps(self.known, indent=2) + '\n')
+        write(self.path.with_suffix('.md'), format_tables(self.known))
 
 
 def read_pair(pair: str, image_size: int) -> tuple[str, str, int]:

@@ -2,10 +2,14 @@
 
 import argparse
 import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train_distill
 from timm_pe.train.trainer import Trainer
@@ -89,3 +93,35 @@ def tensorboard_curves(folder: Path) -> tuple[dict[str, list[tuple[int, float]]]
     events = EventAccumulator(str(folder / 'tensorboard')).Reload()
     curves = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()['scalars']}
     return curves, [(name, len(events.Images(name))) for name in events.Tags()['images']]
+
+
+def compiled_and_eager(make: Callable[[], Any], batch: Callable[[], tuple], before: int = 0) -> tuple[Any, Any]:
+    """A compiled and an eager task, whose results and gradients after a step from the same random state were equal.
+
+    Args:
+        make: Makes a task.
+        batch: Makes the batch.
+        before: Forwards before the step.
+    """
+    tasks, results = (make().train(), make().train()), []
+    tasks[0].compile(backend='aot_eager', fullgraph=True)
+    for task in tasks:
+        torch.manual_seed(3)
+        for _ in range(before):
+            task(*batch())
+        result = task(*batch())
+        result['loss'].backward()
+        results.append((result, [p.grad for p in task.trainable_module.parameters()]))
+    torch.testing.assert_close(*results)
+    return tasks
+
+
+@contextmanager
+def one_rank(folder: Path, backend: str = 'gloo') -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group(backend, init_method=f'file://{folder}/store', rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -15,7 +15,6 @@ import helpers
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from helpers import KINDS, PAIR
 from timm.utils import unwrap_model
@@ -243,15 +242,7 @@ def test_inductor_equals_eager():
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_compiled_ranks_of_which_ddp_splits_the_graph_take_the_steps_of_an_eager_one(one_rank):
+def test_compiled_ranks_of_which_ddp_splits_the_graph_take_the_steps_of_an_eager_one(tmp_path):
     graphs = []
 
     def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -259,6 +250,7 @@ def test_compiled_ranks_of_which_ddp_splits_the_graph_take_the_steps_of_an_eager
         return aot_eager(graph, inputs)
 
     eager, task = steps(compiled_task(None), 3), compiled_task(record)
-    task.prepare_distributed(bucket_cap_mb=1)
-    assert steps(task, 3) == pytest.approx(eager, rel=1e-4)
+    with helpers.one_rank(tmp_path):
+        task.prepare_distributed(bucket_cap_mb=1)
+        assert steps(task, 3) == pytest.approx(eager, rel=1e-4)
     assert len(graphs) > 2  # one for each bucket of the student, and the teacher's

@@ -6,9 +6,8 @@ import signal
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from conftest import DEVICE
-from helpers import PAIR, load, make_trainer, run, stopped, summary
+from helpers import PAIR, load, make_trainer, one_rank, run, stopped, summary
 from timm.utils import load_checkpoint_metadata
 
 from timm_pe.process import runtime as runtimes
@@ -62,10 +61,10 @@ def test_a_float16_run_that_is_stopped_and_resumed_ends_as_one_left_alone(
     if DEVICE != 'cpu':
         assert checkpoint['amp_scaler']['scale'] > 1
     states = [torch.utils._pytree.tree_leaves(random_states(tmp_path / name)) for name in ('alone', 'run')]
-    assert len(states[0]) == len(states[1])
-    for a, b in zip(*states, strict=True):
-        if isinstance(a, torch.Tensor) and a.dtype == torch.uint8:  # random states, not statistics
-            assert torch.equal(a, b)
+    # random states, not statistics
+    of_torch = [[t for t in leaves if isinstance(t, torch.Tensor) and t.dtype == torch.uint8] for leaves in states]
+    assert len(of_torch[0]) >= 1 + (DEVICE != 'cpu')
+    assert all(torch.equal(a, b) for a, b in zip(*of_torch, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='on a CPU it depends on its instructions')
@@ -99,15 +98,12 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(mode, tmp_path, record_pr
 
 
 @pytest.fixture
-def one_rank(tmp_path, monkeypatch):
+def one_of_several(tmp_path, monkeypatch):
     """A process group of this process alone, which a run takes for one of several ranks."""
-    backend = 'gloo' if DEVICE == 'cpu' else 'nccl'
-    dist.init_process_group(backend, init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     joined = {'device': DEVICE, 'distributed': True, 'global_rank': 0, 'local_rank': 0, 'world_size': 1}
     monkeypatch.setattr(runtimes, 'init_distributed_device_so', lambda name: joined)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with one_rank(tmp_path, 'gloo' if DEVICE == 'cpu' else 'nccl'):
+        yield
 
 
 @pytest.mark.parametrize(
@@ -117,7 +113,7 @@ def one_rank(tmp_path, monkeypatch):
         '--sync-bn --torchcompile --amp --amp-dtype bfloat16',
     ],
 )
-def test_ranks_train_validate_and_save_through_their_process_group(flags, one_rank, on_device, tmp_path):
+def test_ranks_train_validate_and_save_through_their_process_group(flags, one_of_several, on_device, tmp_path):
     if DEVICE == 'cpu':
         flags = flags.replace('--sync-bn --torchcompile', '--torchcompile aot_eager')
     run([*on_device, *PAIR, *flags.split()])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import compiled_and_eager
 from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -328,19 +329,8 @@ def test_a_checkpoint_of_other_teachers_is_refused_in_one_line():
 
 
 def test_compiled_tasks_of_several_teachers_equal_eager_ones_with_fullgraph():
-    eager, compiled = make_task(teacher_drop=0.5).train(), make_task(teacher_drop=0.5).train()
-    compiled.compile(backend='aot_eager', fullgraph=True)
+    compiled, eager = compiled_and_eager(lambda: make_task(teacher_drop=0.5), batch)
     assert all(isinstance(t.model, torch._dynamo.OptimizedModule) for t in compiled.teachers)
-    results = []
-    for task in (eager, compiled):
-        torch.manual_seed(3)
-        result = task(*batch())
-        result['loss'].backward()
-        results.append((result, [p.grad for p in task.trainable_module.parameters()]))
-    for key in results[0][0]:
-        torch.testing.assert_close(results[0][0][key], results[1][0][key])
-    for a, b in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(a, b)
     assert set(compiled.get_task_state()['projection']) == set(eager.get_task_state()['projection'])
 
 

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import compiled_and_eager
 from test_aims import batch, check_gradients, in_float64, naive_twin, penultimate
 
 from timm_pe import ProjectorEnsembleTask, TeacherOutput, UsageError, create_teacher
@@ -279,18 +280,7 @@ def test_a_task_with_maps_resumes_averages_and_is_saved_whole(tmp_path):
 
 
 def test_compiled_maps_and_gradients_equal_eager_ones_with_fullgraph():
-    eager, compiled = make_task().train(), make_task().train()
-    compiled.compile(backend='aot_eager', fullgraph=True)
-    results = []
-    for task in (eager, compiled):
-        task(*batch())
-        result = task(*batch())
-        result['loss'].backward()
-        results.append((result, [p.grad for p in task.trainable_module.parameters()]))
-    for key in results[0][0]:
-        torch.testing.assert_close(results[0][0][key], results[1][0][key])
-    for a, b in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(a, b)
+    compiled_and_eager(make_task, batch, before=1)
 
 
 def test_maps_in_low_precision_give_a_finite_loss_in_float32():

@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import compiled_and_eager
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
@@ -211,18 +212,7 @@ def test_logits_of_other_classes_are_refused_but_features_are_fine():
 
 
 def test_compiled_features_and_gradients_equal_eager_ones_with_fullgraph():
-    eager, compiled = make_task(), make_task()
-    compiled.compile(backend='aot_eager', fullgraph=True)
-    results = []
-    for task in (eager, compiled):
-        task.train()
-        result = task(*batch())
-        result['loss'].backward()
-        results.append((result, [p.grad for p in task.trainable_module.parameters()]))
-    for key in results[0][0]:
-        torch.testing.assert_close(results[0][0][key], results[1][0][key])
-    for a, b in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(a, b)
+    compiled, eager = compiled_and_eager(make_task, batch)
     assert set(compiled.get_checkpoint_state()['state_dict']) == set(eager.get_checkpoint_state()['state_dict'])
 
 

@@ -10,8 +10,9 @@ import torch
 from helpers import load, make_trainer, refused, run, stopped, summary
 from PIL import Image
 
-from timm_pe.data.beside import EvenSampler, reader_of
+from timm_pe.data.beside import BesideReader, EvenSampler
 from timm_pe.data.draws import LabeledTarget
+from timm_pe.data.unlabeled import reader_of
 from timm_pe.process.signals import Interrupts
 
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
@@ -124,7 +125,7 @@ def test_a_run_says_what_it_trains_on_and_validates_by_labels(argv, tmp_path, ca
 def test_labelled_images_are_left_out_of_those_without(argv, image_folder, others, monkeypatch, capsys):
     argv = [*argv, '--unlabeled', str(others), str(image_folder)]
     trainer = make_trainer(argv, monkeypatch)
-    assert len(reader_of(trainer.data.train.dataset).found.paths) == 28
+    assert len(reader_of(trainer.data.train.dataset, BesideReader).found.paths) == 28
     assert 'counted once    48 images of --unlabeled that the data folder has with labels' in capsys.readouterr().err
     assert 'all of its images are labelled ones' in refused([*argv, '--unlabeled', str(image_folder)], capsys)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..config.flags import DataFlags
 from ..errors import UsageError
 from .draws import derive_seed
 from .folders import FolderReader
-from .unlabeled import NO_LABEL, ImagesFound, find_images
+from .unlabeled import NO_LABEL, ImagesFound, describe_repeated, find_images, real_paths
 from .unreadable import CountingImageDataset
 
 
@@ -77,23 +78,16 @@ def put_beside(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) 
     readers: list[Any] = [getattr(getattr(dataset, 'reader', None), 'reader', None) for dataset in (train, evaluation)]
     if not isinstance(train, CountingImageDataset) or not all(isinstance(reader, FolderReader) for reader in readers):
         raise UsageError('--unlabeled goes beside a folder of class folders alone: give one, or no data at all')
-    found, labeled = find_images(flags.unlabeled), {os.path.realpath(p) for r in readers for p, _ in r.samples}
-    paths = [path for path in found.paths if os.path.realpath(path) not in labeled]
+    found, labeled = find_images(flags.unlabeled), set(real_paths(path for r in readers for path, _ in r.samples))
+    paths = [path for path, real in zip(found.paths, real_paths(found.paths), strict=True) if real not in labeled]
     if not paths:
         raise UsageError('--unlabeled: all of its images are labelled ones of the data folder: give others')
     known = len(found.paths) - len(paths)
-    found = ImagesFound(found.root, paths, found.ignored, found.repeated, found.first_repeated)
+    found = replace(found, paths=paths)
     images = ImageDataset(
         readers[0].root, reader=BesideReader(readers[0], found, known), input_img_mode=train.input_img_mode
     )
     return CountingImageDataset(images)
-
-
-def reader_of(dataset: Any) -> BesideReader | None:
-    """The `BesideReader` of a data set, or of one that wraps it; None if it has none."""
-    while dataset is not None and not isinstance(dataset, BesideReader):
-        dataset = getattr(dataset, 'reader', getattr(dataset, 'dataset', None))
-    return dataset
 
 
 def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, str]]:
@@ -108,9 +102,7 @@ def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, st
     ]
     if reader.known:
         rows.append(('counted once', f'{reader.known} images of --unlabeled that the data folder has with labels'))
-    if found.repeated:
-        rows.append(('counted once', f"{found.repeated} further paths to files, one is '{found.first_repeated}'"))
-    return rows
+    return [*rows, *describe_repeated(found)]
 
 
 class EvenSampler(Sampler[int]):

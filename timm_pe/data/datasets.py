@@ -21,9 +21,9 @@ from ..config.flags import DataFlags
 from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
-from .beside import put_beside, reader_of
+from .beside import BesideReader, put_beside
 from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
-from .unlabeled import check_unlabeled, create_unlabeled
+from .unlabeled import check_unlabeled, create_unlabeled, reader_of
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -348,7 +348,7 @@ def describe_data(train: Dataset[Any], evaluation: Dataset[Any]) -> list[tuple[s
         evaluation: Validation split.
     """
     sizes = class_sizes(train)
-    beside = reader_of(train)
+    beside = reader_of(train, BesideReader)
     number = count_images(train) if beside is None else beside.num_labeled
     images = f'{number} training, {count_images(evaluation)} validation images'
     rows = [('data', f'{images} of {len(sizes)} classes' if sizes else images)]

@@ -12,15 +12,16 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, one_line
 from ..process.runtime import Runtime
-from .beside import EvenSampler, reader_of
+from .beside import BesideReader, EvenSampler
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
+from .unlabeled import reader_of
 from .unreadable import forget_unreadable
 
 
 def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
     """Replace timm's DataLoader by one over seeded draws, under its prefetcher if there is one."""
     plain = plain_loader(loader)
-    beside = reader_of(plain.dataset)
+    beside = reader_of(plain.dataset, BesideReader)
     batch_sampler: Any = plain.batch_sampler
     if beside is not None:
         sampler = EvenSampler(beside.num_labeled, len(beside.found.paths), runtime.rank, runtime.world_size)

@@ -2,9 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from timm.data import ImageDataset
@@ -18,6 +18,8 @@ from ..process.files import hash_content
 from .fingerprint import hash_files
 from .folders import describe_ignored, image_endings, scan_folder
 from .unreadable import CountingImageDataset
+
+_Reader = TypeVar('_Reader', bound=Reader)
 
 # what the data set gives in place of a label
 NO_LABEL = -1
@@ -80,9 +82,8 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
             ignored += own  # else the outer folder counts them
         found += [(natural_key(image), image, os.path.join(folder, image)) for image in images]
     paths, seen, repeated = [], set(), []
-    real_folder: dict[str, str] = {}
-    for _, _, path in sorted(found):
-        real = _real_path(path, real_folder)
+    sorted_paths = [path for _, _, path in sorted(found)]
+    for path, real in zip(sorted_paths, real_paths(sorted_paths), strict=True):
         if real in seen:
             repeated.append(path)
         else:
@@ -91,14 +92,14 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
     return ImagesFound(os.path.commonpath(folders), paths, ignored, len(repeated), repeated[0] if repeated else '')
 
 
-def _real_path(path: str, real_folder: dict[str, str]) -> str:
-    """`os.path.realpath`, with what is known of folders: a look at every part of every path takes long."""
-    if os.path.islink(path):
-        return os.path.realpath(path)
-    folder, name = os.path.split(path)
-    if folder not in real_folder:
-        real_folder[folder] = os.path.realpath(folder)
-    return os.path.join(real_folder[folder], name)
+def real_paths(paths: Iterable[str]) -> Iterator[str]:
+    """`os.path.realpath` of each, looking at each folder once: a look at every part of every path takes long."""
+    real_folder: dict[str, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in real_folder:
+            real_folder[folder] = os.path.realpath(folder)
+        yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder[folder], name)
 
 
 def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
@@ -191,9 +192,8 @@ def describe_unlabeled(train: Any, evaluation: Any, fraction: float) -> list[tup
         evaluation: Those that are held out.
         fraction: --val-fraction.
     """
-    reader = train
-    while not hasattr(reader, 'found'):  # in the data set of seeded draws, and in that which counts unreadable images
-        reader = reader.reader if hasattr(reader, 'reader') else reader.dataset
+    reader = reader_of(train, UnlabeledReader)
+    assert reader is not None
     found = reader.found
     rows = [
         ('data', f'{len(train)} images without labels, of {found.root}'),
@@ -201,7 +201,19 @@ def describe_unlabeled(train: Any, evaluation: Any, fraction: float) -> list[tup
     ]
     if found.ignored:
         rows.append(('left out', describe_ignored(found.ignored)))
-    if found.repeated:
-        further = f'{found.repeated} further path{"s" * (found.repeated > 1)} to the same files'
-        rows.append(('counted once', f"{further}, one is '{found.first_repeated}'"))
-    return rows
+    return [*rows, *describe_repeated(found)]
+
+
+def describe_repeated(found: ImagesFound) -> list[tuple[str, str]]:
+    """The row of the start table about files that several paths lead to, if there are any."""
+    if not found.repeated:
+        return []
+    further = f'{found.repeated} further path{"s" * (found.repeated > 1)} to the same files'
+    return [('counted once', f"{further}, one is '{found.first_repeated}'")]
+
+
+def reader_of(dataset: Any, kind: type[_Reader]) -> _Reader | None:
+    """The reader of this kind in a data set, or in one that wraps it; None if it has none."""
+    while dataset is not None and not isinstance(dataset, kind):
+        dataset = getattr(dataset, 'reader', getattr(dataset, 'dataset', None))
+    return dataset

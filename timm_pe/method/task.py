@@ -366,8 +366,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
 
         Returns:
             `loss` (weighted sum), `output` (student logits `[b, c]`), and the raw terms `task_loss` (if there is a
-            criterion), `pe_loss`, and with their weights `logit_loss` and `map_loss`; with several teachers `pe_loss` is their weighted mean, and
-            `pe_loss_NAME` that of each (`map_loss` likewise).
+            criterion), `pe_loss`, and with their weights `logit_loss` and `map_loss`; with several teachers `pe_loss` is
+            their weighted mean, and `pe_loss_NAME` that of each (`map_loss` likewise).
         """
         # before the student: on a CPU it then reuses memory of the last step, which saves up to a fifth of a step
         outputs = self._teacher_outputs(input, teacher)

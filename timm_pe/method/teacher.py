@@ -344,7 +344,7 @@ class Teacher(nn.Module):
         with self._own_precision(x.device):
             # a compiled network would meet other shapes here, and its graphs would become dynamic for training too
             logits = unwrap_model(self.model)(x)
-        return TeacherOutput(self.tap.pop(), logits)
+        return TeacherOutput(self.tap.pop(), logits, self._pop_map())
 
     def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""

@@ -20,10 +20,10 @@ from ..config.declare import default_of
 from ..config.derive import given_classes, label_smoothing, loader_workers, pins_memory
 from ..config.rules import without_effect
 from ..config.run_config import RunConfig
-from ..data.beside import describe_beside, reader_of
+from ..data.beside import BesideReader, describe_beside
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
-from ..data.unlabeled import describe_unlabeled
+from ..data.unlabeled import describe_unlabeled, reader_of
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
@@ -236,7 +236,7 @@ def _run_rows(
     rows.append(('seed', str(config.seed)))
     train, evaluation = data.train.dataset, data.eval.dataset
     if config.has_labels:
-        beside = reader_of(train)
+        beside = reader_of(train, BesideReader)
         rows += describe_data(train, evaluation)
         rows += describe_beside(beside, batch) if beside is not None else []
     else:
