@@ -28,10 +28,7 @@ import torch
 import torch.nn.functional as F
 from environment import environment, write
 from step_time import (
-    Case,
     Same,
-    Step,
-    create_optimizer,
     create_run,
     format_interval,
     measure,
@@ -42,6 +39,7 @@ from step_time import (
 )
 from timm.task import FeatureDistillationTask, TrainingTask
 from timm.utils import NativeScaler
+from variants import Case, Step, create_optimizer
 
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.errors import UsageError

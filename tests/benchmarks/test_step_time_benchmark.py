@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_distill
+from timm_pe import ProjectorEnsembleTask, Teacher
 from timm_pe.data.draws import SeededDataset
 from timm_pe.train.console import Progress
 
@@ -77,10 +78,10 @@ def test_every_variant_runs_on_as_many_batches_as_it_is_asked_for(bench, case):
 
 def test_the_cached_step_gets_the_features_of_its_own_batch_and_runs_no_teacher(bench, case, monkeypatch):
     given, ran = [], []
-    forward = bench.ProjectorEnsembleTask.forward
-    monkeypatch.setattr(bench.ProjectorEnsembleTask, 'forward', lambda self, *a, **k: (given.append((a[0], k['teacher'])), forward(self, *a, **k))[1])  # fmt: skip
-    step = bench.ours_cached(case)
-    monkeypatch.setattr(bench.Teacher, 'forward', lambda *_: ran.append(1))
+    forward = ProjectorEnsembleTask.forward
+    monkeypatch.setattr(ProjectorEnsembleTask, 'forward', lambda self, *a, **k: (given.append((a[0], k['teacher'])), forward(self, *a, **k))[1])  # fmt: skip
+    step = bench.VARIANTS['ours_cached'](case)
+    monkeypatch.setattr(Teacher, 'forward', lambda *_: ran.append(1))
     for i in range(6):
         step(i)
     assert not ran
