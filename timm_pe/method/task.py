@@ -141,52 +141,57 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
         models, student = as_list(teacher_model), unwrap_model(student_model)
-        check_single(
-            len(models),
-            teacher_pretrained_path=teacher_pretrained_path,
-            teacher_pretrained_cfg_overlay=teacher_pretrained_cfg_overlay,
-            teacher_tap=teacher_tap,
-            teacher_feature_dim=teacher_feature_dim,
-        )
+        of_one = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap
+        check_single(len(models), *of_one, teacher_feature_dim)
         weights = normalize_weights(teacher_weights, len(models))
         check_apart(student, models)
-        # before the other tap: it runs the model
-        map_tap = MapTap(student) if map_weight else None
+        map_tap = MapTap(student) if map_weight else None  # before the other tap: it runs the model
         tap = FeatureTap(student, student_tap, before_dropout=True)
-        given = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap, input_mean, input_std
-        teachers = [resolve_teacher(m, student, *given, self.device, needs_logits) for m in models]
-        self.teacher = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
-        self.teacher_names, self.teacher_weights = name_teachers(teachers), weights
+        given = *of_one, input_mean, input_std, self.device, needs_logits
+        self._set_teachers([resolve_teacher(model, student, *given) for model in models], weights)
         check_dim('student_feature_dim', student_feature_dim, tap.width)
-        check_dim('teacher_feature_dim', teacher_feature_dim, teachers[0].width)
+        check_dim('teacher_feature_dim', teacher_feature_dim, self.teachers[0].width)
+        self.multi_label, self.threshold = multi_label, threshold
+        self.kd_loss_weight, self.kd_temperature = kd_loss_weight, kd_temperature
         # the teachers that logits are compared with
-        self.kd_teachers = teachers_of_classes(student, teachers, self.teacher_names) if kd_loss_weight else []
-        task_weight, distill_weight, loss = TARGETS[target]
-        self.feature_loss_name = feature_loss or loss
-        self.feature_loss = create_frozen_loss(self.feature_loss_name, kd_temperature).to(self.device)
-        check_drop(teacher_drop, len(teachers), self.feature_loss, self.feature_loss_name)
-        self.target, self.teacher_norm, self.teacher_drop = target, teacher_norm, teacher_drop
+        self.kd_teachers = teachers_of_classes(student, self.teachers, self.teacher_names) if kd_loss_weight else []
+        self._set_task_loss(student, criterion, criterion_kwargs, task_loss_weight, TARGETS[target][0])
+        self._set_distillation(target, feature_loss, distill_loss_weight, teacher_norm, teacher_drop)
         self.map_weight, self.map_loss = map_weight, DirectionLoss()
         self.aims = self._create_aims()
-        projections = {}
-        for aim in self.aims:
-            widths = widths_of(aim, tap, map_tap, student, teachers[aim.teacher])
-            projections[aim.name] = self._create_projectors(aim, *widths, num_projectors, projector, act)
+        projections = self._create_projectors(student, tap, map_tap, num_projectors, projector, act)
         tapped = [aim.tapped for aim in self.aims]
         self.trainable_module = ProjectorEnsembleModule(student_model, projections, tapped, tap, map_tap)
+        self._log_settings()
+
+    def _set_teachers(self, teachers: list[Teacher], weights: list[float]) -> None:
+        self.teacher = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
+        self.teacher_names, self.teacher_weights = name_teachers(teachers), weights
+
+    def _set_task_loss(
+        self,
+        student: nn.Module,
+        criterion: nn.Module | Callable[..., torch.Tensor] | None,
+        criterion_kwargs: dict[str, Any] | None,
+        weight: float | None,
+        default: float,
+    ) -> None:
         self.criterion = None  # type: ignore[assignment]  # timm's tasks always have one
-        if criterion is not None or has_classifier(student, task_loss_weight):
+        if criterion is not None or has_classifier(student, weight):
             self.criterion = resolve_classification_loss(
-                criterion, self.device, multi_label=multi_label, criterion_kwargs=criterion_kwargs
+                criterion, self.device, multi_label=self.multi_label, criterion_kwargs=criterion_kwargs
             )
-        self.multi_label, self.threshold = multi_label, threshold
-        self.distill_loss_weight = distill_weight if distill_loss_weight is None else distill_loss_weight
-        self.task_loss_weight = task_weight if task_loss_weight is None else task_loss_weight
-        if self.criterion is None:
-            self.task_loss_weight = 0.0
-        self.kd_loss_weight, self.kd_temperature = kd_loss_weight, kd_temperature
-        if self.verbose:
-            self._log_settings()
+        self.task_loss_weight = 0.0 if self.criterion is None else default if weight is None else weight
+
+    def _set_distillation(
+        self, target: str, loss: str | None, weight: float | None, teacher_norm: str, teacher_drop: float
+    ) -> None:
+        _, default_weight, default_loss = TARGETS[target]
+        self.feature_loss_name = loss or default_loss
+        self.feature_loss = create_frozen_loss(self.feature_loss_name, self.kd_temperature).to(self.device)
+        check_drop(teacher_drop, len(self.teachers), self.feature_loss, self.feature_loss_name)
+        self.distill_loss_weight = default_weight if weight is None else weight
+        self.target, self.teacher_norm, self.teacher_drop = target, teacher_norm, teacher_drop
 
     def _create_aims(self) -> list[Aim]:
         """The features (or logits) of each teacher, then with a weight their maps."""
@@ -200,14 +205,20 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         ]
 
     def _create_projectors(
-        self, aim: Aim, in_dim: int, out_dim: int, num_projectors: int, projector: str, act: str
-    ) -> ProjectorEnsemble:
-        act = 'none' if act == 'auto' and aim.tapped == 'logits' else act
-        return ProjectorEnsemble(in_dim, out_dim, num_projectors, projector, act).to(
-            device=self.device, dtype=self.dtype
-        )
+        self, student: nn.Module, tap: FeatureTap, map_tap: MapTap | None, number: int, kind: str, act: str
+    ) -> dict[str, ProjectorEnsemble]:
+        """Those of each aim, by its name."""
+        created = {}
+        for aim in self.aims:
+            widths = widths_of(aim, tap, map_tap, student, self.teachers[aim.teacher])
+            own_act = 'none' if act == 'auto' and aim.tapped == 'logits' else act
+            ensemble = ProjectorEnsemble(*widths, number, kind, own_act)
+            created[aim.name] = ensemble.to(device=self.device, dtype=self.dtype)
+        return created
 
     def _log_settings(self) -> None:
+        if not self.verbose:
+            return
         projectors = '; '.join(p.extra_repr() for p in self.projectors)
         more = f', map_weight={self.map_weight}' if self.map_weight else ''
         if len(self.teachers) > 1:

@@ -33,12 +33,24 @@ def as_list(teachers: TeacherLike | Sequence[TeacherLike]) -> list[TeacherLike]:
     return found
 
 
-def check_single(number: int, **given: Any) -> None:
+def check_single(
+    number: int,
+    teacher_pretrained_path: str | None,
+    teacher_pretrained_cfg_overlay: dict[str, Any] | None,
+    teacher_tap: str | None,
+    teacher_feature_dim: int | None,
+) -> None:
     """Refuse arguments about one teacher where there are several.
 
     Raises:
         UsageError: The message names them.
     """
+    given = {
+        'teacher_pretrained_path': teacher_pretrained_path,
+        'teacher_pretrained_cfg_overlay': teacher_pretrained_cfg_overlay,
+        'teacher_tap': teacher_tap,
+        'teacher_feature_dim': teacher_feature_dim,
+    }
     named = [name for name, value in given.items() if value is not None]
     if number > 1 and named:
         raise UsageError(
