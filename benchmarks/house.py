@@ -17,7 +17,7 @@ SETTINGS = ('args', 'config', 'teacher_args')
 # names of a run's files
 RUN_FILES = ('args.yaml', 'summary.csv', 'student.safetensors', 'last.pth.tar', 'model_best.pth.tar', 'analysis.json')
 # stages of a run: a function that calls three or more of them defines their order
-STAGES = ('create_student', 'create_datasets', 'create_data', 'create_run_teacher', 'create_run_task')
+STAGES = ('create_student', 'create_datasets', 'create_data', 'create_run_teachers', 'create_run_task')
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:

@@ -41,7 +41,8 @@ def _row(group: type, dest: str) -> str:
 def _metavar(group: type, dest: str) -> str:
     name = declared_in(group)[dest].metavar
     _, is_list, is_pairs = value_type(annotations_of(group)[dest])
-    return 'K=V ...' if is_pairs else (name or 'NAME') + ' ...' * is_list
+    several = is_list or declared_in(group)[dest].each
+    return 'K=V ...' if is_pairs else (name or 'NAME') + ' ...' * several
 
 
 def _default(group: type, dest: str) -> str:

@@ -289,13 +289,13 @@ def test_timms_own_distillation_has_a_teacher_and_no_projectors(runs, tmp_path):
 def test_a_teacher_that_was_left_random_is_drawn_again(runs, tmp_path, monkeypatch):
     _, argv, _ = runs
     teachers = []
-    create = build.create_run_teacher
+    create = build.create_run_teachers
     monkeypatch.setattr(
-        build, 'create_run_teacher', lambda *args, **kwargs: teachers.append(create(*args, **kwargs)) or teachers[0]
+        build, 'create_run_teachers', lambda *args, **kwargs: teachers.extend(create(*args, **kwargs)) or teachers
     )
     random = ['--teacher', 'test_resnet', '--no-teacher-pretrained', '--epochs', '1', '--output', str(tmp_path)]
     run([*argv, '--model', 'test_vit', *random, '--experiment', 'random', '--seed', '3'])
-    again = open_run(RunFolder(tmp_path / 'random'), Options()).teacher.state_dict()
+    again = open_run(RunFolder(tmp_path / 'random'), Options()).teachers[0].state_dict()
     assert all(torch.equal(v, again[k]) for k, v in teachers[0].state_dict().items())
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from .config.cli import Parser
+from .config.teachers import as_each
 from .errors import UsageError
 from .run_folder import RunFolder
 from .runs.measures import (
@@ -87,19 +89,20 @@ def _check_packages() -> None:
 
 
 def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, Any], dict[str, torch.Tensor | None]]:
-    """All numbers of a run, as they go into analysis.json, and the matrices that are drawn."""
+    """All numbers of a run, as they go into analysis.json, and the matrices that are drawn.
+
+    What compares the student with its teacher is, of several teachers, the mean; that of each is under 'teachers'.
+    """
     splits = {'train': train, 'validation': validation}
     scores = {name: top_k(split.logits, split.labels) for name, split in splits.items()}
     apart, class_matrix = class_statistics(validation.feature, validation.labels)
-    projectors, cosine, projector_matrix = _measure_projectors(run, splits)
-    # pairs (student, teacher): features if there is a teacher, logits if its classes are the same
-    features = {n: (s.feature, s.teacher_feature) for n, s in splits.items() if s.teacher_feature is not None}
-    logits = {n: (s.logits, s.teacher_logits) for n, s in splits.items() if s.teacher_logits is not None}
-    same_width = all(own.shape[1] == of_teacher.shape[1] for own, of_teacher in features.values())
+    pairs = [_compare(run, splits, i) for i in range(len(run.teachers))]
+    compared, matrices = [c for c, _ in pairs], [m for _, m in pairs]
+    one = compared[0] if len(compared) == 1 else {}
     result = {
         'model': run.config.model,
-        'teacher': run.config.teacher or run.config.kd_model_name,
-        'compared_with': run.teacher_name,
+        'teacher': _joined(as_each(run.config.teacher or run.config.kd_model_name)),
+        'compared_with': _joined(run.teacher_names),
         'epoch': run.epoch,
         'seed': run.config.seed,
         'params': count_params(run.student),
@@ -108,29 +111,75 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         'images': {name: len(split.labels) for name, split in splits.items()},
         **scores,
         'gap_top1': scores['train']['top1'] - scores['validation']['top1'],
-        'teacher_validation': top_k(logits['validation'][1], validation.labels) if logits else None,
-        'agreement': {n: agreement(*pair) for n, pair in logits.items()} or None,
-        'cosine': cosine,
-        'cosine_raw': ({n: mean_cosine(*pair) for n, pair in features.items()} or None) if same_width else None,
-        'cka': {n: linear_cka(*pair) for n, pair in features.items()} or None,
+        'teacher_validation': one.get('validation'),
+        **{name: _mean([c[name] for c in compared]) for name in ('agreement', 'cosine', 'cosine_raw', 'cka')},
         'discriminability': {
             **apart,
             **probe((train.feature, train.labels), (validation.feature, validation.labels)),
         },
         'calibration': calibration(validation.logits, validation.labels),
-        'projectors': projectors,
+        'projectors': one['projectors'] if one else _mean_projectors([c['projectors'] for c in compared]),
         'samples': _say_samples(run.samples, validation),
     }
-    return result, {'class_cosine': class_matrix, 'projector_similarity': projector_matrix}
+    if len(compared) > 1:
+        result['teachers'] = list(compared)
+    return result, {'class_cosine': class_matrix, 'projector_similarity': matrices[0] if one else None}
+
+
+def _joined(names: Sequence[str | None]) -> str | None:
+    return ' + '.join(filter(None, names)) or None
+
+
+def _mean(parts: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """The mean of what each teacher has, of each split; None if one has nothing."""
+    found = [part for part in parts if part is not None]
+    if not found or len(found) < len(parts):
+        return None
+    return {name: statistics.fmean(part[name] for part in found) for name in found[0]}
+
+
+def _mean_projectors(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What several teachers' projectors have in common, and the means of their numbers."""
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    mean: dict[str, Any] = {}
+    for name in found[0]:
+        values = [part[name] for part in found]
+        numbers = [v for v in values if isinstance(v, float)]
+        mean[name] = statistics.fmean(numbers) if len(numbers) == len(values) else None
+    acts = {part['act'] for part in found}
+    return {**mean, 'q': found[0]['q'], 'act': acts.pop() if len(acts) == 1 else None}
+
+
+def _compare(run: OpenRun, splits: Mapping[str, Split], index: int) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """How student and one of its teachers compare, and the cosines between the outputs of its projectors `[q, q]`."""
+    projectors, cosine, matrix = _measure_projectors(run, splits, index)
+    outputs = {name: split.teachers[index] for name, split in splits.items()}
+    # pairs (student, teacher); logits if its classes are the same
+    features = {n: (splits[n].feature, output.feature) for n, output in outputs.items()}
+    logits = {n: (splits[n].logits, output.logits) for n, output in outputs.items() if output.logits is not None}
+    same_width = all(own.shape[1] == of_teacher.shape[1] for own, of_teacher in features.values())
+    found = {
+        'name': run.teacher_names[index],
+        'validation': top_k(logits['validation'][1], splits['validation'].labels) if logits else None,
+        'agreement': {n: agreement(*pair) for n, pair in logits.items()} or None,
+        'cosine': cosine,
+        'cosine_raw': {n: mean_cosine(*pair) for n, pair in features.items()} if same_width else None,
+        'cka': {n: linear_cka(*pair) for n, pair in features.items()},
+        'projectors': projectors,
+    }
+    return found, matrix
 
 
 def _measure_projectors(
-    run: OpenRun, splits: Mapping[str, Split]
+    run: OpenRun, splits: Mapping[str, Split], index: int
 ) -> tuple[dict[str, Any] | None, dict[str, float] | None, torch.Tensor | None]:
     """What analysis.json says under 'projectors' and 'cosine', and the cosines between outputs `[q, q]`."""
     if run.task is None:
         return None, None, None
-    projection = run.task.projection.float()  # whatever --model-dtype was: what it maps has been kept in float32
+    # those of features come first; whatever --model-dtype was: what they map has been kept in float32
+    projection = run.task.projectors[index].float()
     cosines = dict.fromkeys(('output_cosine', 'weight_cosine', 'single_cosine', 'ensemble_cosine', 'ensemble_gain'))
     numbers: dict[str, Any] = {'q': projection.num_projectors, 'act': projection.act, **cosines}
     numbers['weight_cosine'] = weight_cosine(projection)
@@ -140,7 +189,7 @@ def _measure_projectors(
         name: projector_cosines(
             projection,
             s.feature,
-            cast(torch.Tensor, s.teacher_feature),  # projectors have a teacher
+            s.teachers[index].feature,
             run.task.teacher_norm,
             batch_size=run.config.batch_size,
         )
@@ -168,7 +217,7 @@ def _say_samples(samples: Sequence[tuple[int, str]], validation: Split) -> list[
             'image': uri,
             'label': validation.labels[i].item(),
             'student': say(validation.logits, i),
-            'teacher': say(validation.teacher_logits, i),
+            'teacher': say(validation.teachers[0].logits if len(validation.teachers) == 1 else None, i),
         }
         for i, uri in samples
     ]

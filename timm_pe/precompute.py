@@ -20,11 +20,11 @@ from .train.build import build
 from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
 from .train.evaluate import batch_to_device, say_unreadable
-from .train.first_look import check_teacher
+from .train.first_look import check_teachers
 from .train.main import fill_from_runs
 from .train.position import run_meaning
 from .train.run import leave_ranks, one_line_errors
-from .train.run_cache import allocate_cache, open_teacher_cache
+from .train.run_cache import allocate_caches, open_teacher_caches
 from .train.teacher_precision import settle_precision
 
 _logger = logging.getLogger(__name__)
@@ -81,21 +81,22 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     setup_logging()
     with one_line_errors(prog, 'the same command goes on where it was stopped'):
         parts = build(config)  # as for training, so that it refuses what the training run would refuse
-        data, runtime, teacher = parts.data, parts.runtime, parts.teacher
+        data, runtime, teachers = parts.data, parts.runtime, parts.teachers
         assert parts.task is not None
         settle_precision(parts, run_meaning(config, parts.task, data, runtime), partial(first_batch, data.train))
-        cache = open_teacher_cache(config, teacher, data, runtime)
-        assert cache is not None and teacher is not None  # --teacher-cache is given, which needs --teacher
-        if not cache.is_complete:
-            check_teacher(parts)
-            allocate_cache(cache, teacher, runtime)
-            for view in range(cache.num_views):
-                fill_view(config, cache, teacher, data, runtime, view)
-                # as a share of all images: those that have rows were readable
-                say_unreadable(data.train, cache.num_images, runtime)
-            runtime.gather(None)  # until all have written
-            cache.look()
-        _logger.info(f'Teacher cache: {cache.describe()}.')
+        caches = open_teacher_caches(config, teachers, data, runtime)
+        if not all(cache.is_complete for cache in caches):
+            check_teachers(parts)
+            allocate_caches(caches, teachers, runtime)
+        for cache, teacher in zip(caches, teachers, strict=True):
+            if not cache.is_complete:
+                for view in range(cache.num_views):
+                    fill_view(config, cache, teacher, data, runtime, view)
+                    # as a share of all images: those that have rows were readable
+                    say_unreadable(data.train, cache.num_images, runtime)
+                runtime.gather(None)  # until all have written
+                cache.look()
+            _logger.info(f'Teacher cache: {cache.describe()}.')
     leave_ranks()
 
 

@@ -452,7 +452,7 @@ _YAML: dict[str, tuple[str | bytes, str]] = {
     'a text for a switch': ("amp: 'yes'", 'must be true or false'),
     'a list for a name': ('model: [resnet18]', 'must be of type str'),
     'a truth for a name': ('model: yes', 'must be of type str'),
-    'a dict for a name': ('teacher: {name: resnet18}', 'must be of type str'),
+    'a dict for a name': ('model: {name: resnet18}', 'must be of type str'),
     'a text for kwargs': ('model_kwargs: depth=3', "must be 'key: value' lines"),
     'a list for kwargs': ('model_kwargs: [depth, 3]', "must be 'key: value' lines"),
     'numbers for names of kwargs': ('model_kwargs: {3: 4}', 'model_kwargs'),

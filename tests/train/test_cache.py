@@ -35,8 +35,8 @@ from timm_pe.train import run_cache
 from timm_pe.train.cache import TeacherCache
 from timm_pe.train.evaluate import batch_to_device
 from timm_pe.train.meters import LossMeter
-from timm_pe.train.run_cache import allocate_cache, open_teacher_cache
-from timm_pe.train.run_task import create_run_teacher
+from timm_pe.train.run_cache import allocate_caches, open_teacher_caches
+from timm_pe.train.run_task import create_run_teachers
 from timm_pe.train.student import create_student
 from timm_pe.train.teacher_precision import settle_precision
 from timm_pe.train.trainer import Trainer
@@ -71,10 +71,16 @@ def stages(argv):
     runtime = setup_runtime(args)
     student = create_student(args)
     data = create_data(args, create_datasets(args, student.in_chans), student, runtime)
-    teacher = create_run_teacher(args, data, runtime)
-    parts = SimpleNamespace(config=args, runtime=runtime, teacher=teacher, checkpoint='')
+    teacher = create_run_teachers(args, data, runtime)[0]
+    parts = SimpleNamespace(config=args, runtime=runtime, teachers=[teacher], checkpoint='')
     settle_precision(parts, {}, lambda: first_batch(data.train))
     return args, teacher, data, runtime
+
+
+def open_caches(made):
+    """Its cache, from the parts that `stages` makes."""
+    args, teacher, data, runtime = made
+    return open_teacher_caches(args, [teacher], data, runtime)
 
 
 def never():
@@ -88,7 +94,7 @@ def assert_equal_to_float16(actual, expected):
 
 def assert_replays_the_online_teacher(argv, views=2):
     args, teacher, data, runtime = stages(argv)
-    cache = open_teacher_cache(args, teacher, data, runtime)
+    cache = open_teacher_caches(args, [teacher], data, runtime)[0]
     assert cache.is_complete
     seen = {}
     for epoch in range(views + 1):
@@ -689,13 +695,13 @@ def test_without_what_is_known_of_the_files_all_of_them_are_compared(images, arg
 
 def test_an_image_that_changes_while_the_cache_is_filled_is_known_by_what_was_read(images, argv, tmp_path, capsys):
     made = stages(argv)
-    cache = open_teacher_cache(*made)
-    allocate_cache(cache, made[1], made[3])
+    cache = open_caches(made)[0]
+    allocate_caches([cache], [made[1]], made[3])
     precompute.fill_view(made[0], cache, *made[1:], view=0)
     change(images / 'train' / 'bee' / '4.png')  # between the views
     precompute.fill_view(made[0], cache, *made[1:], view=1)
     assert (done(tmp_path, 0).all(), done(tmp_path, 1).all()) == (True, True)
-    cache = open_teacher_cache(*made)
+    cache = open_caches(made)[0]
     assert {view: rows.tolist() for view, rows in cache.stale.items()} == {0: [16]}
     precompute.main(argv)
     assert_replays_the_online_teacher(argv)
@@ -737,7 +743,7 @@ def test_a_changed_image_is_refused_by_name_where_ranks_on_several_machines_only
     made = stages(argv)
     monkeypatch.setattr(run_cache, '_on_several_machines', lambda runtime: True)
     with pytest.raises(UsageError, match=r'70 of 72 rows .*1 of 36 images has changed .*bee/4\.png'):
-        open_teacher_cache(*made)
+        open_caches(made)[0]
 
 
 def test_images_in_a_tar_are_told_apart_by_names_and_some_pixels_alone(images, argv, tmp_path, capsys, forwards):
@@ -776,7 +782,7 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
     def message(**changes):
         path.write_text(json.dumps({k: v for k, v in {**manifest, **changes}.items() if v != 'missing'}))
         with pytest.raises(UsageError) as e:
-            open_teacher_cache(*made)
+            open_caches(made)[0]
         return str(e.value)
 
     assert 'made by another version of timm_pe (format 7, this one: 2)' in message(format=7)
@@ -1087,8 +1093,8 @@ def test_two_ranks_fill_and_read_one_cache(argv, tmp_path):
 
 def test_a_rank_that_looks_later_still_takes_its_own_share(argv):
     args, teacher, data, runtime = stages(argv)
-    cache = open_teacher_cache(args, teacher, data, runtime)
-    allocate_cache(cache, teacher, runtime)
+    cache = open_teacher_caches(args, [teacher], data, runtime)[0]
+    allocate_caches([cache], [teacher], runtime)
     for rank in range(2):
         share = replace(runtime, rank=rank, world_size=2)
         precompute.fill_view(args, cache, teacher, data, share, view=1)
@@ -1117,10 +1123,10 @@ def test_ranks_on_several_machines_read_a_complete_cache_and_fill_none(argv, mon
     made = stages(argv)
     monkeypatch.setattr(run_cache, '_on_several_machines', lambda runtime: True)
     with pytest.raises(UsageError, match=r'several machines can only read .* has 0 of 72 rows: fill it on one of them'):
-        open_teacher_cache(*made)
+        open_caches(made)[0]
     precompute_alone(argv, monkeypatch)
-    cache = open_teacher_cache(*made)
-    allocate_cache(cache, made[1], made[3])
+    cache = open_caches(made)[0]
+    allocate_caches([cache], [made[1]], made[3])
     assert cache.is_complete
 
 

@@ -139,10 +139,15 @@ def test_objects_are_exchanged_by_the_runtime_alone():
     assert {path.name for path, text in sources.items() if any(word in text for word in words)} == {'runtime.py'}
 
 
-def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(small_run, tmp_path):
+@pytest.mark.parametrize(
+    'more', [[], ['--teacher', 'test_vit', 'test_convnext', '--teacher-weights', '2', '1', '--pe-map-weight', '1']]
+)
+def test_two_ranks_end_equal_and_average_their_gradients_as_one_process_with_the_double_batch(
+    small_run, tmp_path, more
+):
     # all 36 images in one step an epoch: which rank draws which image cannot matter
     settings = [*small_run, *PAIR, '--lr', '0.05', '--color-jitter', '0.4', '--distill-loss-weight', '5']
-    settings += ['--teacher-num-classes', '3', '--teacher-dtype', 'float32']
+    settings += ['--teacher-num-classes', '3', '--teacher-dtype', 'float32', *more]
     out = launch([*settings, '-b', '18', '--log-tb'], tmp_path)
     assert out.returncode == 0, out.stderr
     _check_tensorboard(tmp_path / 'run')

@@ -535,7 +535,7 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
 def test_a_signal_before_training_has_its_code_and_its_line_and_leaves_nothing(
     signum, images, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(start, 'prepare_teacher', lambda *args: signal.raise_signal(signum))
+    monkeypatch.setattr(start, 'prepare_teachers', lambda *args: signal.raise_signal(signum))
     with pytest.raises(SystemExit) as e:
         train_distill.main([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'])
     assert e.value.code == 128 + signum

@@ -230,7 +230,7 @@ def test_what_rank_0_goes_on_with_holds_for_all(monkeypatch):
     monkeypatch.setattr(Runtime, 'share', lambda self, own: ('bfloat16', 'as in the teacher cache'))
     config = parse_config(['--dataset', 'sklearn/digits', '--device', 'cpu', '--teacher', 'test_vit'])
     teacher = Teacher(Network(), tap='fc')
-    parts = SimpleNamespace(config=config, runtime=setup_runtime(config), teacher=teacher, checkpoint='')
+    parts = SimpleNamespace(config=config, runtime=setup_runtime(config), teachers=[teacher], checkpoint='')
     settle_precision(parts, {}, lambda: pytest.fail('it was measured'))
     assert teacher.precision == 'bfloat16'
 
@@ -305,9 +305,9 @@ def test_an_analysis_runs_the_teacher_as_the_run_did(small_run, fast_bfloat16, s
     folder = folder_of(argv, 'run', '--teacher-checkpoint', str(alone))
     slow_bfloat16()
     for opened in (open_run(RunFolder(folder), Options()), open_run(RunFolder(alone), Options(), [RunFolder(folder)])):
-        assert opened.teacher.precision == 'bfloat16'
+        assert opened.teachers[0].precision == 'bfloat16'
     assert analysis.analyze(folder)['cosine']['validation']
-    assert checkpoints.saved_precision(str(folder / 'last.pth.tar')) == 'bfloat16'
+    assert checkpoints.saved_precisions(str(folder / 'last.pth.tar'), 1) == ['bfloat16']
 
 
 # A cache --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def argv(small_run):
 
 
 def size_of(trainer):
-    return trainer.teacher.size_for(torch.empty(1, 3, 40, 40))
+    return trainer.teachers[0].size_for(torch.empty(1, 3, 40, 40))
 
 
 def test_a_vit_is_built_for_the_students_images_and_that_is_said(argv, capsys):

@@ -6,18 +6,25 @@
         warmup_prefix: bool = switch('do not count warmup in --epochs')
 
 The annotation gives the type: `str`, `int`, `float`, a list of one of them, `dict[str, Any]` for `k=v` pairs, `bool` for a
-switch. The field's name is the flag's name in YAML and Python; on the command line it has dashes.
+switch, `Each` of one of these where several teachers may have a value each. The field's name is the flag's name in YAML and Python; on the command line it has dashes.
 """
 
 import argparse
 import ast
 import functools
+import os
 import reprlib
 import types
 import typing
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar, Union
+
+_T = TypeVar('_T')
+# one value, or a list of one for each teacher; None is what applies where the flag is not given
+Each = Union[_T, list[_T]]  # noqa: UP007  # subscripted
+# how the command line writes None in such a list
+NOT_GIVEN = '-'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,7 @@ class Flag:
         idle_without: Flags (or 'FLAG=VALUE') of which one must be on for this one to have an effect. timm accepts it
             anyway, and settings files may hold all flags: no effect is a warning, not an error.
         of_loss: The --loss that it belongs to.
+        each: Whether it may have one value for each of several teachers (see `Each`).
         package: The package that it needs, and the extra of timm_pe that installs it.
         added: Whether it is this project's flag, not timm's; the docs list these.
     """
@@ -64,6 +72,7 @@ class Flag:
     needs: tuple[str, ...] = ()
     idle_without: tuple[str, ...] = ()
     of_loss: str | None = None
+    each: bool = False
     package: tuple[str, str] | None = None
     added: bool = False
 
@@ -161,6 +170,9 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
     if is_pairs:
         add(*names, nargs='*', action=_AsDict, type=_pair, **settings)
         return
+    if declared.each and not is_list:
+        add(*names, nargs='+', action=_OneOrEach, kind=kind, **settings)
+        return
     if is_list:
         settings['nargs'] = declared.count or '+'
     elif declared.const is not None or declared.positional:
@@ -172,7 +184,7 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
 
 def value_type(annotation: Any) -> tuple[type, bool, bool]:
     """The type of one value of an annotation, whether there may be several, and whether they are `k=v` pairs."""
-    if isinstance(annotation, types.UnionType):  # `int | None`
+    if typing.get_origin(annotation) in (types.UnionType, Union):  # `int | None`
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     origin = typing.get_origin(annotation)
     if origin is dict:
@@ -182,11 +194,57 @@ def value_type(annotation: Any) -> tuple[type, bool, bool]:
     return annotation, False, False
 
 
+def is_each(value: Any, of_lists: bool) -> bool:
+    """Whether the value of an `Each` is a list of one for each teacher.
+
+    Args:
+        value: The value.
+        of_lists: Whether one value is a list itself.
+    """
+    return isinstance(value, list) and (not of_lists or any(v is None or isinstance(v, list) for v in value))
+
+
 class _AsDict(argparse.Action):
     """Keeps pairs as a dict."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, dict(filter(None, values)))
+
+
+class _OneOrEach(argparse.Action):
+    """Keeps one value, or a list of several; `-` is None.
+
+    `--teacher NAME DATA` has always named the data folder after the teacher: a last value that is a folder, where none is
+    given yet, is taken for it.
+    """
+
+    def __init__(self, option_strings: Any, dest: str, kind: type, **more: Any):
+        super().__init__(option_strings, dest, **more)
+        self.kind = kind
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if len(values) > 1 and getattr(namespace, 'data', None) is None and _holds_data(values[-1]):
+            namespace.data = values.pop()
+        try:
+            found = [None if v == NOT_GIVEN else self.kind(v) for v in values]
+        except ValueError:
+            wrong = next(v for v in values if not _fits(self.kind, v))
+            parser.error(f'argument {option_string}: invalid {self.kind.__name__} value: {wrong!r}')
+        setattr(namespace, self.dest, found if len(found) > 1 else found[0])
+
+
+def _fits(kind: type, text: str) -> bool:
+    try:
+        return text == NOT_GIVEN or kind(text) is not None
+    except ValueError:
+        return False
+
+
+def _holds_data(path: str) -> bool:
+    """Whether a path is a folder (or a tar) that is neither weights nor a run."""
+    if os.path.isdir(path):
+        return not os.path.exists(os.path.join(path, 'args.yaml'))
+    return path.endswith('.tar') and not path.endswith('.pth.tar') and os.path.isfile(path)
 
 
 def _pair(text: str) -> tuple[str, Any] | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..method.names import FEATURE_LOSS_NAMES, PROJECTOR_NAMES, TARGETS, TEACHER_NORM_NAMES
-from .declare import flag, switch
+from .declare import Each, flag, switch
 
 # timm.loss.LOSS_TYPES, which would import torch
 LOSS_TYPES = ('ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr', 'db')
@@ -26,19 +26,21 @@ _WEIGHTED = ('loss_pos_weight', 'loss_class_weight')
 class TeacherFlags:
     """Teacher."""
 
-    teacher: str | None = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'", metavar='NAME', added=True)
+    teacher: Each[str | None] = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'. Several names are several teachers of one student: other flags of the teacher then take one value for all, or one for each, '-' where one has none", metavar='NAME', each=True, added=True)
     teacher_pretrained: bool = switch("without --teacher-checkpoint: load the weights that belong to the teacher's name, or leave the teacher random", needs='teacher', added=True, default=True, off='no')
-    teacher_checkpoint: str | None = flag(None, 'weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then', metavar='PATH', needs='teacher', added=True)
+    teacher_checkpoint: Each[str | None] = flag(None, 'weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then', metavar='PATH', needs='teacher', each=True, added=True)
     teacher_eval: bool = switch("validate the teacher before the first epoch, where its classes are the student's", needs='teacher', added=True, default=True, off='no')
     teacher_ema: bool = switch('prefer the moving average in --teacher-checkpoint, where the file has one', needs='teacher', added=True, default=True, off='no')
-    teacher_num_classes: int | None = flag(None, 'classes of the teacher', metavar='N', unset="the checkpoint's, or what belongs to its name", at_least=0, needs='teacher', added=True)
-    teacher_input_size: int | None = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, or be built for it in whole patches, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', added=True)
-    teacher_mean: list[float] | None = flag(None, 'mean the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', needs='teacher', added=True)
-    teacher_std: list[float] | None = flag(None, 'standard deviation the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', above=0, needs='teacher', added=True)
-    teacher_dtype: str | None = flag('auto', "precision of the teacher; 'auto' is a low one where the device is fast in it and the teacher's outputs on the first batch keep a cosine above 0.999 to float32, else float32, under the student's AMP", allowed=('auto', *DTYPES), needs='teacher', added=True)
-    teacher_kwargs: dict[str, Any] = flag({}, "more arguments of the teacher's architecture, k=v ...", needs='teacher', added=True)
-    teacher_tap: str | None = flag(None, "module whose input is the teacher's feature", metavar='PATH', unset='the classifier', needs='teacher', added=True)
+    teacher_num_classes: Each[int | None] = flag(None, 'classes of the teacher', metavar='N', unset="the checkpoint's, or what belongs to its name", at_least=0, needs='teacher', each=True, added=True)
+    teacher_input_size: Each[int | None] = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, or be built for it in whole patches, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', each=True, added=True)
+    teacher_mean: Each[list[float] | None] = flag(None, 'mean the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', needs='teacher', each=True, added=True)
+    teacher_std: Each[list[float] | None] = flag(None, 'standard deviation the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', above=0, needs='teacher', each=True, added=True)
+    teacher_dtype: Each[str | None] = flag('auto', "precision of the teacher; 'auto' is a low one where the device is fast in it and the teacher's outputs on the first batch keep a cosine above 0.999 to float32, else float32, under the student's AMP", allowed=('auto', *DTYPES), needs='teacher', each=True, added=True)
+    teacher_kwargs: Each[dict[str, Any]] = flag({}, "more arguments of the teacher's architecture, k=v ...", needs='teacher', each=True, added=True)
+    teacher_tap: Each[str | None] = flag(None, "module whose input is the teacher's feature", metavar='PATH', unset='the classifier', needs='teacher', each=True, added=True)
     teacher_fold: bool = switch("fold the teacher's batch norms into the layers before them, where that is exact to rounding", needs='teacher', added=True, default=True, off='no')
+    teacher_weights: list[float] | None = flag(None, 'how much each of several teachers counts, in any scale', metavar='R', unset='all alike', above=0, needs='teacher', added=True)
+    teacher_drop: float = flag(0.0, 'probability with which an image does not learn from one of several teachers; the one that it matches worst always teaches (UNIC, arXiv 2408.05088)', metavar='P', share=True, needs='teacher', added=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class ProjectorFlags:
     pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSS_NAMES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
     pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=tuple(TARGETS), needs='teacher', added=True)
     pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss; batch and whiten are over the batch of one rank, whiten waits for the device in each step", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
+    pe_map_weight: float = flag(0.0, 'weight of the same loss between the last feature maps (or patch tokens) of student and teacher, position by position, with projectors of its own', metavar='R', at_least=0, needs='teacher', added=True)
     kd_loss_weight: float = flag(0.0, 'weight of plain logit distillation next to the projectors; needs equal classes', metavar='R', at_least=0, needs='teacher', added=True)
     distill_loss_weight: float | None = flag(None, 'weight of the distillation loss', unset='with --teacher 25, for --pe-target logits 0.9', at_least=0, needs=('teacher', 'kd_model_name'))
     task_loss_weight: float | None = flag(None, 'weight of the task loss', unset='with --teacher 1, for --pe-target logits 0.1', at_least=0, needs=('teacher', 'kd_model_name'))

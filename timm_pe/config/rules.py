@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .declare import declared_in, name_of
 from .flags import DataFlags
+from .teachers import check_each
 from .without_labels import METRICS, check_without_labels
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def odd_value(given: Any) -> str:
 def out_of_bounds(group: type, dest: str, value: Any) -> str:
     """Why a flag's declaration does not allow a value; empty if it does."""
     declared = declared_in(group)[dest]
-    values = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+    several = isinstance(value, list)
+    # of several teachers, each may have a list
+    parts = [part for v in value for part in (v if isinstance(v, list) else [v])] if several else [value]
+    values = [part for part in parts if part is not None]
     if declared.at_least is not None and any(v < declared.at_least for v in values):
         return f'must be {declared.at_least} or more, got {value}'
     if declared.at_most is not None and any(v > declared.at_most for v in values):
@@ -62,7 +66,7 @@ def out_of_bounds(group: type, dest: str, value: Any) -> str:
         return f'must be above {declared.above}, got {value}'
     if declared.share and not all(0 <= v <= 1 for v in values):
         return f'must be from 0 to 1, got {value}'
-    if declared.allowed is not None and value not in declared.allowed:
+    if declared.allowed is not None and any(v not in declared.allowed for v in (value if several else [value])):
         return f'must be one of {", ".join(repr(a) for a in declared.allowed if a)}, got {value!r}'
     return ''
 
@@ -212,6 +216,7 @@ def _check_optimizer(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
+    check_each(config, refuse)
     if not config.teacher:
         if config.kd_model_name and config.kd_loss_type != 'kl':
             refuse(f"--kd-loss-type: timm knows 'kl' alone, got {config.kd_loss_type!r}")

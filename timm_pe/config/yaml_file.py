@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import yaml
 
 from ..method.plugins import Names
-from .declare import annotations_of, declared_in, default_of, value_type
+from .declare import annotations_of, declared_in, default_of, is_each, value_type
 from .recipes import find_config
+from .teachers import split_teachers
 
 Refuse = Callable[[str], NoReturn]
 
@@ -34,6 +35,7 @@ def read_config(group: type, path: str, refuse: Refuse) -> dict[str, Any]:
         config = read_yaml(path)
     except ValueError as e:
         refuse(f'--config: {e}')
+    config = split_teachers(config, f"--config: teacher in '{path}'", refuse)
     known = set(declared_in(group)) - {'config'}
     values: dict[str, Any] = {}
     for key, value in config.items():
@@ -124,6 +126,11 @@ def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -
 
     if value is None:  # null means not given, but for color_jitter no jitter, as in timm
         return None if dest == 'color_jitter' else default_of(group, dest)
+    if declared.each and is_each(value, is_list):
+        if not value or any(is_each(v, is_list) for v in value):
+            expect('one value, or one for each teacher')
+        found = [None if v is None else typed_value(group, dest, v, what, refuse) for v in value]
+        return found if len(found) > 1 else found[0]
     if kind is bool:
         return value if isinstance(value, bool) else expect('true or false')
     if value is True and declared.const is not None:

@@ -17,8 +17,9 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from ..config.declare import default_of
+from ..config.declare import NOT_GIVEN, default_of
 from ..config.run_config import RunConfig, create_parser
+from ..config.teachers import as_each
 from ..errors import UsageError, one_line
 from ..method.names import TARGETS
 from ..method.weights import BEST, LAST, STUDENT
@@ -106,8 +107,9 @@ class Run:
 
     @property
     def teacher(self) -> str | None:
-        """Name of its teacher's model, None for a run without one."""
-        return self.args.get('teacher') or self.args.get('kd_model_name')
+        """Name of its teacher's model, of several 'resnet34 + resnet50'; None for a run without one."""
+        given = self.args.get('teacher') or self.args.get('kd_model_name')
+        return ' + '.join(map(str, given)) if isinstance(given, list) else given
 
     @cached_property
     def seconds(self) -> float | None:
@@ -327,8 +329,9 @@ def taught_epoch(run: Run, runs: Sequence[Run]) -> dict[str, float | None] | Non
     Empty if the epoch was not validated, or cannot be told from the file.
     """
     folder = Path(os.path.realpath(run.folder.path))
-    for other in runs:
-        path = Path(os.path.realpath(other.args.get('teacher_checkpoint') or os.devnull))
+    checkpoints = [(other, path) for other in runs for path in as_each(other.args.get('teacher_checkpoint')) if path]
+    for other, checkpoint in checkpoints:
+        path = Path(os.path.realpath(checkpoint))
         if folder not in (path, path.parent):
             continue
         file = path.name
@@ -364,6 +367,7 @@ def describe_method(run: Run) -> str:
     given = [
         (args.get('task_loss_weight'), task_weight if run.has_labels else 0, 'task loss'),
         (args.get('distill_loss_weight'), distill_weight, loss),
+        (args.get('pe_map_weight'), 0, 'direction of maps'),
         (args.get('kd_loss_weight'), 0, f'KL at T = {args.get("kd_temperature", 4):g}'),
     ]
     weights = [(default if weight is None else weight, name) for weight, default, name in given]
@@ -390,7 +394,7 @@ def command(run: Run) -> list[list[str]]:
 
     Returns:
         Lists of words that belong together: the program with the data folder, then each flag with its values. If a
-        setting can only be given in YAML (no colour jitter at all), the command is `-c args.yaml`.
+        setting can only be given in YAML (no colour jitter at all, a mean for each teacher), the command is `-c args.yaml`.
     """
     parser = create_parser()
     chunks = [['train-distill']]
@@ -399,7 +403,7 @@ def command(run: Run) -> list[list[str]]:
         value = run.args.get(action.dest, default)
         if action.dest in ('help', 'config') or value == default:
             continue
-        if value is None:
+        if value is None or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
             return [['train-distill', '-c', str(run.folder.args_file)]]
         if not action.option_strings:
             chunks[0].append(str(value))
@@ -417,7 +421,7 @@ def _flag_words(names: Sequence[str], value: Any) -> list[str]:
     if isinstance(value, dict):
         return [flag, *(f'{k}={_literal(v)}' for k, v in value.items())]
     if isinstance(value, list):
-        return [flag, *map(str, value)]
+        return [flag, *(NOT_GIVEN if v is None else str(v) for v in value)]
     # a value that starts with a dash would be read as a flag
     return [f'{flag}={value}'] if str(value).startswith('-') else [flag, str(value)]
 

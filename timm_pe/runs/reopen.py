@@ -4,7 +4,7 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +17,19 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from ..config.run_config import RunConfig
+from ..config.teachers import teachers_of
 from ..data.datasets import class_map_of
 from ..data.loaders import create_data
 from ..errors import UsageError
 from ..method.tap import FeatureTap
 from ..method.task import ProjectorEnsembleTask
-from ..method.teacher import Teacher
+from ..method.teacher import Teacher, TeacherOutput
 from ..method.weights import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
-from ..train.checkpoints import check_learnt_classes, saved_args, saved_precision
-from ..train.run_task import create_run_teacher
+from ..train.checkpoints import check_learnt_classes, saved_args, saved_precisions
+from ..train.run_task import create_run_teachers
 from ..train.student import place_student
 
 CHECKPOINTS = ('last', 'best')
@@ -87,8 +88,8 @@ class OpenRun:
         epoch: That of the checkpoint, from 0, as in summary.csv.
         student: The student in eval mode.
         tap: Gives its penultimate feature.
-        teacher: The teacher that it is compared with, or None.
-        teacher_name: Name of the teacher's model.
+        teachers: The teachers that it is compared with.
+        teacher_names: Names of their models.
         task: The task with its projectors; None for a run without them.
         loaders: 'train' and 'validation', both with the transforms of validation.
         class_names: One per class.
@@ -100,8 +101,8 @@ class OpenRun:
     epoch: int
     student: nn.Module
     tap: FeatureTap
-    teacher: Teacher | None
-    teacher_name: str | None
+    teachers: list[Teacher]
+    teacher_names: list[str]
     task: ProjectorEnsembleTask | None
     loaders: dict[str, Any]
     class_names: list[str]
@@ -117,15 +118,13 @@ class Split:
         feature: The student's, `[n, d]`.
         logits: The student's, `[n, c]`.
         labels: `[n]`.
-        teacher_feature: `[n, m]`, or None.
-        teacher_logits: Those of a teacher with the same classes, or None.
+        teachers: What each teacher gives: features `[n, m]`, and if it has the same classes its logits `[n, c]`.
     """
 
     feature: torch.Tensor
     logits: torch.Tensor
     labels: torch.Tensor
-    teacher_feature: torch.Tensor | None = None
-    teacher_logits: torch.Tensor | None = None
+    teachers: list[TeacherOutput] = field(default_factory=list)
 
 
 class _FixedSubset(Subset[Any]):
@@ -162,7 +161,7 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
         without_weights(config),
         data_dir=options.data_dir or config.data_dir,
         teacher_checkpoint=options.teacher_checkpoint or config.teacher_checkpoint,
-        teacher_dtype=_decided_dtype(config, checkpoint_file(folder, options)),
+        teacher_dtype=_decided_dtypes(config, checkpoint_file(folder, options)),
         unlabeled=[],  # labelled images are looked at
         device=options.device or config.device,
         validation_batch_size=options.batch_size or config.validation_batch_size,
@@ -173,15 +172,17 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
     )
 
 
-def _decided_dtype(config: RunConfig, checkpoint: Path) -> str | None:
+def _decided_dtypes(config: RunConfig, checkpoint: Path) -> str | list[str | None] | None:
     """--teacher-dtype of a run, with what 'auto' was in its checkpoint."""
-    if config.teacher_dtype != 'auto':
-        return config.teacher_dtype
+    teachers = teachers_of(config)
     try:
-        precision = saved_precision(str(checkpoint))
+        precisions = saved_precisions(str(checkpoint), len(teachers))
     except Exception:  # whatever it may be: loading it says so
         return config.teacher_dtype
-    return None if precision is None or precision.startswith('AMP ') else precision  # None follows --amp
+    # None follows --amp
+    decided = [None if p is None or p.startswith('AMP ') else p for p in precisions]
+    dtypes = [d if flags.dtype == 'auto' else flags.dtype for flags, d in zip(teachers, decided, strict=True)]
+    return dtypes if len(dtypes) > 1 else dtypes[0] if dtypes else config.teacher_dtype
 
 
 def checkpoint_file(folder: RunFolder, options: Options) -> Path:
@@ -204,7 +205,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     config = read_run_config(folder, options)
     checkpoint = checkpoint_file(folder, options)
     parts = build(config, training=False, hints=HINTS, weights=str(checkpoint))
-    student, teacher = parts.student, parts.teacher
+    student, teachers = parts.student, parts.teachers
     task = cast(ProjectorEnsembleTask | None, parts.task)  # what is not built to train has no other
     if any(isinstance(d, IterableDataset) for d in parts.datasets):
         raise UsageError(
@@ -214,10 +215,10 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     subset = _fixed_subset(cast(Dataset[Any], parts.datasets[0]), options.max_train_images)
     train = create_data(config, (None, subset), student, parts.runtime)
     teacher_config = _teacher_config(config, parts.num_classes, (read_run_config(f, options) for f in others))
-    if teacher is None and teacher_config is not None:
+    if not teachers and teacher_config is not None:
         with hint(HINTS['teacher']):
-            teacher = create_run_teacher(teacher_config, parts.data, parts.runtime)
-    if teacher is not None:
+            teachers = create_run_teachers(teacher_config, parts.data, parts.runtime)
+    for teacher in teachers:
         teacher.needs_logits = True  # the run may not have needed them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
     epoch = _load_checkpoint(checkpoint, student, task)
@@ -226,8 +227,8 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         epoch=epoch,
         student=student.eval(),
         tap=FeatureTap(student, config.student_tap),
-        teacher=teacher,
-        teacher_name=teacher_config.teacher if teacher_config else None,
+        teachers=teachers,
+        teacher_names=[flags.name for flags in teachers_of(teacher_config)] if teacher_config else [],
         task=task.eval() if task else None,
         loaders={'train': train.eval, 'validation': parts.data.eval},
         class_names=read_class_names(parts.datasets[1], parts.num_classes),
@@ -303,26 +304,28 @@ def _data_uri(image: Image.Image) -> str:
 
 @torch.inference_mode()
 def collect(run: OpenRun, split: str) -> Split:
-    """Run student and teacher on a split.
+    """Run student and teachers on a split.
 
     Raises:
         UsageError: Labels that the student has no class for, or a student whose features are not finite.
     """
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in Split.__dataclass_fields__}
-    compares_logits = run.teacher is not None and run.teacher.num_classes == len(run.class_names)
+    own: dict[str, list[torch.Tensor]] = {'feature': [], 'logits': [], 'labels': []}
+    theirs: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in run.teachers]
     for input, target in tqdm(run.loaders[split], desc=split, leave=False, disable=None):
         with run.runtime.autocast():
             logits = run.student(input)
-            said = {'feature': run.tap.pop(), 'logits': logits[0] if isinstance(logits, (tuple, list)) else logits}
-            if run.teacher is not None:
-                taught = run.teacher(input)
-                said['teacher_feature'] = taught.feature
-                if compares_logits:
-                    said['teacher_logits'] = taught.logits
+            feature = run.tap.pop()
+            outputs = [teacher(input) for teacher in run.teachers]
+        said = {'feature': feature, 'logits': logits[0] if isinstance(logits, (tuple, list)) else logits}
         for name, value in said.items():
-            parts[name].append(value.float().cpu())
-        parts['labels'].append(target.cpu())
-    found = Split(**{name: torch.cat(values) for name, values in parts.items() if values})
+            own[name].append(value.float().cpu())
+        own['labels'].append(target.cpu())
+        for teacher, output, (features, its_logits) in zip(run.teachers, outputs, theirs, strict=True):
+            features.append(output.feature.float().cpu())
+            if teacher.num_classes == len(run.class_names):
+                its_logits.append(output.logits.float().cpu())
+    taught = [TeacherOutput(torch.cat(f), torch.cat(given) if given else None) for f, given in theirs]
+    found = Split(**{name: torch.cat(values) for name, values in own.items()}, teachers=taught)
     if int(found.labels.max()) >= found.logits.shape[1]:
         raise UsageError(f'the data has label {int(found.labels.max())}, the student {found.logits.shape[1]} classes')
     if not (found.feature.isfinite().all() and found.logits.isfinite().all()):

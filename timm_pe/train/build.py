@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
 from .checkpoints import find_resume, keeps_teacher_size
-from .run_task import check_loss_weights, create_run_task, create_run_teacher
+from .run_task import check_loss_weights, create_run_task, create_run_teachers
 from .student import check_names, choose_num_classes, create_student, input_channels
 
 
@@ -31,7 +31,7 @@ class Parts:
         student: The model to train. With a task it is on its device, else on the CPU.
         datasets: Training split (None with --evaluate) and validation split.
         data: Their loaders.
-        teacher: The teacher, or None.
+        teachers: The teachers, none without --teacher.
         task: The task, or None (see `build`).
         checkpoint: The training checkpoint of --resume, '' for a fresh run.
     """
@@ -41,7 +41,7 @@ class Parts:
     student: nn.Module
     datasets: tuple[Dataset[Any] | None, Dataset[Any]]
     data: Data
-    teacher: Teacher | None
+    teachers: list[Teacher]
     task: TrainingTask | None
     checkpoint: str = ''
 
@@ -87,11 +87,11 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         )
     data = create_data(config, (datasets[0] if training else None, datasets[1]), student, runtime)
     if config.evaluate:
-        return Parts(config, runtime, student, datasets, data, None, None)
+        return Parts(config, runtime, student, datasets, data, [], None)
     with hint(hints.get('teacher')):
-        teacher = create_run_teacher(config, data, runtime, not keeps_teacher_size(weights))
-    task = create_run_task(config, student, teacher, runtime) if training or teacher is not None else None
-    return Parts(config, runtime, student, datasets, data, teacher, task, checkpoint)
+        teachers = create_run_teachers(config, data, runtime, not keeps_teacher_size(weights))
+    task = create_run_task(config, student, teachers, runtime) if training or teachers else None
+    return Parts(config, runtime, student, datasets, data, teachers, task, checkpoint)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Augmentation is a function of (seed, view, image), so the outputs for K views of the images are computed once: epoch e
 trains on view e mod K. The folder holds `manifest.json` with all that the outputs depend on, and for each view
 
-    view-0.feature.npy         float16 [n, m], times the row's scale; view-0.logits.npy [n, c] if a loss compares logits
+    view-0.feature.npy         float16 [n, m], times the row's scale; likewise, if a loss reads them, view-0.logits.npy
+                               [n, c] and view-0.map.npy [n, d * h * w]
     view-0.feature_scale.npy   float32 [n], powers of two: float16 has its full precision at any scale of the features
     view-0.source.npy          uint64 [n], hash of the image's file that the row was computed from
     view-0.done.npy            uint8 [n], 1 if the row is there
@@ -65,10 +66,11 @@ class TeacherCache:
         folder: Where the files are, or will be.
         manifest: All that the rows depend on, JSON values by name; a folder made with others is refused.
         num_images: n.
-        widths: Width of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c.
+        widths: Numbers of each field of `TeacherOutput` that is kept: 'feature' m, 'logits' c, 'map' d * h * w.
         num_views: K. Views do not depend on each other: a folder may have more, or get more later.
         device: Device to which rows are moved.
         paths: The images' files, in the order of the rows; None if images are not files; changes then go unnoticed.
+        map_shape: (d, h, w), if maps are kept.
 
     Attributes:
         counts: Number of rows of each view when the folder was last read.
@@ -85,11 +87,12 @@ class TeacherCache:
         num_views: int,
         device: torch.device,
         paths: Sequence[str] | None = None,
+        map_shape: Sequence[int] = (),
     ):
         self.folder = Path(folder)
         self.manifest = json.loads(json.dumps(manifest, default=str))
         self.num_images, self.widths, self.num_views, self.device = num_images, dict(widths), num_views, device
-        self.paths = paths
+        self.paths, self.map_shape = paths, tuple(map_shape)
         self.counts = [0] * num_views
         self.stale: dict[int, np.ndarray] = {}
         self._stats: np.ndarray | None = None
@@ -362,7 +365,9 @@ class TeacherCache:
             for name, values in computed.items():
                 rows[name][replaced] = values[replaced]
         feature = cast(torch.Tensor, self._restored(rows, 'feature'))  # kept if a loss reads it
-        return TeacherOutput(feature, self._restored(rows, 'logits'))
+        flat = self._restored(rows, 'map')
+        of_map = None if flat is None else flat.unflatten(1, self.map_shape)
+        return TeacherOutput(feature, self._restored(rows, 'logits'), of_map)
 
     def _restored(self, rows: Mapping[str, np.ndarray], name: str) -> torch.Tensor | None:
         """A field of the teacher's output; None if it is not kept."""
@@ -379,7 +384,7 @@ class TeacherCache:
     def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
         rows = {}
         for name in self.widths:
-            values = getattr(output, name).detach().float().cpu().numpy()
+            values = getattr(output, name).detach().float().flatten(1).cpu().numpy()
             if not np.isfinite(values).all():
                 message = (
                     f"--teacher-cache: the teacher's {name} is not finite, and no run can learn from it: are the teacher's "

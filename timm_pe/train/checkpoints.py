@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..config.declare import name_of
 from ..config.flags import OptimizerFlags, RunFlags
 from ..config.run_config import RunConfig
+from ..config.teachers import as_each
 from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError, one_line
 from ..method.weights import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
@@ -258,26 +259,28 @@ def saved_args(path: str) -> dict[str, Any]:
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
-def saved_precision(path: str, meaning: Mapping[str, Any] | None = None) -> str | None:
-    """The precision of the teacher (see `Teacher.precision`) that the projectors of a training checkpoint were trained with.
+def saved_precisions(path: str, number: int, meaning: Mapping[str, Any] | None = None) -> list[str | None]:
+    """The precision of each teacher (see `Teacher.precision`) that the projectors of a training checkpoint were trained with.
 
     Args:
         path: The checkpoint, '' for none.
+        number: Number of teachers.
         meaning: That of the run that goes on with it (see `run_meaning`); None if it is the same run.
 
     Returns:
-        None if that run goes on without the projectors of the checkpoint.
+        None for each if that run goes on without the projectors of the checkpoint.
     """
     checkpoint = load_checkpoint_metadata(path) if path else {}
     run = read_run_state(checkpoint, path)
     changed = changes_of_meaning(run.meaning, meaning) if run and meaning is not None else {}
     if not checkpoint.get('task_state') or changed.keys() & _NEW_PROJECTORS:
-        return None
+        return [None] * number
     if run and run.teacher_precision:
-        return run.teacher_precision
+        saved = as_each(run.teacher_precision)
+        return saved if len(saved) == number else [None] * number
     then = saved_args(path)  # of a commit before --teacher-dtype auto, or without our teacher
     found = [then.get('teacher_dtype'), f'AMP {then.get("amp_dtype")}' if then.get('amp') else None, 'float32']
-    return next(filter(is_precision, found))
+    return [next(filter(is_precision, found))] * number
 
 
 def keeps_teacher_size(path: str) -> bool:

@@ -20,6 +20,7 @@ from ..config.declare import default_of
 from ..config.derive import given_classes, label_smoothing, loader_workers, pins_memory
 from ..config.rules import without_effect
 from ..config.run_config import RunConfig
+from ..config.teachers import teachers_of
 from ..data.beside import BesideReader, describe_beside
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
@@ -29,7 +30,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
 from ..version import __version__
 from .cache import TeacherCache
-from .run_task import LabeledLoss, has_random_weights
+from .run_task import LabeledLoss
 
 _logger = logging.getLogger(__name__)
 
@@ -113,8 +114,8 @@ def start_table(
     num_classes: int,
     epochs: tuple[int, int],
     rates: tuple[float, float],
-    teacher: Teacher | None = None,
-    cache: TeacherCache | None = None,
+    teachers: Sequence[Teacher] = (),
+    caches: Sequence[TeacherCache] = (),
 ) -> str:
     """Every resolved choice of a run, in one table.
 
@@ -127,8 +128,8 @@ def start_table(
         num_classes: The student's classes.
         epochs: The first epoch, and one past the last.
         rates: Learning rate and weight decay.
-        teacher: The `Teacher`, or None.
-        cache: The `TeacherCache`, or None.
+        teachers: The teachers, in the order of --teacher.
+        caches: The cache of each with --teacher-cache.
     """
     size = 'x'.join(map(str, data.config['input_size']))
     columns = [
@@ -138,26 +139,30 @@ def start_table(
     ]
     columns += [('input', size), ('mean', _numbers(data.config['mean'])), ('std', _numbers(data.config['std']))]
     columns += [('precision', describe_precision(config))]
-    head, rows = ('student', 'teacher'), [(name, value, '') for name, value in columns]
-    if teacher is not None:
-        of_teacher = {
-            'model': f'{config.teacher}{" (random weights)" if has_random_weights(config) else ""}',
-            'parameters': f'{_count(count_params(teacher.model))} (frozen)',
-            'classes': str(teacher.num_classes),
-            'input': _teacher_input(teacher, data.config['input_size']),
-            'mean': _numbers(teacher.mean),
-            'std': _numbers(teacher.std),
-            'precision': f'{teacher.precision}{" (auto)" if config.teacher_dtype == "auto" and teacher.dtype else ""}',
-        }
-        rows = [(name, value, of_teacher[name]) for name, value, _ in rows]
-        projection = cast(ProjectorEnsembleTask, task).projection
-        rows.insert(2, ('feature width', str(projection.in_dim), str(projection.out_dim)))
-    width = max(len(r[1]) for r in rows) + 3
-    lines = [f'{"":<16}{head[0]:<{width}}{head[1] if teacher is not None else ""}'.rstrip()]
-    lines += [f'{name:<16}{a:<{width}}{b}'.rstrip() for name, a, b in rows]
-    lines += [f'{name:<16}{value}' for name, value in _run_rows(config, runtime, task, data, teacher, epochs, rates)]
-    if cache is not None:
-        lines.append(f'{"teacher cache":<16}{cache.describe()}')
+    settings, columns_of = teachers_of(config), []
+    for flags, teacher in zip(settings, teachers, strict=True):
+        auto = ' (auto)' if flags.dtype == 'auto' and teacher.dtype else ''
+        columns_of.append(
+            {
+                'model': f'{flags.name}{" (random weights)" if flags.is_random else ""}',
+                'parameters': f'{_count(count_params(teacher.model))} (frozen)',
+                'classes': str(teacher.num_classes),
+                'input': _teacher_input(teacher, data.config['input_size']),
+                'mean': _numbers(teacher.mean),
+                'std': _numbers(teacher.std),
+                'precision': f'{teacher.precision}{auto}',
+                'feature width': str(teacher.width),
+            }
+        )
+    if teachers:
+        columns.insert(2, ('feature width', str(cast(ProjectorEnsembleTask, task).projectors[0].in_dim)))
+    several = len(teachers) > 1
+    head = ['', 'student', *(f'teacher {i + 1}' if several else 'teacher' for i in range(len(teachers)))]
+    table = [head, *([name, value, *(column[name] for column in columns_of)] for name, value in columns)]
+    widths = [13, *(max(len(row[i]) for row in table) for i in range(1, len(head)))]
+    lines = ['   '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines += [f'{name:<16}{value}' for name, value in _run_rows(config, runtime, task, data, epochs, rates)]
+    lines += [f'{"teacher cache":<16}{cache.describe()}' for cache in caches]
     return '\n'.join(lines)
 
 
@@ -179,11 +184,16 @@ def _teacher_input(teacher: Teacher, student_size: Sequence[int]) -> str:
 
 def _describe_loss(task: ProjectorEnsembleTask) -> str:
     terms = [f'{task.distill_loss_weight:g} x {task.feature_loss_name}']
+    if len(task.teachers) > 1:
+        shares = ' '.join(f'{weight:.3g}' for weight in task.teacher_weights)
+        terms[0] += f' (teachers weighed {shares}{f", drop {task.teacher_drop:g}" * bool(task.teacher_drop)})'
     if task.criterion is not None:
         criterion, of = task.criterion, ''
         if isinstance(criterion, LabeledLoss):
             criterion, of = criterion.criterion, ' of labelled images'
         terms.insert(0, f'{task.task_loss_weight:g} x {type(criterion).__name__}{of}')
+    if task.map_weight:
+        terms.append(f'{task.map_weight:g} x direction of maps')
     if task.kd_loss_weight:
         terms.append(f'{task.kd_loss_weight:g} x KL at T = {task.kd_temperature:g}')
     return ' + '.join(terms)
@@ -194,25 +204,23 @@ def _run_rows(
     runtime: Runtime,
     task: TrainingTask,
     data: Data,
-    teacher: Teacher | None,
     epochs: tuple[int, int],
     rates: tuple[float, float],
 ) -> list[tuple[str, str]]:
     rows = []
     start_epoch, num_epochs = epochs
-    if teacher is None:
+    if not isinstance(task, ProjectorEnsembleTask):
         rows.append(('loss', type(task.criterion).__name__))
     else:
-        task = cast(ProjectorEnsembleTask, task)
-        p = task.projection
-        of = 'logits ' if task.target == 'logits' else ''
-        rows.append(
-            (
-                'projectors',
-                f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}, activation {p.act}, '
-                f'{_count(count_params(p))} parameters',
+        for aim, p in zip(task.aims, task.projectors, strict=True):
+            of = f'{aim.tapped} ' if aim.tapped != 'feature' else ''
+            rows.append(
+                (
+                    'projectors' if aim is task.aims[0] else '',
+                    f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}, activation {p.act}, '
+                    f'{_count(count_params(p))} parameters',
+                )
             )
-        )
         if task.teacher_norm != 'none':
             rows.append(('teacher norm', task.teacher_norm))
         rows.append(('loss', _describe_loss(task)))

@@ -9,9 +9,9 @@ from timm.models import resolve_model_input_args
 from timm.utils import unwrap_model
 
 from ..config.declare import default_of
-from ..config.flags import TeacherFlags
 from ..config.rules import odd_value, out_of_bounds
 from ..config.run_config import RunConfig
+from ..config.teachers import OneTeacher, values_of
 from ..config.yaml_file import runs_code, typed_value
 from ..errors import UsageError, one_line
 from ..method.teacher import Teacher
@@ -142,24 +142,25 @@ class TeacherSettings:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def check_teacher_run(flags: TeacherFlags) -> None:
+def check_teacher_run(flags: OneTeacher) -> None:
     """Refuse a teacher's run folder whose settings cannot be read, before anything is built.
 
     Raises:
         UsageError: See `read_settings`.
     """
-    folder = RunFolder.around(flags.teacher_checkpoint)
+    folder = RunFolder.around(flags.checkpoint)
     if folder is None:
         return
-    trained, named = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)['model'], str(flags.teacher)
-    if trained and ':' not in f'{trained}{named}' and trained.split('.')[0] != named.split('.')[0]:
+    trained = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)['model']
+    if trained and ':' not in f'{trained}{flags.name}' and trained.split('.')[0] != flags.name.split('.')[0]:
         raise UsageError(
-            f"--teacher {named}: the run in '{folder.path}' has trained {trained}: leave --teacher out, it is taken from there"
+            f"--teacher {flags.name}: the run in '{folder.path}' has trained {trained}: leave --teacher out, it is taken from "
+            f'there'
         )
 
 
 def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of the teacher, from the run folder that gives its weights.
+    """The names of teachers that are not given, each from the run folder that gives its weights.
 
     Args:
         given: Settings of the command line and YAML.
@@ -167,35 +168,45 @@ def fill_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: See `read_settings`.
     """
-    folder = RunFolder.around(given.get('teacher_checkpoint'))
-    if folder is None or given.get('teacher'):
+    names, checkpoints = given.get('teacher'), given.get('teacher_checkpoint')
+    several = next((v for v in (names, checkpoints) if isinstance(v, list)), [None])
+    wanted = values_of('teacher', names, len(several))
+    found = [
+        name or (_model_of(path) if path else None)
+        for name, path in zip(wanted, values_of('teacher_checkpoint', checkpoints, len(several)), strict=False)
+    ]
+    if found == wanted or len(found) < len(wanted):  # another number of values is refused later
         return {}
-    return {'teacher': read_settings(folder, '--teacher-checkpoint', ['model'])['model']}
+    return {'teacher': found if len(found) > 1 else found[0]}
 
 
-def teacher_input(flags: TeacherFlags, teacher: Teacher) -> dict[str, Any] | None:
+def _model_of(path: str) -> str | None:
+    folder = RunFolder.around(path)
+    model: str | None = read_settings(folder, '--teacher-checkpoint', ['model'])['model'] if folder else None
+    return model
+
+
+def teacher_input(flags: OneTeacher, teacher: Teacher) -> dict[str, Any] | None:
     """timm's data config of the images that the teacher was itself validated on; None if unknown."""
     network = unwrap_model(teacher.model)
-    folder = RunFolder.around(flags.teacher_checkpoint)
-    if not getattr(network, 'pretrained_cfg', None) or (
-        folder is None and (flags.teacher_checkpoint or not flags.teacher_pretrained)
-    ):
+    folder = RunFolder.around(flags.checkpoint)
+    if not getattr(network, 'pretrained_cfg', None) or (folder is None and (flags.checkpoint or not flags.pretrained)):
         return None
     run = {} if folder is None else read_settings(folder, '--teacher-checkpoint', _OF_ITS_INPUT)
     return resolve_input_data_config(network, args={name: value for name, value in run.items() if value is not None})
 
 
-def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
+def teacher_settings(flags: OneTeacher) -> TeacherSettings:
     """How the teacher of a run is built and fed.
 
     Raises:
         UsageError: See `read_settings`; or that run's model cannot be looked up.
     """
-    folder = RunFolder.around(flags.teacher_checkpoint)
+    folder = RunFolder.around(flags.checkpoint)
     if folder is None:
-        return TeacherSettings(flags.teacher_mean, flags.teacher_std, flags.teacher_kwargs)
+        return TeacherSettings(flags.mean, flags.std, flags.kwargs)
     run = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)
-    built = _built_in(run, run['model'] or str(flags.teacher))
+    built = _built_in(run, run['model'] or flags.name)
     kwargs = {
         **(run['model_kwargs'] or {}),
         'in_chans': run['in_chans'],
@@ -206,8 +217,8 @@ def teacher_settings(flags: TeacherFlags) -> TeacherSettings:
         # input fields from that run's model name and overlay; the name of the teacher may have another tag
         'pretrained_cfg_overlay': {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS},
     }
-    kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **flags.teacher_kwargs}
-    return TeacherSettings(flags.teacher_mean or run['mean'], flags.teacher_std or run['std'], kwargs)
+    kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **flags.kwargs}
+    return TeacherSettings(flags.mean or run['mean'], flags.std or run['std'], kwargs)
 
 
 def _built_in(run: Mapping[str, Any], name: str) -> dict[str, Any]:

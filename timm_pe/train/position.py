@@ -7,7 +7,7 @@ weights_only.
 import logging
 import random
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 
 from ..config.flags import DTYPES
 from ..config.run_config import RunConfig
+from ..config.teachers import as_each
 from ..data.datasets import class_map_of, describe_other_class
 from ..data.draws import kept_rng
 from ..data.epochs import plain_loader
@@ -50,8 +51,8 @@ class RunState:
         ranks: For each rank its random states, sums of losses, and buffers if ranks have their own.
         seconds: How long the run has trained, in all its parts; None if the checkpoint does not have it.
         meaning: What defines the run, see `run_meaning`; empty if the checkpoint does not have it.
-        teacher_precision: The teacher's, see `Teacher.precision`; None without a teacher, or if the checkpoint does not
-            have it.
+        teacher_precision: The teacher's, see `Teacher.precision`, of several a list of theirs; None without a teacher, or if
+            the checkpoint does not have it.
     """
 
     epoch: int
@@ -65,7 +66,7 @@ class RunState:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     seconds: float | None = None
     meaning: dict[str, Any] = field(default_factory=dict)
-    teacher_precision: str | None = None
+    teacher_precision: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,14 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         teacher's name and the hashes of its weights (none for random weights), and the size of its images.
     """
     student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
+    teachers: Sequence[Teacher] = getattr(task, 'teachers', ())
+    hashes: dict[str, Any] = {}
     if isinstance(teacher, DistillationTeacher):
         hashes = fingerprint(unwrap_model(teacher.model), config.kd_distill_type != 'feature')
-    else:
-        hashes = getattr(teacher, 'fingerprint', {})
+    elif len(teachers) > 1:
+        hashes = {str(number): teacher.fingerprint for number, teacher in enumerate(teachers, 1)}
+    elif teachers:
+        hashes = teachers[0].fingerprint
     target = config.pe_target if config.teacher else config.kd_distill_type if config.kd_model_name else None
     meaning = {
         'model': (getattr(student, 'pretrained_cfg', None) or {}).get('architecture', config.model),
@@ -121,11 +126,17 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         'teacher': config.teacher or config.kd_model_name,
         'teacher_weights': hashes,
     }
-    if isinstance(teacher, Teacher):
+    if teachers:
         # not compared: flags and the student's size decide it. Checkpoints without are of runs that did not build it anew
-        size = teacher.size_for(torch.empty(1, *data.config['input_size'], device=teacher.scale.device))
-        meaning['teacher_input'] = 'x'.join(map(str, size))
+        sizes = [t.size_for(torch.empty(1, *data.config['input_size'], device=t.scale.device)) for t in teachers]
+        meaning['teacher_input'] = ', '.join('x'.join(map(str, size)) for size in sizes)
     return runtime.share(meaning)  # random weights of timm's own teacher differ between ranks
+
+
+def precisions_of(teachers: Sequence[Teacher]) -> str | list[str] | None:
+    """`Teacher.precision` of a teacher, of several a list of theirs; None without one."""
+    found = [teacher.precision for teacher in teachers]
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def is_precision(value: Any) -> bool:
@@ -142,6 +153,10 @@ def _is_meaning(value: Any) -> bool:
         and value.keys() - {'teacher_input'} == names
         and all(isinstance(value[n], k) for n, k in kinds.items())
         and isinstance(value.get('teacher_input', ''), str)
+        and all(
+            isinstance(h, dict if isinstance(value['teacher'], list) else str)
+            for h in value['teacher_weights'].values()
+        )
     )
 
 
@@ -167,7 +182,7 @@ def read_run_state(checkpoint: Mapping[str, Any], path: str) -> RunState | None:
         raise UsageError(f"--resume: '{path}' is no training checkpoint: meaning is {reprlib.repr(state.meaning)}")
     if state.seconds is not None and not (isinstance(state.seconds, float) and 0 <= state.seconds < float('inf')):
         raise UsageError(f"--resume: '{path}' is no training checkpoint: it has trained for {state.seconds!r} seconds")
-    if state.teacher_precision is not None and not is_precision(state.teacher_precision):
+    if state.teacher_precision is not None and not all(map(is_precision, as_each(state.teacher_precision))):
         raise UsageError(
             f"--resume: '{path}' is no training checkpoint: the teacher's precision is {state.teacher_precision!r}"
         )
@@ -185,17 +200,29 @@ def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[
     if other_class:
         changes['classes'] = other_class
     if 'teacher' in then and not _is_same_teacher(then, now):
-        of = [f'{run["teacher"] or "none"}{_in_brackets(run["teacher_weights"].values())}' for run in (then, now)]
+        of = [' + '.join(f'{n or "none"}{_in_brackets(h.values())}' for n, h in _teachers(run)) for run in (then, now)]
         changes['teacher'] = f'teacher {of[0]} then, {of[1]} now'
     return changes
 
 
 def _is_same_teacher(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Compare teachers by their weights, whatever their names; if the weights are random, by name."""
-    of_then, of_now = then['teacher_weights'], now['teacher_weights']
-    if not of_then or not of_now:
-        return bool(of_then) == bool(of_now) and then['teacher'] == now['teacher']
-    return all(of_then[part] == of_now[part] for part in of_then.keys() & of_now.keys())
+    """Compare teachers one by one: by their weights, whatever their names; if the weights are random, by name."""
+    pairs = list(zip(_teachers(then), _teachers(now), strict=False))
+    same = all(
+        all(hashes[part] == other[part] for part in hashes.keys() & other.keys())
+        if hashes and other
+        else bool(hashes) == bool(other) and name == other_name
+        for (name, hashes), (other_name, other) in pairs
+    )
+    return same and len(pairs) == len(_teachers(then)) == len(_teachers(now))
+
+
+def _teachers(meaning: Mapping[str, Any]) -> list[tuple[str | None, dict[str, str]]]:
+    """Name and hashes of each teacher, also of a single one and of none."""
+    names, hashes = meaning['teacher'], meaning['teacher_weights']
+    if not isinstance(names, list):
+        return [(names, hashes)]
+    return [(name, hashes.get(str(number), {})) for number, name in enumerate(names, 1)]
 
 
 def _in_brackets(words: Iterable[str]) -> str:

@@ -3,22 +3,27 @@
 import contextlib
 import json
 import logging
+import math
+import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
 from ..config.run_config import RunConfig
+from ..config.teachers import OneTeacher, teachers_of
 from ..data.draws import SeededDataset
 from ..data.fingerprint import hash_names, hash_pixels, list_files
 from ..data.loaders import Data
 from ..errors import UsageError
-from ..method.teacher import Teacher
+from ..method.teacher import Teacher, TeacherOutput
+from ..method.teachers import name_teachers
 from ..method.weights import hash_tensors
 from ..process.runtime import Runtime, ranks_together
 from .cache import _FORMAT, TeacherCache
@@ -31,32 +36,74 @@ _logger = logging.getLogger(__name__)
 _PRECISION = 'teacher precision'
 
 
-def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, runtime: Runtime) -> TeacherCache | None:
-    """The cache that --teacher-cache names, its state read; None without the flag.
+def cache_folders(config: RunConfig, teachers: Sequence[Teacher]) -> list[str | None]:
+    """The folder of each teacher's cache: that of --teacher-cache, of several teachers one in it for each, of its name."""
+    if not config.teacher_cache or len(teachers) < 2:
+        return [config.teacher_cache] * len(teachers)
+    return [os.path.join(config.teacher_cache, name) for name in name_teachers(teachers)]
 
-    It writes only to a complete cache: the new sizes and times of files whose content is unchanged.
+
+def open_teacher_caches(
+    config: RunConfig, teachers: Sequence[Teacher], data: Data, runtime: Runtime
+) -> list[TeacherCache]:
+    """The cache of each teacher that --teacher-cache names, its state read; none without the flag.
+
+    It writes only to complete caches: the new sizes and times of files whose content is unchanged.
 
     Raises:
         UsageError: See `TeacherCache.look` and `TeacherCache.find_changed`; or a cache with missing rows and ranks on several machines.
     """
-    if not config.teacher_cache or teacher is None:
-        return None
-    widths = {
-        'feature': teacher.width if config.pe_target == 'feature' else 0,
-        'logits': teacher.num_classes if config.kd_loss_weight or config.pe_target == 'logits' else 0,
-    }
+    if not config.teacher_cache or not teachers:
+        return []
     dataset = data.train.dataset
     paths = list_files(dataset.dataset)
     _hash_sources(dataset, paths is not None)
-    cache = TeacherCache(
-        config.teacher_cache,
-        {**create_manifest(config, teacher, data, widths), 'image files': paths is not None},
-        len(dataset),
+    settings = zip(teachers_of(config), teachers, cache_folders(config, teachers), strict=True)
+    caches = [_create_cache(config, *of_teacher, data, runtime, paths) for of_teacher in settings]
+    for cache in caches:
+        _look(cache, runtime)
+    _hash_sources(dataset, paths is not None and not all(cache.is_complete for cache in caches))
+    return caches
+
+
+def _create_cache(
+    config: RunConfig,
+    flags: OneTeacher,
+    teacher: Teacher,
+    folder: str | None,
+    data: Data,
+    runtime: Runtime,
+    paths: Sequence[str] | None,
+) -> TeacherCache:
+    map_shape = _map_shape(teacher, data) if config.pe_map_weight else ()
+    widths = {
+        'feature': teacher.width if config.pe_target == 'feature' else 0,
+        'logits': teacher.num_classes if config.kd_loss_weight or config.pe_target == 'logits' else 0,
+        'map': math.prod(map_shape) if map_shape else 0,
+    }
+    manifest = create_manifest(config, flags, teacher, data, widths)
+    if map_shape:
+        manifest['map'] = list(map_shape)
+    return TeacherCache(
+        str(folder),
+        {**manifest, 'image files': paths is not None},
+        len(data.train.dataset),
         {name: width for name, width in widths.items() if width},
         config.teacher_cache_views,
         runtime.device,
         paths,
+        map_shape,
     )
+
+
+def _map_shape(teacher: Teacher, data: Data) -> tuple[int, ...]:
+    """Channels, rows and columns of its map of the run's images."""
+    output = teacher(torch.zeros(1, *data.config['input_size'], device=teacher.scale.device))
+    return tuple(cast(torch.Tensor, output.map).shape[1:])
+
+
+def _look(cache: TeacherCache, runtime: Runtime) -> None:
+    """Read the state of a cache, on all ranks together."""
     several = _on_several_machines(runtime)
     with ranks_together(runtime):
         cache.look()
@@ -76,8 +123,6 @@ def open_teacher_cache(config: RunConfig, teacher: Teacher | None, data: Data, r
     if runtime.is_primary and cache.is_complete:
         with contextlib.suppress(OSError):  # a read-only folder: they are compared again next time
             cache.keep_stats([])
-    _hash_sources(dataset, paths is not None and not cache.is_complete)
-    return cache
 
 
 def _hash_sources(dataset: SeededDataset, wanted: bool) -> None:
@@ -85,26 +130,47 @@ def _hash_sources(dataset: SeededDataset, wanted: bool) -> None:
         dataset.dataset.hash_sources(wanted)
 
 
-def allocate_cache(cache: TeacherCache | None, teacher: Teacher | None, runtime: Runtime) -> None:
-    """Create the missing files of a cache, and open it. If it is complete, the teacher is moved to the CPU.
+def allocate_caches(caches: Sequence[TeacherCache], teachers: Sequence[Teacher], runtime: Runtime) -> None:
+    """Create the missing files of caches, and open them. The teacher of a complete one is moved to the CPU.
 
     Raises:
         UsageError: See `TeacherCache.allocate`.
     """
-    if cache is None:
-        return
-    with ranks_together(runtime):
-        if runtime.is_primary and not cache.is_complete:
-            _logger.info(f'Teacher cache: {cache.describe()}.')
-            cache.allocate()
-    with ranks_together(runtime):
-        cache.open()
-    if cache.is_complete and teacher is not None:
-        teacher.to('cpu')
+    for cache, teacher in zip(caches, teachers, strict=bool(caches)):
+        with ranks_together(runtime):
+            if runtime.is_primary and not cache.is_complete:
+                _logger.info(f'Teacher cache: {cache.describe()}.')
+                cache.allocate()
+        with ranks_together(runtime):
+            cache.open()
+        if cache.is_complete:
+            teacher.to('cpu')
+
+
+def outputs_of(
+    teachers: Sequence[Teacher], caches: Sequence[TeacherCache], input: torch.Tensor, target: Any
+) -> list[TeacherOutput]:
+    """What each teacher gives for a batch; with caches a teacher runs only if rows of its are missing.
+
+    Args:
+        teachers: The teachers. With a complete cache they are on the CPU: an image that becomes unreadable later still
+            needs them on the device.
+        caches: The cache of each, or none.
+        input: Images `[b, ch, h, w]`.
+        target: With caches an `IndexedTarget`.
+    """
+    if not caches:
+        return [teacher(input) for teacher in teachers]
+
+    def compute(teacher: Teacher) -> TeacherOutput:
+        output: TeacherOutput = teacher.to(input.device)(input)
+        return output
+
+    return [cache(target, partial(compute, teacher)) for cache, teacher in zip(caches, teachers, strict=True)]
 
 
 def create_manifest(
-    config: RunConfig, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
+    config: RunConfig, flags: OneTeacher, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
 ) -> dict[str, Any]:
     """All that the teacher's outputs depend on: its weights and input, the images, their transforms and draws."""
     dataset = data.train.dataset
@@ -112,14 +178,14 @@ def create_manifest(
     height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
     return {
         'format': _FORMAT,
-        'teacher': config.teacher,
-        'teacher arguments': teacher_settings(config).kwargs,
+        'teacher': flags.name,
+        'teacher arguments': teacher_settings(flags).kwargs,
         'teacher weights': hash_tensors(unwrap_model(teacher.model).state_dict()),
         'teacher input': f'{len(teacher.mean)}x{height}x{width}',
         'teacher mean': list(teacher.mean),
         'teacher std': list(teacher.std),
         'teacher norms folded': teacher.folded,
-        'teacher tap': config.teacher_tap,
+        'teacher tap': flags.tap,
         _PRECISION: teacher.precision,
         'feature width': widths['feature'],
         'logits': widths['logits'],

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,9 +23,10 @@ from timm.task import (
 )
 
 from ..config.derive import label_smoothing, mixing_active, torch_dtype
-from ..config.flags import LossFlags, TeacherFlags
+from ..config.flags import LossFlags
 from ..config.rules import loss_type
 from ..config.run_config import RunConfig
+from ..config.teachers import OneTeacher, teachers_of
 from ..data.datasets import class_map_of, describe_other_class
 from ..data.draws import LabeledTarget
 from ..data.loaders import Data
@@ -43,21 +45,23 @@ from .student import place_student
 _logger = logging.getLogger(__name__)
 
 
-def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes: bool = True) -> Teacher | None:
-    """The teacher that the flags name; None without --teacher.
+def create_run_teachers(config: RunConfig, data: Data, runtime: Runtime, resizes: bool = True) -> list[Teacher]:
+    """The teachers that the flags name; none without --teacher.
 
-    With --teacher-dtype auto its precision is open: `settle_precision` decides it, until then it follows autocast.
+    With --teacher-dtype auto the precision is open: `settle_precision` decides it, until then it follows autocast.
 
     Args:
         config: Run settings.
-        data: The data that it has to fit.
+        data: The data that they have to fit.
         runtime: Device and ranks.
         resizes: Whether to build a network of a fixed input size for the student's.
     """
-    if not config.teacher:
-        return None
-    settings = teacher_settings(config)
-    other_class = other_class_of_teacher(config, data)
+    return [_create_run_teacher(config, teacher, data, runtime, resizes) for teacher in teachers_of(config)]
+
+
+def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtime: Runtime, resizes: bool) -> Teacher:
+    settings = teacher_settings(flags)
+    other_class = other_class_of_teacher(flags, data)
     if other_class and config.kd_loss_weight:
         raise UsageError(
             f"--kd-loss-weight compares class by class, and the teacher's run has learnt other classes ({other_class}): give "
@@ -66,27 +70,27 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes:
         )
     create = functools.partial(
         create_teacher,
-        config.teacher,
-        checkpoint=config.teacher_checkpoint,
-        pretrained=config.teacher_pretrained,
-        num_classes=config.teacher_num_classes,
-        use_ema=config.teacher_ema,
+        flags.name,
+        checkpoint=flags.checkpoint,
+        pretrained=flags.pretrained,
+        num_classes=flags.num_classes,
+        use_ema=flags.ema,
         needs_logits=config.kd_loss_weight > 0 or config.pe_target == 'logits',
         model_kwargs=settings.kwargs,
         what='--teacher',
-        student_size=data.config['input_size'][1:] if resizes and not _has_own_size(config) else None,
+        student_size=data.config['input_size'][1:] if resizes and not _has_own_size(flags) else None,
         input_mean=data.config['mean'],
         input_std=data.config['std'],
-        input_size=config.teacher_input_size,
+        input_size=flags.input_size,
         mean=settings.mean,
         std=settings.std,
-        tap=config.teacher_tap,
+        tap=flags.tap,
         device=runtime.device,
-        dtype=None if config.teacher_dtype == 'auto' else torch_dtype(config.teacher_dtype),
-        autocast_dtype=torch_dtype(config.amp_dtype) if config.amp and not config.teacher_dtype else None,
+        dtype=None if flags.dtype == 'auto' else torch_dtype(flags.dtype),
+        autocast_dtype=torch_dtype(config.amp_dtype) if config.amp and not flags.dtype else None,
         # a CPU runs convolutions up to a third faster so, and the rest no slower (benchmarks/step_time.py)
         channels_last=config.channels_last or runtime.device.type == 'cpu',
-        fold=config.teacher_fold,
+        fold=flags.fold,
     )
     try:
         teacher = create()
@@ -95,14 +99,14 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes:
             f'{e} (--teacher-checkpoint FILE or RUN, --teacher local-dir:FOLDER, --no-teacher-pretrained)'
         ) from e
     except UsageError as e:
-        other = _torchvision_name(config) if 'missing keys' in str(e) else ''
+        other = _torchvision_name(flags) if 'missing keys' in str(e) else ''
         if not other:
             raise
         raise UsageError(
             f"{e}; it is torchvision's {other}, which names its weights otherwise: in Python create_teacher("
             f'torchvision.models.{other}(), checkpoint=..., tap=...) takes it'
         ) from e
-    _say_teacher(config, teacher, data.config['input_size'][1:])
+    _say_teacher(flags, teacher, data.config['input_size'][1:])
     if runtime.distributed:
         # ranks have different seeds and DDP does not wrap the teacher: random weights would differ between ranks
         for tensor in teacher.state_dict().values():
@@ -110,27 +114,29 @@ def create_run_teacher(config: RunConfig, data: Data, runtime: Runtime, resizes:
     return teacher
 
 
-def _has_own_size(flags: TeacherFlags) -> bool:
+def _has_own_size(flags: OneTeacher) -> bool:
     """Whether flags say for which size the teacher is built."""
-    return bool({'img_size', 'dynamic_img_size'} & set(flags.teacher_kwargs))
+    return bool({'img_size', 'dynamic_img_size'} & set(flags.kwargs))
 
 
-def _say_teacher(flags: TeacherFlags, teacher: Teacher, student_size: Size) -> None:
-    if has_random_weights(flags):
-        _logger.warning('Teacher: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).')
-    _say_size(teacher, student_size)
+def _say_teacher(flags: OneTeacher, teacher: Teacher, student_size: Size) -> None:
+    if flags.is_random:
+        _logger.warning(
+            f'{flags.title}: its weights are RANDOM (--no-teacher-pretrained without --teacher-checkpoint).'
+        )
+    _say_size(flags.title, teacher, student_size)
     if teacher.folded:
-        _logger.info(f'Teacher: {teacher.folded} batch norms folded into the layers before them.')
+        _logger.info(f'{flags.title}: {teacher.folded} batch norms folded into the layers before them.')
 
 
-def _say_size(teacher: Teacher, student_size: Size) -> None:
+def _say_size(who: str, teacher: Teacher, student_size: Size) -> None:
     """Log a size of the teacher's images that is not the student's: a larger one may cost many times as much."""
     if teacher.input_size:
         return
     mine, own = 'x'.join(map(str, student_size)), 'x'.join(map(str, teacher.own_size or ()))
     if teacher.built_size:
         _logger.info(
-            f"Teacher: built for {'x'.join(map(str, teacher.built_size))} images, the student's are {mine}; "
+            f"{who}: built for {'x'.join(map(str, teacher.built_size))} images, the student's are {mine}; "
             f'--teacher-input-size N gives another size, its own is {own}.'
         )
         return
@@ -138,14 +144,14 @@ def _say_size(teacher: Teacher, student_size: Size) -> None:
     times = size[0] * size[1] / (student_size[0] * student_size[1])
     if times > 1:
         _logger.info(
-            f"Teacher: it sees {'x'.join(map(str, size))} images, as its architecture cannot take the student's {mine}: "
+            f"{who}: it sees {'x'.join(map(str, size))} images, as its architecture cannot take the student's {mine}: "
             f'{times:.1f} times as many pixels.'
         )
 
 
-def _torchvision_name(flags: TeacherFlags) -> str:
+def _torchvision_name(flags: OneTeacher) -> str:
     """The torchvision classifier that fits the teacher's checkpoint; '' if none (of those that build on meta)."""
-    names = read_state_dict(str(flags.teacher_checkpoint), '--teacher-checkpoint', flags.teacher_ema).keys()
+    names = read_state_dict(str(flags.checkpoint), '--teacher-checkpoint', flags.ema).keys()
     for other in torchvision.models.list_models(module=torchvision.models):
         with contextlib.suppress(Exception), torch.device('meta'):
             if torchvision.models.get_model(other, weights=None).state_dict().keys() == names:
@@ -153,14 +159,9 @@ def _torchvision_name(flags: TeacherFlags) -> str:
     return ''
 
 
-def has_random_weights(flags: TeacherFlags) -> bool:
-    """Whether nothing is loaded into the teacher."""
-    return not flags.teacher_pretrained and not flags.teacher_checkpoint
-
-
-def other_class_of_teacher(flags: TeacherFlags, data: Data) -> str:
+def other_class_of_teacher(flags: OneTeacher, data: Data) -> str:
     """The first class in which the teacher's run and the data differ; '' if none or unknown."""
-    folder = RunFolder.around(flags.teacher_checkpoint)
+    folder = RunFolder.around(flags.checkpoint)
     return describe_other_class(saved_classes(folder), class_map_of(data.eval.dataset)) if folder is not None else ''
 
 
@@ -185,18 +186,18 @@ class LabeledLoss(nn.Module):
 def create_run_task(
     config: RunConfig,
     student: nn.Module,
-    teacher: Teacher | None,
+    teachers: Sequence[Teacher],
     runtime: Runtime,
 ) -> TrainingTask:
-    """Make our task with --teacher, timm's distillation task with --kd-model-name, else timm's classification task."""
+    """Make our task with teachers, timm's distillation task with --kd-model-name, else timm's classification task."""
     criterion = None
     if config.has_labels:
         criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
         criterion = LabeledLoss(criterion) if config.unlabeled else criterion
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
-    if teacher is not None:
-        return _create_projector_task(config, student, teacher, criterion, common)
+    if teachers:
+        return _create_projector_task(config, student, teachers, criterion, common)
     if config.kd_model_name:
         return _create_timm_kd_task(config, config.kd_model_name, student, criterion, common)
     if config.task == 'multilabel':
@@ -207,7 +208,7 @@ def create_run_task(
 def _create_projector_task(
     config: RunConfig,
     student: nn.Module,
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
     criterion: nn.Module | None,
     common: dict[str, Any],
 ) -> ProjectorEnsembleTask:
@@ -223,7 +224,7 @@ def _create_projector_task(
         )
     return ProjectorEnsembleTask(
         student_model=student,
-        teacher_model=teacher,
+        teacher_model=teachers,
         criterion=criterion,
         num_projectors=config.pe_projectors,
         projector=config.pe_projector,
@@ -238,6 +239,9 @@ def _create_projector_task(
         multi_label=config.task == 'multilabel',
         threshold=config.multilabel_threshold,
         student_tap=config.student_tap,
+        teacher_weights=config.teacher_weights,
+        teacher_drop=config.teacher_drop,
+        map_weight=config.pe_map_weight,
         **common,
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
@@ -35,11 +35,11 @@ from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
 from .console import start_table, warn_of_settings
-from .first_look import prepare_teacher
+from .first_look import prepare_teachers
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
 from .position import RunState, Span, check_rank_state, is_plateau, restore_schedule, run_meaning, run_settings
-from .run_cache import allocate_cache
+from .run_cache import allocate_caches
 from .trackers import Trackers, start_trackers
 from .trainer import Trainer
 from .validation import create_validation
@@ -93,7 +93,7 @@ def start(parts: Parts) -> Trainer | None:
     )
     if config.model_ema:
         _set_up_average(config, task, found.path, meaning, runtime)
-    cache = prepare_teacher(parts, meaning)
+    caches = prepare_teachers(parts, meaning)
     prepare_task(task, config, runtime)
     guard = None
     if config.nonfinite == 'skip':
@@ -110,9 +110,9 @@ def start(parts: Parts) -> Trainer | None:
         _finish(parts, optimizer, found, span)
         return None
     validation = create_validation(parts)
-    allocate_cache(cache, parts.teacher, runtime)
+    allocate_caches(caches, parts.teachers, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
-    _announce(parts, span, rates, cache, folder)
+    _announce(parts, span, rates, caches, folder)
     return Trainer(
         parts,
         optimizer,
@@ -120,7 +120,7 @@ def start(parts: Parts) -> Trainer | None:
         span,
         images=images,
         meaning=meaning,
-        cache=cache,
+        caches=caches,
         guard=guard,
         folder=folder,
         saver=saver,
@@ -427,7 +427,7 @@ def _announce(
     parts: Parts,
     span: Span,
     rates: tuple[float, float],
-    cache: TeacherCache | None,
+    caches: Sequence[TeacherCache],
     folder: RunFolder,
 ) -> None:
     """Print every resolved choice, once."""
@@ -441,7 +441,7 @@ def _announce(
         parts.num_classes,
         (span.first, span.schedule),
         rates,
-        parts.teacher,
-        cache,
+        parts.teachers,
+        caches,
     )
     _logger.info(f'\n{table}\n{"folder":<16}{folder.path}\n')

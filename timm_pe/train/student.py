@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ..config.derive import given_classes
 from ..config.flags import ModelFlags
 from ..config.run_config import RunConfig
+from ..config.teachers import teachers_of
 from ..data.datasets import count_classes
 from ..errors import NoPretrainedWeights, UsageError, one_line
 from ..method.weights import (
@@ -42,18 +43,23 @@ def check_names(config: RunConfig) -> None:
         UsageError: See `check_model_name` and `find_checkpoint`.
     """
     check_model_name(config.model, '--model')
-    if config.teacher:
-        check_model_name(config.teacher, '--teacher')
+    teachers = teachers_of(config)
+    for teacher in teachers:
+        check_model_name(teacher.name, '--teacher')
     if config.kd_model_name:
         check_model_name(config.kd_model_name, '--kd-model-name')
-    for flag in ('teacher_checkpoint', 'pretrained_path', 'initial_checkpoint', 'evaluate'):
+    for teacher in teachers:
+        if teacher.checkpoint:
+            find_checkpoint(teacher.checkpoint, '--teacher-checkpoint')
+    for flag in ('pretrained_path', 'initial_checkpoint', 'evaluate'):
         if getattr(config, flag):
             find_checkpoint(getattr(config, flag), '--' + flag.replace('_', '-'))
     for flag in ('class_map', 'class_stats'):
         path = getattr(config, flag)
         if path and os.path.exists(path) and not os.path.isfile(path):  # reading a device would never end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
-    check_teacher_run(config)
+    for teacher in teachers:
+        check_teacher_run(teacher)
     said = describe_evaluation(config)
     if said:
         _logger.info(said)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from ..config.derive import torch_dtype
 from ..config.run_config import RunConfig
+from ..config.teachers import teachers_of
 from ..errors import is_out_of_memory, one_line
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime, has_fast_bfloat16
 from .build import Parts
-from .checkpoints import saved_precision
-from .run_cache import cached_precision
+from .checkpoints import saved_precisions
+from .run_cache import cache_folders, cached_precision
 
 _logger = logging.getLogger(__name__)
 
@@ -24,29 +25,37 @@ LEAST_COSINE = 0.999
 
 
 def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[], tuple[Any, Any]]) -> None:
-    """Decide the precision of a teacher with --teacher-dtype auto; call it on all ranks, which all decide the same.
+    """Decide the precision of teachers with --teacher-dtype auto; call it on all ranks, which all decide the same.
 
     A checkpoint that the run goes on with has it already, and so has an existing cache: rows of one cache are of one
     precision. Otherwise a precision that is fast on this device is measured against float32.
 
     Args:
-        parts: The run's parts; the teacher is changed in place, and must not be compiled yet.
+        parts: The run's parts; the teachers are changed in place, and must not be compiled yet.
         meaning: The run's (see `run_meaning`): a checkpoint of another teacher decides nothing.
         batch: Gives the first training batch; called where it is needed.
     """
-    config, runtime, teacher = parts.config, parts.runtime, parts.teacher
-    if teacher is None or config.teacher_dtype != 'auto':
+    config, runtime, settings = parts.config, parts.runtime, teachers_of(parts.config)
+    if all(flags.dtype != 'auto' for flags in settings):
         return
-    known = _find_known(config, saved_precision(parts.checkpoint, meaning), runtime)
-    if known is None:
-        why = choose_precision(config, teacher, runtime, batch)
-    else:
-        precision, why = known
-        take_precision(teacher, precision)
-    if why:
-        _logger.info(f'--teacher-dtype auto is {teacher.precision}: {why}.')
-    if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != _fast_precision(config, runtime):
-        _logger.warning(f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.')
+    saved = saved_precisions(parts.checkpoint, len(settings), meaning)
+    folders = cache_folders(config, parts.teachers)
+    for flags, teacher, of_checkpoint, folder in zip(settings, parts.teachers, saved, folders, strict=True):
+        if flags.dtype != 'auto':
+            continue
+        known = _find_known(folder, of_checkpoint, runtime)
+        if known is None:
+            why = choose_precision(config, teacher, runtime, batch)
+        else:
+            precision, why = known
+            take_precision(teacher, precision)
+        whose = '' if len(settings) == 1 else f' of {flags.title[0].lower()}{flags.title[1:]}'
+        if why:
+            _logger.info(f'--teacher-dtype auto{whose} is {teacher.precision}: {why}.')
+        if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != _fast_precision(config, runtime):
+            _logger.warning(
+                f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.'
+            )
 
 
 def choose_precision(
@@ -74,9 +83,9 @@ def take_precision(teacher: Teacher, precision: str) -> None:
         teacher.set_precision(autocast_dtype=torch_dtype(name))
 
 
-def _find_known(config: RunConfig, saved: str | None, runtime: Runtime) -> tuple[str, str] | None:
-    """The precision of what the run goes on with, and what that is in words; that of rank 0."""
-    cached = cached_precision(config.teacher_cache)
+def _find_known(folder: str | None, saved: str | None, runtime: Runtime) -> tuple[str, str] | None:
+    """The precision of what the run goes on with (a cache's folder, a checkpoint), and what that is in words; that of rank 0."""
+    cached = cached_precision(folder)
     return runtime.share(
         (saved, 'as in the checkpoint') if saved else (cached, 'as in the teacher cache') if cached else None
     )
@@ -109,14 +118,14 @@ def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime:
 
 
 def _lowest_cosine(expected: TeacherOutput, actual: TeacherOutput) -> float:
-    """The lowest over images, features and logits; -inf if a value is not finite."""
+    """The lowest over images, features, logits and maps; -inf if a value is not finite."""
     lowest = 1.0
-    for a, b in zip(expected, actual, strict=True):
+    for a, b in zip((*expected, expected.map), (*actual, actual.map), strict=True):
         if a is None or b is None:
             continue
         if not b.isfinite().all():
             return -torch.inf
-        a, b = a.double(), b.double()
+        a, b = a.double().flatten(1), b.double().flatten(1)
         cosines = F.cosine_similarity(a, b).masked_fill((a == b).all(1), 1.0)  # equal ones may be all zero
         lowest = min(lowest, cosines.min().item())
     return lowest

@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -14,7 +14,6 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from ..config.derive import ranked_by
 from ..data.draws import IndexedTarget, seeded_mixup
 from ..data.epochs import epoch_batches
-from ..method.teacher import Teacher
 from ..process.runtime import on_primary
 from ..process.signals import Interrupted, Interrupts
 from ..run_folder import RunFolder
@@ -25,7 +24,8 @@ from .console import Progress, say_epoch
 from .evaluate import METRIC_NAMES, batch_to_device, format_metrics, say_unreadable
 from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batch_size, mean_lr
 from .nonfinite import UpdateGuard, check_finite
-from .position import RunState, Span, restore_rank_state, run_settings, take_rank_state, take_schedule
+from .position import RunState, Span, precisions_of, restore_rank_state, run_settings, take_rank_state, take_schedule
+from .run_cache import outputs_of
 from .student import describe_use
 from .trackers import StepCurves, Trackers, flat_metrics, log_epoch
 from .validation import Validation
@@ -43,7 +43,7 @@ class Trainer:
         span: Which epochs to train.
         images: Number and hash of the training images, kept in checkpoints.
         meaning: What defines the run (see `run_meaning`), kept in checkpoints.
-        cache: The teacher's outputs for the training images with --teacher-cache, else None.
+        caches: With --teacher-cache the outputs of each teacher for the training images.
         guard: Drops updates that are not finite, with --nonfinite skip, else None.
         folder: The run's folder.
         saver: Checkpoint saver on the primary rank, else None.
@@ -59,7 +59,7 @@ class Trainer:
         span: Span,
         images: Mapping[str, Any],
         meaning: Mapping[str, Any],
-        cache: TeacherCache | None,
+        caches: Sequence[TeacherCache],
         guard: UpdateGuard | None,
         folder: RunFolder,
         saver: Saver | None,
@@ -68,10 +68,10 @@ class Trainer:
     ):
         assert parts.task is not None
         self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
-        self.num_classes, self.teacher = parts.num_classes, parts.teacher
+        self.num_classes, self.teachers = parts.num_classes, parts.teachers
         self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
         self.images, self.meaning = dict(images), dict(meaning)
-        self.cache, self.guard, self.folder, self.saver = cache, guard, folder, saver
+        self.caches, self.guard, self.folder, self.saver = caches, guard, folder, saver
         self.trackers, self.validation = trackers, validation
         self.accumulation = Accumulation(len(self.data.train), self.config.grad_accum_steps)
         self.interrupts, self.pace = Interrupts(self.runtime), Pace(span, len(self.data.train))
@@ -175,8 +175,8 @@ class Trainer:
                     recovery_due = self._save_or_stop(epoch, i, recovery_due)
         finally:
             epoch.progress.close()
-        if self.cache is not None:
-            self.cache.flush()
+        for cache in self.caches:
+            cache.flush()
         self.epoch_images = epoch.images
         metrics = epoch.meter.read()
         metrics['images_per_s'] = epoch.images_per_s
@@ -225,10 +225,8 @@ class Trainer:
         """The task's terms; with a cache the teacher runs only if rows are missing."""
         if not isinstance(target, IndexedTarget):
             return self.task(input, target)
-        assert self.cache is not None
-        # with a complete cache the teacher is on the CPU; an image that becomes unreadable later still needs it
-        teacher = self.cache(target, lambda: cast(Teacher, self.task.teacher).to(input.device)(input))
-        return self.task(input, target.target, teacher=teacher)
+        outputs = outputs_of(self.teachers, self.caches, input, target)
+        return self.task(input, target.target, teacher=outputs)
 
     def _backward(self, loss: torch.Tensor, steps: bool, measure: Callable[[], None] | None) -> None:
         """Backward, and the optimizer's step if `steps`; `measure` reads the gradients before they are clipped."""
@@ -382,7 +380,7 @@ class Trainer:
             data=self.images,
             seconds=self.pace.seconds,
             meaning=self.meaning,
-            teacher_precision=self.teacher.precision if self.teacher else None,
+            teacher_precision=precisions_of(self.teachers),
             schedule=take_schedule(self.scheduler),
             ranks=take_rank_state(self.task, self.runtime, losses),
             **more,

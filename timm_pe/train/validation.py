@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -12,14 +13,15 @@ import torch.nn.functional as F
 from timm.task import evaluation_sample_limit
 from timm.utils import unwrap_model
 
+from ..config.teachers import teachers_of
 from ..method.losses import normalize_teacher
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
-from ..method.teacher import Teacher
+from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime
 from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
-from .first_look import check_teacher
+from .first_look import check_teachers
 from .knn import Knn
 from .trackers import TeacherAgreement
 
@@ -64,13 +66,18 @@ def create_validation(parts: Parts) -> Validation:
         UsageError: Images of --knn-data that do not fit.
     """
     knn = Knn(parts) if parts.config.knn_data else None  # first: it may refuse its images
-    validation = LabelValidation(parts, check_teacher(parts)) if parts.config.has_labels else TeacherValidation(parts)
+    validation = LabelValidation(parts, check_teachers(parts)) if parts.config.has_labels else TeacherValidation(parts)
     if knn is None:
         return validation
-    teacher = cast(Teacher, parts.teacher)  # --knn-data needs one
-    score = knn(lambda input: teacher.forward_uncompiled(input).feature, 'Teacher')
-    _logger.info(f'Teacher: {knn.describe()} {score:.3f} %.')
+    for flags, teacher in zip(teachers_of(parts.config), parts.teachers, strict=True):
+        score = knn(partial(_feature_of, teacher), flags.title)
+        _logger.info(f'{flags.title}: {knn.describe()} {score:.3f} %.')
     return WithKnn(validation, knn, cast(ProjectorEnsembleTask, parts.task))
+
+
+def _feature_of(teacher: Teacher, input: torch.Tensor) -> torch.Tensor:
+    output: TeacherOutput = teacher.forward_uncompiled(input)
+    return output.feature
 
 
 class WithKnn:
@@ -139,20 +146,20 @@ class LabelValidation:
 
 
 class TeacherValidation:
-    """What the student has learnt from the teacher, on images that are held out; see `Validation`.
+    """What the student has learnt from the teachers, on images that are held out; see `Validation`.
 
-    - loss: the feature loss.
+    - loss: the feature loss, without that of maps.
     - cosine: the mean over images of the cosine, from -1 to 1, between the mean of the projectors' outputs and the
-      teacher's feature, as the loss compares them.
+      teacher's feature, as the loss compares them. Of several teachers it is the weighted mean, and cosine_NAME is that
+      of each.
     - effective_rank: how many directions the student's features fill, see `Moments`.
 
-    The teacher sees the images once, before the first epoch: its features are kept in memory.
+    The teachers see the images once, before the first epoch: their features are kept in memory.
 
     Args:
         parts: The run's parts.
     """
 
-    metric_names: tuple[str, ...] = ('loss', 'cosine', 'effective_rank')
     agreement: float | None = None
 
     def __init__(self, parts: Parts):
@@ -160,24 +167,34 @@ class TeacherValidation:
         self.task = cast(ProjectorEnsembleTask, parts.task)
         self.limit = evaluation_sample_limit(self.data.eval)
         self.warned = False
-        self.features: list[torch.Tensor] = []
-        teacher = self.task.teachers[0]
-        moments = Moments(teacher.width, self.runtime)
+        self.names = [f'cosine_{name}' for name in self.task.teacher_names] if len(parts.teachers) > 1 else []
+        self.metric_names = ('loss', 'cosine', *self.names, 'effective_rank')
+        # of each teacher its features, batch by batch
+        self.features: list[list[torch.Tensor]] = []
+        self.teacher_ranks: list[float] = []
+        for flags, teacher in zip(teachers_of(self.config), parts.teachers, strict=True):
+            self._see(flags.title, teacher)
+
+    def _see(self, who: str, teacher: Teacher) -> None:
+        """Keep the features of a teacher, and log what a student could reach."""
+        moments, features = Moments(teacher.width, self.runtime), []
         directions = torch.zeros_like(moments.sums)
-        for input, size in self._batches('Teacher', lambda: None):
+        for input, size in self._batches(who, lambda: None):
             with self.runtime.autocast():
-                feature = teacher.forward_uncompiled(input).feature
-            self.features.append(feature.float().cpu())
+                feature = _feature_of(teacher, input)
+            features.append(feature.float().cpu())
             moments.add(feature[:size])
             directions += F.normalize(self._aim(feature)[:size], dim=1).sum(0)
         moments.share()
         self._share(directions)
-        self.teacher_rank = moments.effective_rank
+        self.features.append(features)
+        self.teacher_ranks.append(moments.effective_rank)
         # the best constant is the mean direction, so its mean cosine is the length of that mean
         constant = float(directions.norm() / moments.images)
         _logger.info(
-            f'Teacher: on the {len(self.data.eval.dataset)} images held out its features have an effective rank of '
-            f'{self.teacher_rank:.2f}; a student that gives the same for each image could reach a cosine of {constant:.3f}.'
+            f'{who}: on the {len(self.data.eval.dataset)} images held out its features have an effective rank of '
+            f'{moments.effective_rank:.2f}; a student that gives the same for each image could reach a cosine of '
+            f'{constant:.3f}.'
         )
 
     def _share(self, sums: torch.Tensor) -> None:
@@ -186,7 +203,7 @@ class TeacherValidation:
             dist.all_reduce(sums)
 
     def _aim(self, feature: torch.Tensor) -> torch.Tensor:
-        """A feature of the teacher `[b, m]` as the loss takes it, in float32."""
+        """A feature of a teacher `[b, m]` as the loss takes it, in float32."""
         return normalize_teacher(feature, self.task.teacher_norm).float()
 
     @torch.no_grad()
@@ -194,24 +211,32 @@ class TeacherValidation:
         """See `Validation`."""
         module = _measured_module(self.task, ema)
         moments = Moments(module.tap.width, self.runtime)
-        sums = torch.zeros(2, dtype=moments.sums.dtype, device=self.runtime.device)
-        for (input, size), known in zip(self._batches(what, after_batch), self.features, strict=True):
+        # projectors of features come first, in the order of the teachers
+        projectors = module.projectors[: len(self.features)]
+        # of each teacher loss and cosine
+        sums = torch.zeros(len(projectors), 2, dtype=moments.sums.dtype, device=self.runtime.device)
+        known = zip(*self.features, strict=True)
+        for (input, size), features in zip(self._batches(what, after_batch), known, strict=True):
             with self.runtime.autocast():
                 module.student(input)
                 feature = module.tap.pop()
-                projected = module.projection(feature)
-            aim = self._aim(known.to(projected.device))[:size]
-            projected = projected[:size].float()
+                projected = [projector(feature) for projector in projectors]
             moments.add(feature[:size])
             if size:
-                cosines = F.cosine_similarity(projected, aim, dim=1)
-                loss = self.task.feature_loss(projected, aim)
-                sums += torch.stack([loss * size, cosines.sum()])
+                pairs = zip(projected, features, strict=True)
+                sums += torch.stack([self._measure(p[:size].float(), f.to(p.device)[:size]) * size for p, f in pairs])
         moments.share()
         self._share(sums)
         self._warn_of_collapse(moments)
-        loss, cosine = (sums / moments.images).tolist()
-        return OrderedDict(loss=loss, cosine=cosine, effective_rank=moments.effective_rank)
+        means = sums / moments.images
+        loss, cosine = (means.T @ means.new_tensor(self.task.teacher_weights)).tolist()
+        each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
+        return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)
+
+    def _measure(self, projected: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        """Feature loss and mean cosine of projections and a teacher's features `[b, m]`."""
+        aim = self._aim(feature)
+        return torch.stack([self.task.feature_loss(projected, aim), F.cosine_similarity(projected, aim, dim=1).mean()])
 
     def _batches(self, what: str, after_batch: Callable[[], None]) -> Iterator[tuple[torch.Tensor, int]]:
         """The batches that are held out, each with the number of its images that count: others only pad a rank's share."""
@@ -236,7 +261,7 @@ class TeacherValidation:
         self.warned = True
         _logger.warning(
             f"THE STUDENT'S FEATURES HAVE COLLAPSED: on the images held out their effective rank is {rank:.2f} (the "
-            f"teacher's: {self.teacher_rank:.2f}), so they tell images hardly apart: a lower --lr, a longer warmup or another "
+            f"teacher's: {', '.join(f'{r:.2f}' for r in self.teacher_ranks)}), so they tell images hardly apart: a lower --lr, a longer warmup or another "
             f'optimizer may help.'
         )
 

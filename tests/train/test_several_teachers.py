@@ -1,0 +1,310 @@
+"""Runs with several teachers, and with feature maps, by the command line."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers import load, make_trainer, refused, run, stopped, summary
+
+from timm_pe import analysis, precompute
+from timm_pe.config.run_config import parse_config
+from timm_pe.config.teachers import teachers_of
+from timm_pe.method.teacher import Teacher
+from timm_pe.process.signals import Interrupts
+
+TEACHERS = ('test_vit', 'test_convnext')
+# at 64 pixels the maps have more than one position
+TWO = ['--model', 'test_resnet', '--img-size', '64', '--no-teacher-pretrained', '--teacher', *TEACHERS]
+MAPS = ['--pe-map-weight', '0.5']
+
+
+def config_of(*flags):
+    return parse_config(['--dataset', 'sklearn/digits', *flags])
+
+
+def values(folder, column):
+    return [float(row[column]) for row in summary(folder)]
+
+
+# Settings ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_has_one_value_for_all_teachers_or_one_for_each():
+    flags = ['--teacher', *TEACHERS, '--teacher-num-classes', '7', '--teacher-dtype', '-', 'float32']
+    first, second = teachers_of(config_of(*flags, '--teacher-mean', '0.1', '0.2', '0.3'))
+    assert (first.name, second.name) == TEACHERS
+    assert (first.num_classes, second.num_classes) == (7, 7)
+    assert (first.dtype, second.dtype) == ('auto', 'float32')
+    assert first.mean == second.mean == [0.1, 0.2, 0.3]
+
+
+def test_yaml_lists_teachers_with_settings_of_their_own(tmp_path):
+    file = tmp_path / 'two.yaml'
+    file.write_text(
+        'teacher:\n'
+        '- {name: test_vit, mean: [0.1, 0.2, 0.3], weight: 2, kwargs: {drop_rate: 0.1}}\n'
+        '- {name: test_convnext, input-size: 48, dtype: float32, weight: 1}\n'
+    )
+    config = config_of('-c', str(file))
+    first, second = teachers_of(config)
+    assert (first.mean, first.kwargs, first.input_size, first.dtype) == (
+        [0.1, 0.2, 0.3],
+        {'drop_rate': 0.1},
+        None,
+        'auto',
+    )
+    assert (second.mean, second.kwargs, second.input_size, second.dtype) == (None, {}, 48, 'float32')
+    assert config.teacher_weights == [2, 1]
+    again = tmp_path / 'args.yaml'
+    again.write_text(config.to_yaml())
+    assert teachers_of(config_of('-c', str(again))) == [first, second]
+
+
+def test_a_list_of_one_is_a_single_teacher(tmp_path):
+    file = tmp_path / 'one.yaml'
+    file.write_text('teacher: [{name: test_vit, tap: head}]')
+    config = config_of('-c', str(file))
+    assert (config.teacher, config.teacher_tap) == ('test_vit', 'head')
+
+
+@pytest.mark.parametrize('flag', ['--teacher', '--teacher-input-size', '--teacher-checkpoint'])
+def test_the_data_folder_may_follow_a_flag_of_the_teacher(flag, image_folder):
+    value = {'--teacher': 'test_vit', '--teacher-input-size': '32', '--teacher-checkpoint': 'weights.pth'}[flag]
+    teacher = [] if flag == '--teacher' else ['--teacher', 'test_vit']
+    config = parse_config([*teacher, flag, value, str(image_folder)])
+    assert config.data == str(image_folder)
+    assert str(getattr(config, flag[2:].replace('-', '_'))) == value
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--teacher', 'test_vit', 'no_such'], "--teacher: unknown model 'no_such'"),
+        (['--teacher', *TEACHERS, '--teacher-num-classes', '3', '4', '5'], 'has 3 values for 2 teachers: give one for all'),
+        (['--teacher', 'test_vit', '--teacher-dtype', 'float32', 'bfloat16'], 'has 2 values for one teacher'),
+        (['--teacher', *TEACHERS, '--teacher-weights', '1'], '--teacher-weights has 1 values for 2 teachers'),
+        (['--teacher', *TEACHERS, '--teacher-weights', '1', '0'], '--teacher-weights must be above 0'),
+        (['--teacher', 'test_vit', '--teacher-drop', '0.5'], '--teacher-drop is about several teachers'),
+        (['--teacher', 'test_vit', '-'], 'one of several has no name'),
+        (['--teacher', *TEACHERS, '--teacher-num-classes', 'x'], "invalid int value: 'x'"),
+        (['--teacher', *TEACHERS, '--teacher-dtype', 'float32', 'int3'], '--teacher-dtype must be one of'),
+        (['--teacher', *TEACHERS, '--teacher-drop', '0.5', '--pe-loss', 'mse'], 'needs the loss of each image'),
+        (['--pe-map-weight', '1'], '--pe-map-weight needs --teacher'),
+        (['--teacher', 'test_vit', '--pe-map-weight', '-1'], '--pe-map-weight must be 0 or more'),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_one_line_and_nothing_is_written(small_run, flags, message, capsys, tmp_path):
+    argv = [*small_run, '--model', 'test_resnet', '--no-teacher-pretrained']
+    argv = argv if '--teacher' in flags else [f for f in argv if f != '--no-teacher-pretrained']
+    assert message in refused([*argv, *flags], capsys)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('teacher: [{name: test_vit, speed: 3}]', "got 'speed'"),
+        ('teacher: [{name: test_vit, weight: 3}, test_convnext]', 'give a weight to each teacher'),
+        ('teacher: [{name: test_vit, tap: head}]\nteacher_tap: head', 'teacher_tap is given there and by itself'),
+        ('teacher: []', 'must be one value, or one for each teacher'),
+        ('teacher: [[test_vit]]', 'must be one value, or one for each teacher'),
+        ('teacher: [{name: test_vit, input_size: big}]', 'must be of type int'),
+    ],
+)
+def test_a_list_of_teachers_in_yaml_is_checked(text, message, tmp_path, capsys, small_run):
+    file = tmp_path / 'odd.yaml'
+    file.write_text(text)
+    assert message in refused([*small_run, '-c', str(file)], capsys)
+
+
+def test_a_model_without_a_map_is_refused_in_one_line(small_run, capsys, tmp_path):
+    argv = [*small_run, '--model', 'test_resnet', '--no-teacher-pretrained', '--teacher', 'pit_ti_224', *MAPS]
+    assert 'has no feature map' in refused(argv, capsys)
+    assert not (tmp_path / 'run').exists()
+
+
+# Runs -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def two(image_folder, tmp_path_factory):
+    """The folder of a run with two teachers and maps."""
+    output = tmp_path_factory.mktemp('two')
+    argv = [
+        *(str(image_folder), '-b', '9', '-j', '0', '--device', 'cpu', '--epochs', '2', '--warmup-epochs', '0'),
+        *('--lr', '0.02', '--output', str(output), '--experiment', 'run', *TWO, *MAPS, '--teacher-weights', '3', '1'),
+    ]
+    run(argv)
+    return output / 'run', argv
+
+
+def test_each_teacher_has_its_term_and_the_terms_are_their_weighted_mean(two):
+    folder, _ = two
+    for term in ('pe_loss', 'map_loss'):
+        both = [values(folder, f'train_{term}_{name}') for name in TEACHERS]
+        expected = [0.75 * a + 0.25 * b for a, b in zip(*both, strict=True)]
+        assert values(folder, f'train_{term}') == pytest.approx(expected, rel=1e-5)
+    for task, vector, of_map, loss in zip(
+        *(values(folder, f'train_{name}') for name in ('task_loss', 'pe_loss', 'map_loss', 'loss')), strict=True
+    ):
+        assert loss == pytest.approx(task + 25 * vector + 0.5 * of_map, rel=1e-5)
+
+
+def test_the_student_of_several_teachers_is_evaluated_exported_and_analysed_like_any_other(two, capsys, tmp_path):
+    folder, _ = two
+    out = run(['--evaluate', str(folder), '-j', '0', '--device', 'cpu'], capsys)
+    assert f'top-1 {max(values(folder, "eval_top1")):.3f} %' in out
+    result = analysis.analyze(folder)
+    assert [teacher['name'] for teacher in result['teachers']] == list(TEACHERS)
+    for name in ('cosine', 'cka'):
+        mean = sum(teacher[name]['validation'] for teacher in result['teachers']) / 2
+        assert result[name]['validation'] == pytest.approx(mean)
+    # what the analysis computes anew is what training minimized: 1 - cosine, up to the state of the weights
+    assert result['teachers'][0]['cosine']['train'] != result['teachers'][1]['cosine']['train']
+
+
+@pytest.mark.parametrize('more', [[], ['--teacher-drop', '0.5'], ['--amp', '--amp-dtype', 'bfloat16', '--model-ema']])
+def test_a_run_that_is_stopped_in_mid_epoch_resumes_bit_for_bit(two, more, tmp_path, monkeypatch, capsys):
+    argv = [*two[1], *more]
+    argv[argv.index('--output') + 1] = str(tmp_path)
+    whole, parts = [*argv, '--experiment', 'whole'], [*argv, '--experiment', 'parts']
+    run(whole)
+    asked, requested = [], Interrupts.requested
+    monkeypatch.setattr(Interrupts, 'requested', lambda self: (asked.append(1), 15 if len(asked) == 6 else 0)[1])
+    stopped(parts, capsys)
+    monkeypatch.setattr(Interrupts, 'requested', requested)
+    run([*parts, '--resume', 'auto'])
+    assert_same_weights(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def assert_same_weights(folder, other):
+    a, b = (load(f / 'last.pth.tar') for f in (folder, other))
+    for key in ('state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'):
+        assert (key in a) == (key in b)
+        for name, value in flat(a.get(key, {})):
+            assert torch.equal(value, dict(flat(b[key]))[name]), (key, name)
+
+
+def flat(state, prefix=''):
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from flat(value, f'{prefix}{name}.')
+        elif isinstance(value, torch.Tensor):
+            yield f'{prefix}{name}', value
+
+
+def test_a_checkpoint_of_other_teachers_does_not_go_on_unnoticed(two, tmp_path, capsys):
+    folder, argv = two
+    other = [f for f in argv if f != 'test_convnext']
+    other = [
+        *other[: other.index('--teacher-weights')],
+        '--experiment',
+        'other',
+        '--resume',
+        str(folder / 'last.pth.tar'),
+    ]
+    assert 'teacher' in refused(other, capsys)
+    swapped = [
+        *argv,
+        '--teacher',
+        *reversed(TEACHERS),
+        '--experiment',
+        'other',
+        '--resume',
+        str(folder / 'last.pth.tar'),
+    ]
+    assert 'teacher' in refused(swapped, capsys)
+
+
+# Caches -----------------------------------------------------------------------------------------------------------------
+
+
+def test_each_teacher_has_a_cache_that_replays_vector_and_map(two, tmp_path, monkeypatch):
+    argv = [*two[1], '--teacher-cache', str(tmp_path / 'cache'), '--teacher-cache-views', '2']
+    argv[argv.index('--output') + 1] = str(tmp_path)
+    run([*argv, '--experiment', 'fills'])
+    assert sorted(p.name for p in (tmp_path / 'cache').iterdir()) == sorted(TEACHERS)
+    for name in TEACHERS:
+        manifest = json.loads((tmp_path / 'cache' / name / 'manifest.json').read_text())
+        assert len(manifest['map']) == 3
+    monkeypatch.setattr(Teacher, 'forward', lambda self, x: pytest.fail('the teacher was asked again'))
+    monkeypatch.setattr(
+        'timm_pe.train.run_cache._map_shape', lambda teacher, data: shapes[type(teacher.model).__name__]
+    )
+    shapes = {
+        'VisionTransformer': json.loads((tmp_path / 'cache/test_vit/manifest.json').read_text())['map'],
+        'ConvNeXt': json.loads((tmp_path / 'cache/test_convnext/manifest.json').read_text())['map'],
+    }
+    run([*argv, '--experiment', 'reads', '--no-teacher-eval'])
+    monkeypatch.undo()
+    assert_same_weights(tmp_path / 'fills', tmp_path / 'reads')
+
+
+def test_rows_of_a_cache_are_what_the_teacher_gives_online(two, tmp_path, monkeypatch):
+    argv = [*two[1], '--teacher-cache', str(tmp_path / 'cache')]
+    argv[argv.index('--output') + 1] = str(tmp_path)
+    run([*argv, '--epochs', '1', '--experiment', 'fills'])
+    trainer = make_trainer([*argv, '--experiment', 'reads', '--overwrite'], monkeypatch)
+    for cache in trainer.caches:
+        assert cache.is_complete
+    input, target = next(iter(trainer.data.train))
+    for cache, teacher in zip(trainer.caches, trainer.teachers, strict=True):
+        kept, online = cache(target, lambda: pytest.fail('a row is missing')), teacher(input)
+        torch.testing.assert_close(kept.feature, online.feature, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(kept.map, online.map, rtol=1e-3, atol=1e-3 * online.map.abs().max().item())
+
+
+def test_precompute_fills_the_cache_of_each_teacher(two, tmp_path, monkeypatch):
+    argv = [*two[1], '--teacher-cache', str(tmp_path / 'cache')]
+    argv[argv.index('--output') + 1] = str(tmp_path)
+    precompute.main(argv)
+    caches = make_trainer([*argv, '--experiment', 'reads'], monkeypatch).caches
+    assert [cache.is_complete for cache in caches] == [True, True]
+
+
+def test_a_cache_without_maps_is_refused_where_they_are_needed(small_run, tmp_path, capsys):
+    argv = [*small_run, *TWO[:-1], '--img-size', '64', '--epochs', '1', '--teacher-cache', str(tmp_path / 'cache')]
+    run(argv)
+    assert 'map' in refused([*argv, *MAPS, '--overwrite'], capsys)
+
+
+# Sources of teachers ----------------------------------------------------------------------------------------------------
+
+
+def test_run_folders_name_the_teachers_and_each_is_validated(small_run, tmp_path, capsys):
+    for name in ('test_resnet', 'test_vit'):
+        run([*small_run, '--model', name, '--epochs', '1', '--experiment', name])
+    folders = [str(tmp_path / name) for name in ('test_resnet', 'test_vit')]
+    argv = [*small_run, '--model', 'test_convnext', '--teacher-checkpoint', *folders, '--kd-loss-weight', '1']
+    out = run([*argv, '--epochs', '1'], capsys)
+    args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert args['teacher'] == ['test_resnet', 'test_vit']
+    for number, name in enumerate(args['teacher'], 1):
+        assert f'Teacher {number} ({name}): top-1 ' in out
+    assert float(summary(tmp_path / 'run')[0]['train_logit_loss']) > 0
+    result = analysis.analyze(tmp_path / 'run')
+    assert result['agreement']['validation'] == pytest.approx(
+        sum(teacher['agreement']['validation'] for teacher in result['teachers']) / 2
+    )
+
+
+def test_without_labels_the_cosine_to_each_teacher_is_measured(image_folder, tmp_path, capsys):
+    argv = [
+        *('--unlabeled', str(image_folder), '-b', '8', '-j', '0', '--device', 'cpu', '--epochs', '1', '--val-fraction', '0.3'),
+        *('--output', str(tmp_path), '--experiment', 'run', *TWO, *MAPS, '--teacher-weights', '3', '1'),
+        *('--knn-data', str(image_folder)),
+    ]  # fmt: skip
+    out = run(argv, capsys)
+    row = {k: float(v) for k, v in summary(tmp_path / 'run')[0].items()}
+    each = [row[f'eval_cosine_{name}'] for name in TEACHERS]
+    assert row['eval_cosine'] == pytest.approx(0.75 * each[0] + 0.25 * each[1])
+    assert row['eval_loss'] == pytest.approx(1 - row['eval_cosine'], abs=1e-5)
+    assert out.count('kNN') >= 2 or out.count('nearest') >= 2
+
+
+def test_a_map_of_one_position_is_a_warning(small_run, capsys):
+    out = run(
+        [*small_run, *TWO[:2], '--no-teacher-pretrained', '--teacher', 'test_resnet', *MAPS, '--epochs', '1'], capsys
+    )
+    assert "The teacher's map (test_resnet) has a single position" in out

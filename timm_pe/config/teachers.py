@@ -1,0 +1,138 @@
+"""One or several teachers: the settings of each, from flags that hold one value for all or one for each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from .declare import annotations_of, declared_in, default_of, is_each, name_of, value_type
+from .flags import TeacherFlags
+
+_PREFIX = 'teacher_'
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneTeacher:
+    """The settings of one teacher, each that of the flag `--teacher-...` of its name (see `TeacherFlags`).
+
+    Attributes:
+        name: --teacher.
+        title: What messages call it: 'Teacher', of several 'Teacher 2 (resnet34)'.
+        weight: Of --teacher-weights; None if all count alike.
+    """
+
+    name: str
+    title: str = 'Teacher'
+    checkpoint: str | None = None
+    num_classes: int | None = None
+    input_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    dtype: str | None = 'auto'
+    kwargs: dict[str, Any]
+    tap: str | None = None
+    pretrained: bool = True
+    ema: bool = True
+    fold: bool = True
+    weight: float | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nothing is loaded into it."""
+        return not self.pretrained and not self.checkpoint
+
+
+def as_each(value: Any) -> list[Any]:
+    """The values of several teachers, or that of a single one, of a flag whose one value is no list."""
+    return value if isinstance(value, list) else [value]
+
+
+def each_flags() -> list[str]:
+    """Flags that may have one value for each teacher."""
+    return [name for name, declared in declared_in(TeacherFlags).items() if declared.each]
+
+
+def values_of(name: str, value: Any, number: int) -> list[Any]:
+    """The values of a flag for each of `number` teachers; a list of another length as it is."""
+    if not is_each(value, value_type(annotations_of(TeacherFlags)[name])[1]):
+        return [value] * number
+    default = default_of(TeacherFlags, name)
+    return [default if v is None else v for v in value]
+
+
+def teachers_of(flags: TeacherFlags) -> list[OneTeacher]:
+    """The settings of each teacher; none without --teacher."""
+    if not flags.teacher:
+        return []
+    number = len(flags.teacher) if isinstance(flags.teacher, list) else 1
+    columns = {
+        name.removeprefix(_PREFIX): values_of(name, getattr(flags, name), number)
+        for name in each_flags()
+        if name != 'teacher'
+    }
+    names, weights = values_of('teacher', flags.teacher, number), flags.teacher_weights or ()
+    return [
+        OneTeacher(
+            name=names[i],
+            title=f'Teacher {i + 1} ({names[i]})' if number > 1 else 'Teacher',
+            weight=weights[i] if weights else None,
+            pretrained=flags.teacher_pretrained,
+            ema=flags.teacher_ema,
+            fold=flags.teacher_fold,
+            **{name: values[i] for name, values in columns.items()},
+        )
+        for i in range(number)
+    ]
+
+
+def check_each(flags: TeacherFlags, refuse: Callable[[str], NoReturn]) -> None:
+    """Refuse flags with another number of values than there are teachers.
+
+    Args:
+        flags: The settings.
+        refuse: Reports the error and does not return.
+    """
+    number = len(flags.teacher) if isinstance(flags.teacher, list) else 1
+    teachers = f'{number} teachers' if number > 1 else 'one teacher'
+    if number > 1 and not all(flags.teacher or ()):
+        refuse('--teacher: one of several has no name, nor a run folder in --teacher-checkpoint that tells it')
+    for name in each_flags():
+        found = len(values_of(name, getattr(flags, name), number))
+        if found != number:
+            refuse(f'{name_of(name)} has {found} values for {teachers}: give one for all, or one for each')
+    if flags.teacher_weights is not None and len(flags.teacher_weights) != number:
+        refuse(f'--teacher-weights has {len(flags.teacher_weights)} values for {teachers}: give one for each')
+    for name in ('teacher_weights', 'teacher_drop'):
+        if getattr(flags, name) and number == 1:
+            refuse(f'{name_of(name)} is about several teachers, and there is one: leave it out')
+
+
+def split_teachers(config: Mapping[str, Any], what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    """The keys of a YAML file, where `teacher` may be a list of mappings, with a list of values for each setting.
+
+    Args:
+        config: Keys and values as YAML has them: `teacher: [{name: resnet34, checkpoint: FILE, weight: 2}, resnet50]`.
+        what: Names the key and its file, for messages.
+        refuse: Reports the error and does not return.
+    """
+    given = config.get('teacher')
+    entries = given if isinstance(given, list) else [given]
+    if not any(isinstance(entry, dict) for entry in entries):
+        return dict(config)
+    known = ['name', 'weight', *(n.removeprefix(_PREFIX) for n in each_flags() if n != 'teacher')]
+    rows = []
+    for entry in entries:
+        row = {str(k).replace('-', '_'): v for k, v in entry.items()} if isinstance(entry, dict) else {'name': entry}
+        unknown = [key for key in row if key not in known]
+        if unknown:
+            refuse(f"{what}: a teacher has {', '.join(known)}, got '{unknown[0]}'")
+        rows.append(row)
+    found: dict[str, Any] = {'teacher': [row.get('name') for row in rows]}
+    for key in known[1:]:
+        if any(key in row for row in rows):
+            found['teacher_weights' if key == 'weight' else _PREFIX + key] = [row.get(key) for row in rows]
+    if None in found.get('teacher_weights', ()):
+        refuse(f'{what}: give a weight to each teacher, or to none')
+    twice = [key for key in config if str(key).replace('-', '_') in found and key != 'teacher']
+    if twice:
+        refuse(f'{what}: {twice[0]} is given there and by itself: give it once')
+    return {**config, **found}
