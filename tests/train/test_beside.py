@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from helpers import load, make_trainer, refused, run, stopped, summary
 from PIL import Image
 
@@ -14,6 +15,7 @@ from timm_pe.data.beside import BesideReader, EvenSampler
 from timm_pe.data.draws import LabeledTarget
 from timm_pe.data.unlabeled import reader_of
 from timm_pe.process.signals import Interrupts
+from timm_pe.train.run_task import LabeledLoss
 
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
 
@@ -65,6 +67,59 @@ def test_ranks_share_the_images(world_size):
     assert {len(list(sampler)) for sampler in samplers} == {41 // world_size}
     assert max(drawn.values()) == 1
     assert len(drawn) == 41 // world_size * world_size
+
+
+@pytest.mark.parametrize(
+    ('labeled', 'others', 'world_size', 'batch_size'),
+    [(40, 40, 2, 8), (1000, 7000, 8, 64), (10000, 30010, 8, 64), (5000, 5003, 2, 32), (10, 31, 3, 4), (7, 500, 3, 8)],
+)
+def test_each_rank_and_each_batch_has_its_share_of_labelled_images(labeled, others, world_size, batch_size):
+    drawn = [list(EvenSampler(labeled, others, rank, world_size)) for rank in range(world_size)]
+    counts = np.array(
+        [
+            [sum(i < labeled for i in order[at : at + batch_size]) for order in drawn]
+            for at in range(0, len(drawn[0]) - batch_size + 1, batch_size)
+        ]
+    )
+    share = labeled / (labeled + others) * batch_size
+    assert abs(counts - share).max() <= 1.1
+    assert abs(counts.sum(1) - share * world_size).max() <= 2
+
+
+def test_the_task_loss_of_ranks_is_the_mean_over_the_labelled_images_of_all(monkeypatch):
+    monkeypatch.setattr('timm_pe.train.run_task.dist.all_reduce', lambda count: count.fill_(5))
+    logits, labels = torch.randn(8, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    rows = [torch.tensor([1]), torch.tensor([0, 1, 2, 3]), torch.tensor([], dtype=torch.long)]
+    losses, start = [], 0
+    for own, of_rank in zip(rows, (logits[:4], logits[4:], logits[:4]), strict=True):
+        loss = LabeledLoss(nn.CrossEntropyLoss(), 3)
+        losses.append(loss(of_rank, LabeledTarget(labels[start : start + len(own)], own)))
+        start += len(own)
+        assert loss.images == 5
+    expected = nn.functional.cross_entropy(torch.cat([logits[1:2], logits[4:]]), labels)
+    torch.testing.assert_close(sum(losses) / 3, expected)
+
+
+def test_the_logged_task_loss_is_the_mean_over_labelled_images_at_any_batch_size(small_run, others, tmp_path):
+    logged = []
+    for batch_size in (1, 4, 16):
+        argv = [
+            *small_run,
+            *PAIR,
+            '--unlabeled',
+            str(others),
+            '--lr',
+            '0',
+            '--no-aug',
+            '--epochs',
+            '1',
+            '--smoothing',
+            '0',
+        ]
+        argv += ['--model', 'test_convnext', '-b', str(batch_size), '--experiment', f'b{batch_size}']
+        run(argv)
+        logged.append(float(summary(tmp_path / f'b{batch_size}')[0]['train_task_loss']))
+    assert logged == pytest.approx([logged[-1]] * 3, rel=1e-4)
 
 
 def test_a_labelled_batch_has_the_supervised_loss_and_gradient(argv, small_run, monkeypatch):

@@ -16,6 +16,7 @@ from helpers import load, refused, run, stopped, summary
 
 import train_distill
 from timm_pe.config.run_config import GROUPS, parse_config
+from timm_pe.config.teachers import teachers_of
 from timm_pe.train import build
 from timm_pe.train.from_run import teacher_settings
 from timm_pe.train.student import create_student
@@ -492,7 +493,7 @@ def test_a_teacher_is_built_as_its_run_was(image_folder, small_run, tmp_path):
     shape = ['--bn-eps', '0.5', '--input-size', '1', '32', '32']
     run([*small_run, '--model', 'test_efficientnet', *shape, '--epochs', '1', '--experiment', 'teacher'])
     teacher = ['--teacher', 'test_efficientnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
-    kwargs = teacher_settings(parse_config([str(image_folder), *teacher])).kwargs
+    kwargs = teacher_settings(*teachers_of(parse_config([str(image_folder), *teacher]))).kwargs
     assert (kwargs['bn_eps'], kwargs['in_chans']) == (0.5, 1)
     run([*small_run, '--model', 'test_resnet', *teacher, '--epochs', '1', '--experiment', 'student'])
 

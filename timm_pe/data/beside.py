@@ -106,7 +106,9 @@ def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, st
 
 
 class EvenSampler(Sampler[int]):
-    """Labelled images and others, each in a random order, spread evenly over an epoch.
+    """Labelled images and others, each in a random order, spread evenly over an epoch and over the ranks.
+
+    Each rank has its share of both. Where a rank's batch has less than one labelled image, ranks take turns.
 
     Args:
         labeled: Number of labelled images, the first ones.
@@ -124,11 +126,19 @@ class EvenSampler(Sampler[int]):
         self.seed = seed
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng(derive_seed(self.seed))
-        images = np.concatenate([rng.permutation(self.labeled), self.labeled + rng.permutation(self.others)])
-        places = np.concatenate([(np.arange(n) + 0.5) / n for n in (self.labeled, self.others)])
-        order = images[np.argsort(places, kind='stable')]
-        yield from order[self.rank : len(self) * self.world_size : self.world_size].tolist()
+        rng, ranks = np.random.default_rng(derive_seed(self.seed)), range(self.world_size)
+        labeled, others = rng.permutation(self.labeled), self.labeled + rng.permutation(self.others)
+        shares = [labeled[rank :: self.world_size][: len(self)] for rank in ranks]
+        ends = np.cumsum([len(self) - len(share) for share in shares])
+        mine = [shares[self.rank], np.split(others, ends)[self.rank]]
+        # of the distance between two labelled images, so that those of the ranks do not fall into the same batches
+        offset = (self.rank + 0.5) / self.world_size - 0.5
+        places = [
+            (np.arange(len(images)) + 0.5 + shift) / len(images)
+            for images, shift in zip(mine, (offset, 0), strict=True)
+        ]
+        order = np.concatenate(mine)[np.argsort(np.concatenate(places), kind='stable')]
+        yield from order.tolist()
 
     def __len__(self) -> int:
         return (self.labeled + self.others) // self.world_size

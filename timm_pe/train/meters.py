@@ -44,10 +44,15 @@ class LossMeter:
         self.bad, self.count = '', 0.0
         self.names: list[str] = []
         self.steps = 0
+        # sums of the task loss and of the images that it is a mean of, if these are not all images
+        self.of_labels: torch.Tensor | None = None
 
     def state(self) -> dict[str, Any]:
         """The sums so far, for `load_state`."""
-        return {'names': self.names, 'steps': self.steps, 'sums': self.sums.cpu()} if self.names else {}
+        if not self.names:
+            return {}
+        of_labels = {} if self.of_labels is None else {'of_labels': self.of_labels.cpu()}
+        return {'names': self.names, 'steps': self.steps, 'sums': self.sums.cpu(), **of_labels}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from the sums of an earlier `state`."""
@@ -55,6 +60,8 @@ class LossMeter:
             self._start(state['names'])
             self.steps = state['steps']
             self.sums.copy_(state['sums'])
+            if 'of_labels' in state:
+                self.of_labels = state['of_labels'].to(self.device)
 
     def start_anew(self, names: Iterable[str]) -> None:
         """Discard the sums: a resumed epoch continues with other terms."""
@@ -67,10 +74,19 @@ class LossMeter:
     def _start(self, names: Iterable[str]) -> None:
         self.names = list(names)
         self.sums = torch.zeros(len(self.names) + 1, device=self.device, dtype=torch.float32)
+        self.of_labels = None
         self.first_bad = torch.full((len(self.names),), _NEVER, device=self.device, dtype=torch.int64)
 
-    def update(self, terms: dict[str, torch.Tensor], batch_size: int) -> None:
-        """Add one batch's terms (scalars on the device)."""
+    def update(
+        self, terms: dict[str, torch.Tensor], batch_size: int, labeled: int | torch.Tensor | None = None
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            terms: Its terms, scalars on the device.
+            batch_size: Number of its images.
+            labeled: Number of images that its task loss is a mean of; None means all. Of several ranks, that of all.
+        """
         values = torch.stack([v.detach().float() for v in terms.values()])
         if not self.names:
             self._start(terms)
@@ -80,8 +96,12 @@ class LossMeter:
         if self.skip:
             values = torch.where(finite.all(), values, 0)
             size = batch_size * finite.all()
+            labeled = None if labeled is None else labeled * finite.all()
         self.sums[:-1] += values * size
         self.sums[-1] += size
+        if labeled is not None:
+            ones = torch.stack([values[self.names.index('task_loss')], torch.ones_like(values[0])])
+            self.of_labels = ones * labeled + (0 if self.of_labels is None else self.of_labels)
         self.steps += 1
 
     def read(self) -> OrderedDict[str, float]:
@@ -91,6 +111,12 @@ class LossMeter:
             NonFiniteLoss: A term was not finite at some step, on some rank.
         """
         sums, first_bad = self.sums.clone(), self.first_bad.clone()
+        if self.of_labels is not None:  # as if it were a mean over all images
+            i = self.names.index('task_loss')
+            of_labels = self.of_labels.clone()
+            if self.distributed:
+                dist.all_reduce(of_labels)
+            sums[i] = of_labels[0] / of_labels[1].clamp(min=1) * sums[-1]
         if self.distributed:
             dist.all_reduce(sums)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
@@ -191,12 +217,18 @@ class EpochCount:
             self.waited += time.perf_counter() - began
             yield batch
 
-    def add(self, terms: dict[str, torch.Tensor], batch_size: int, world_size: int) -> None:
-        """Count a batch and its loss terms."""
+    def add(
+        self,
+        terms: dict[str, torch.Tensor],
+        batch_size: int,
+        world_size: int,
+        labeled: int | torch.Tensor | None = None,
+    ) -> None:
+        """Count a batch and its loss terms; see `LossMeter.update`."""
         if self.meter.names and self.meter.names != list(terms):
             self.meter.start_anew(terms)
             self.curves.go_on({}, 0)
-        self.meter.update(terms, batch_size)
+        self.meter.update(terms, batch_size, labeled)
         self.images += batch_size * world_size
 
 

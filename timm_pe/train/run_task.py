@@ -168,19 +168,32 @@ def other_class_of_teacher(flags: OneTeacher, data: Data) -> str:
 class LabeledLoss(nn.Module):
     """A task loss of the labelled images of a batch that has others too; without any it is 0.
 
+    The batch is that of all ranks. Each rank weighs its mean by its number of labelled images, so that the mean of the
+    ranks, which is what DDP makes of their gradients, is the mean over all labelled images.
+
     Args:
         criterion: The loss of logits `[l, c]` and labels `[l]`.
+        world_size: Number of ranks; all of them must call it.
+
+    Attributes:
+        images: Number of labelled images in the last batch, of all ranks.
     """
 
-    def __init__(self, criterion: nn.Module):
+    def __init__(self, criterion: nn.Module, world_size: int = 1):
         super().__init__()
-        self.criterion = criterion
+        self.criterion, self.world_size = criterion, world_size
+        self.images: int | torch.Tensor = 0
 
     def forward(self, logits: torch.Tensor, target: LabeledTarget) -> torch.Tensor:
         """The loss of logits `[b, c]` of all images."""
-        if not len(target.rows):
+        own = self.images = len(target.rows)
+        if self.world_size > 1:
+            self.images = torch.full((), float(own), device=logits.device)
+            dist.all_reduce(self.images)
+        if not own:
             return logits.sum() * 0.0  # the classifier gets a gradient of zeros: DDP waits for one
-        return self.criterion(logits.index_select(0, target.rows), target.target)
+        loss: torch.Tensor = self.criterion(logits.index_select(0, target.rows), target.target)
+        return loss if self.world_size == 1 else loss * (own * self.world_size / self.images)
 
 
 def create_run_task(
@@ -193,7 +206,7 @@ def create_run_task(
     criterion = None
     if config.has_labels:
         criterion = _create_criterion(config, cast(int, student.num_classes)).to(runtime.device)
-        criterion = LabeledLoss(criterion) if config.unlabeled else criterion
+        criterion = LabeledLoss(criterion, runtime.world_size) if config.unlabeled else criterion
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teachers:

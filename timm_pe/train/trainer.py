@@ -26,6 +26,7 @@ from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batc
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, precisions_of, restore_rank_state, run_settings, take_rank_state, take_schedule
 from .run_cache import outputs_of
+from .run_task import LabeledLoss
 from .student import describe_use
 from .trackers import StepCurves, Trackers, flat_metrics, log_epoch
 from .validation import Validation
@@ -203,7 +204,8 @@ class Trainer:
             measure = epoch.curves.measure_norm if ends and epoch.curves.wants_norm(i) else None
             loss = result['loss'] * (batch_scale(self.config, self.runtime, size) / self.accumulation.size(i))
             self._backward(loss, ends, measure)
-        epoch.add({k: v for k, v in result.items() if k != 'output'}, size, self.runtime.world_size)
+        labeled = self.task.criterion.images if isinstance(self.task.criterion, LabeledLoss) else None
+        epoch.add({k: v for k, v in result.items() if k != 'output'}, size, self.runtime.world_size, labeled)
         if not ends:
             return
         epoch.update += 1
