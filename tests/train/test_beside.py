@@ -14,6 +14,7 @@ from PIL import Image
 from timm_pe.data.beside import BesideReader, EvenSampler
 from timm_pe.data.draws import LabeledTarget
 from timm_pe.data.unlabeled import reader_of
+from timm_pe.export import main as export
 from timm_pe.process.signals import Interrupts
 from timm_pe.train.run_task import LabeledLoss
 
@@ -230,6 +231,19 @@ def test_a_run_beside_is_evaluated_and_analysed_by_its_labels(argv, tmp_path, ca
 def test_what_cannot_work_beside_labels_is_one_line(flags, message, argv, tmp_path, capsys):
     assert message in refused([*argv, *flags.split()], capsys)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_resume_without_the_other_images_is_named(argv, tmp_path, capsys):
+    run([*argv, '--epochs', '1'])
+    alone = [f for f in argv if f != '--unlabeled' and 'others' not in f]
+    assert 'no --unlabeled now' in run([*alone, '--resume', 'auto'], capsys)
+    assert 'no --unlabeled then' in run([*argv, '--resume', 'auto', '--epochs', '3'], capsys)
+
+
+def test_the_model_card_names_the_images_without_labels(argv, others, tmp_path):
+    run([*argv, '--epochs', '1'])
+    export([str(tmp_path / 'run'), '--output', str(tmp_path / 'exported')])
+    assert f', and without labels `{others.name}`' in (tmp_path / 'exported' / 'README.md').read_text()
 
 
 def test_a_tar_has_no_images_beside_it(argv, image_folder, tmp_path, capsys):

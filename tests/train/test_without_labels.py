@@ -313,6 +313,26 @@ def test_the_exported_backbone_takes_any_classes_and_gives_feature_maps(finished
     assert 'none, it gives features' in card
     assert 'softmax' not in card
     assert 'pipeline_tag: image-feature-extraction' in card
+    assert '**Validated on:** images held out of training, chosen by their content' in card
+
+
+def test_the_report_of_a_fine_tuned_student_beside_its_backbone_is_made(finished, image_folder, tmp_path):
+    pytest.importorskip('matplotlib')
+    alone = ['--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0', '--device', 'cpu', '--epochs', '1']
+    run(
+        [
+            str(image_folder),
+            *alone,
+            '--output',
+            str(tmp_path),
+            '--experiment',
+            'tuned',
+            '--pretrained-path',
+            str(finished[0]),
+        ]
+    )
+    report([str(tmp_path / 'tuned'), str(finished[0]), '-o', str(tmp_path / 'report.html')])
+    assert 'tuned' in (tmp_path / 'report.html').read_text()
 
 
 def test_a_fine_tuned_student_is_exported_with_its_classes(finished, image_folder, tmp_path):

@@ -82,6 +82,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
     run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
     folders = [args['data'] or args['data_dir'] or ''] if run.has_labels else args['unlabeled']
     data = args['dataset'] or ' '.join(map(_shown, folders))
+    others = ' '.join(map(_shown, args['unlabeled']))
     row = _kept_row(run)
     details = {
         'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
@@ -90,7 +91,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         f'std {_numbers(student.data_config["std"])}',
         'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
         'Method': _code(describe_method(run)),
-        'Data': _code(data),
+        'Data': _code(data) + (f', and without labels {_code(others)}' if others and run.has_labels else ''),
         'Validated on': _validated_on(student),
         'Validation': _describe_row(run, row, num_classes) if row else 'not validated',
         **_beside_the_student_alone(run),
@@ -155,7 +156,7 @@ def _limitations(student: Student, num_classes: int) -> str:
 def _validated_on(student: Student) -> str:
     args = student.run.args
     if not student.run.has_labels:
-        return f'{100 * args["val_fraction"]:g} % of the images, held out'
+        return 'images held out of training, chosen by their content'
     return f'split {_code(args["val_split"])}, ' + (
         f'{student.images:,} images' if student.images else 'of unknown size'
     )

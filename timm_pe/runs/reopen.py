@@ -1,9 +1,10 @@
 """Reopens a finished run: its parts, its weights, and the outputs of its networks on its images."""
 
 import base64
+import contextlib
 import io
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -214,7 +215,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     check_learnt_classes(folder, parts.datasets[1], 'the analysis')
     subset = _fixed_subset(cast(Dataset[Any], parts.datasets[0]), options.max_train_images)
     train = create_data(config, (None, subset), student, parts.runtime)
-    teacher_config = _teacher_config(config, parts.num_classes, (read_run_config(f, options) for f in others))
+    teacher_config = _teacher_config(config, parts.num_classes, _configs(others, options))
     if not teachers and teacher_config is not None:
         with hint(HINTS['teacher']):
             teachers = create_run_teachers(teacher_config, parts.data, parts.runtime)
@@ -235,6 +236,13 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         samples=_draw_samples(parts.datasets[1]),
         runtime=parts.runtime,
     )
+
+
+def _configs(folders: Iterable[RunFolder], options: Options) -> Iterator[RunConfig]:
+    """The settings of those runs that can be analysed."""
+    for folder in folders:
+        with contextlib.suppress(UsageError):
+            yield read_run_config(folder, options)
 
 
 def _teacher_config(config: RunConfig, num_classes: int, others: Iterable[RunConfig]) -> RunConfig | None:
