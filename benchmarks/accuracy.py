@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
 
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
-a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. Each run
+a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
+`backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. Each run
 is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
 one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
 """
@@ -83,6 +84,8 @@ class Suite:
     folder: Path
     overrides: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # no method has it, and it stays when fewer seeds are asked for
@@ -113,14 +116,26 @@ class Suite:
             return None
         return self._run(self.folder.parent / 'teachers', self.teacher['name'], self.teacher)
 
+    def backbone_run(self, seed: int) -> Run:
+        """The run that pretrains the student of a seed without labels."""
+        flags = {'model': self.student['model'], **self.backbone, **self._teacher_flags(for_timm=False), 'seed': seed}
+        return self._run(self.folder.parent / 'backbones', f'{self.backbone["name"]}-{seed}', flags)
+
+    def backbone_runs(self) -> list[Run]:
+        """The backbones that the methods need, one for each seed."""
+        starts = any(load_method(method).get('starts') == 'backbone' for method in self.methods)
+        return [self.backbone_run(seed) for seed in self.seeds] if starts else []
+
     def run(self, method: str, seed: int) -> Run:
         """The run of one method and seed."""
-        flags = {**self.student, **load_method(method)['flags'], 'seed': seed}
+        flags = {**self.student, **load_method(method)['flags'], **self.of_methods.get(method, {}), 'seed': seed}
         tuned = self.tuned()
         if tuned is None:
             raise RuntimeError(f'{self.name}: the learning rate is not tuned yet')
         if tuned:
             flags['lr'] = next(iter(tuned))
+        if load_method(method).get('starts') == 'backbone':
+            flags['pretrained_path'] = str(self.backbone_run(seed).folder)
         kind = load_method(method)['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
@@ -191,10 +206,12 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, float | int]:
-    """Numbers of the last epoch, and the best top-1 of any."""
+    """Numbers of the last epoch, and the best top-1 of any; of a backbone its cosine."""
     with open(folder / 'summary.csv', newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['eval_top1']]
+        rows = [row for row in csv.DictReader(f) if row['eval_loss']]
     last = rows[-1]
+    if 'eval_top1' not in last:
+        return {'epochs': int(last['epoch']) + 1, 'cosine': float(last['eval_cosine'])}
     return {
         'epochs': int(last['epoch']) + 1,
         'top1': float(last['eval_top1']),
@@ -389,8 +406,14 @@ def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
             )
             done()
     runs = [suite.run(method, seed) for seed in suite.seeds for method in suite.methods]
+    backbones = {str(run.folder): run for run in suite.backbone_runs()}
+    pretraining = threading.Lock()
 
     def one(run: Run) -> None:
+        backbone = backbones.get(run.flags.get('pretrained_path', ''))
+        if backbone is not None:
+            with pretraining:  # runs that start from one wait for it
+                execute(backbone, threads)
         fresh = run.result() is None
         result = execute(run, threads)
         if fresh:

@@ -4,6 +4,7 @@
     python benchmarks/build_data.py DIR [emoji] [fashion] [weights] [--force] [--fashion-idx FOLDER]
 
     DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
+    DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation, as links into it
     DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
     DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
     DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
@@ -30,6 +31,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -516,6 +518,27 @@ def build_emoji(
 # Fashion-MNIST
 
 
+def build_few_labels(folder: Path, whole: Path, per_class: int) -> str:
+    """Fill `folder` with `per_class` training pictures of each class, drawn by their names, and all for validation.
+
+    They are links to those of `whole`, a folder beside it, so that `--unlabeled` knows them again.
+
+    Returns:
+        Numbers to print.
+    """
+    number = Counter()
+    for split, limit in (('train', per_class), ('validation', None)):
+        for source in sorted((whole / split).iterdir()):
+            target = folder / split / source.name
+            target.mkdir(parents=True)
+            drawn = sorted(source.iterdir(), key=lambda picture: hashlib.sha256(picture.name.encode()).digest())
+            for picture in drawn[:limit]:
+                (target / picture.name).symlink_to(Path('../../..') / picture.relative_to(whole.parent))
+                number[split] += 1
+    shutil.copy(whole / 'LICENSES.md', folder)
+    return f'{number["train"]:,} + {number["validation"]:,} pictures'
+
+
 @contextlib.contextmanager
 def fashion_source(given: Path | None, downloads: Path) -> Iterator[Path]:
     """The folder with the IDX files: the given one, that of an installed Debian package, or one that apt fetches."""
@@ -703,7 +726,12 @@ def main(argv: list[str] | None = None) -> None:
     root, downloads = args.folder, args.folder / 'downloads'
     try:
         if 'emoji' in args.what:
-            build(root / 'emoji-open', lambda folder: build_emoji(folder, downloads), args.force)
+            emoji = root / 'emoji-open'
+            build(emoji, lambda folder: build_emoji(folder, downloads), args.force)
+            for number in (5, 20):
+                build(
+                    root / f'emoji-open-{number}', partial(build_few_labels, whole=emoji, per_class=number), args.force
+                )
         if 'fashion' in args.what:
             fashion = root / 'fashion-mnist'
             build(fashion, lambda folder: build_fashion(folder, downloads, args.fashion_idx), args.force)

