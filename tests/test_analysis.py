@@ -290,9 +290,13 @@ def test_a_teacher_that_was_left_random_is_drawn_again(runs, tmp_path, monkeypat
     _, argv, _ = runs
     teachers = []
     create = build.create_run_teachers
-    monkeypatch.setattr(
-        build, 'create_run_teachers', lambda *args, **kwargs: teachers.extend(create(*args, **kwargs)) or teachers
-    )
+
+    def remember(*args, **kwargs):
+        made = create(*args, **kwargs)
+        teachers.extend(made)
+        return made
+
+    monkeypatch.setattr(build, 'create_run_teachers', remember)
     random = ['--teacher', 'test_resnet', '--no-teacher-pretrained', '--epochs', '1', '--output', str(tmp_path)]
     run([*argv, '--model', 'test_vit', *random, '--experiment', 'random', '--seed', '3'])
     again = open_run(RunFolder(tmp_path / 'random'), Options()).teachers[0].state_dict()
