@@ -171,7 +171,9 @@ def _states(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     }
     # buffers too: running statistics are what a teacher in training mode would change first
     teacher = {
-        name: value.cpu().clone() for name, value in unwrap_model(trainer.task.teacher.model).state_dict().items()
+        f'{i}.{name}': value.cpu().clone()
+        for i, teacher in enumerate(trainer.teachers)
+        for name, value in unwrap_model(teacher.model).state_dict().items()
     }
     return {**trained, 'teacher': teacher}
 

@@ -52,7 +52,10 @@ OPTIONS: dict[str, dict[str, str]] = {
         'run': '--teacher test_efficientnet --teacher-checkpoint {DATA}/run-{CLASSES}',
         'own size': '--teacher test_vit --no-teacher-pretrained --teacher-kwargs img_size=48 --teacher-num-classes {CLASSES}',
         'no classes': '--teacher test_resnet --no-teacher-pretrained --teacher-num-classes 0',
+        'two': '--teacher test_convnext test_vit --no-teacher-pretrained --teacher-num-classes {CLASSES}',
     },
+    'map': {'no': '', 'yes': '--pe-map-weight 0.5'},
+    'beside': {'no': '', 'yes': '--unlabeled {DATA}/others'},
     'teacher-size': {'own': '', '40': '--teacher-input-size 40'},
     'teacher-dtype': {
         'auto': '',
@@ -198,6 +201,10 @@ REFUSALS = [
     Refusal({'kd': ('yes',), 'teacher': ('name', 'no classes')}, 'compares logits of equal classes', ''),
     Refusal({'kd': ('yes',), 'teacher': ('run',), 'data': ('alike',)}, 'has learnt other classes', 'of the folder'),
     Refusal({'target': ('logits',), 'teacher': ('no classes',)}, 'has no logits to project', ''),
+    Refusal({'beside': ('yes',), 'data': ('torch',)}, 'names a data set that is not a folder', ''),
+    Refusal({'beside': ('yes',), 'data': ('digits',)}, 'names a data set that is not a folder', ''),
+    Refusal({'beside': ('yes',), 'mixing': _MIXED}, 'mixes labels', ''),
+    Refusal({'beside': ('yes',), 'sizes': _SIZES}, '--train-img-sizes makes batches of its own', ''),
     Refusal({'class-weights': ('given',), 'loss': ('ce', 'poly')}, 'only supported by bce', "timm's losses"),
     # in the array identity has features of width 64 alone
     Refusal({'projector': ('identity',), 'student': ('resnet', 'efficientnet')}, 'identity', 'it changes no width'),
@@ -295,6 +302,10 @@ def data(tmp_path_factory) -> Path:
                     pixels[..., c] += 50
                     Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
     (root / 'alike.txt').write_text('1\n01\n001\n')
+    (root / 'others').mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(100 + i).integers(0, 200, (36, 30, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(root / 'others' / f'{i}.png')
     for classes, kind in ((3, 'folder'), (10, 'digits')):
         torch.manual_seed(0)
         teacher = timm.create_model('cifar_resnet8', num_classes=classes)

@@ -23,6 +23,7 @@ import torch
 from .config.cli import Parser
 from .config.teachers import as_each
 from .errors import UsageError
+from .method.teachers import name_teachers
 from .run_folder import RunFolder
 from .runs.measures import (
     agreement,
@@ -122,7 +123,7 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         'samples': _say_samples(run.samples, validation),
     }
     if len(compared) > 1:
-        result['teachers'] = list(compared)
+        result['teachers'] = dict(zip(name_teachers(run.teachers), compared, strict=True))
     return result, {'class_cosine': class_matrix, 'projector_similarity': matrices[0] if one else None}
 
 
@@ -161,7 +162,7 @@ def _compare(run: OpenRun, splits: Mapping[str, Split], index: int) -> tuple[dic
     logits = {n: (splits[n].logits, output.logits) for n, output in outputs.items() if output.logits is not None}
     same_width = all(own.shape[1] == of_teacher.shape[1] for own, of_teacher in features.values())
     found = {
-        'name': run.teacher_names[index],
+        'model': run.teacher_names[index],
         'validation': top_k(logits['validation'][1], splits['validation'].labels) if logits else None,
         'agreement': {n: agreement(*pair) for n, pair in logits.items()} or None,
         'cosine': cosine,

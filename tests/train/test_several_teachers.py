@@ -12,6 +12,7 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.config.teachers import teachers_of
 from timm_pe.method.teacher import Teacher
 from timm_pe.process.signals import Interrupts
+from timm_pe.report import main as report
 
 TEACHERS = ('test_vit', 'test_convnext')
 # at 64 pixels the maps have more than one position
@@ -156,12 +157,17 @@ def test_the_student_of_several_teachers_is_evaluated_exported_and_analysed_like
     out = run(['--evaluate', str(folder), '-j', '0', '--device', 'cpu'], capsys)
     assert f'top-1 {max(values(folder, "eval_top1")):.3f} %' in out
     result = analysis.analyze(folder)
-    assert [teacher['name'] for teacher in result['teachers']] == list(TEACHERS)
+    assert list(result['teachers']) == list(TEACHERS)
+    each = list(result['teachers'].values())
     for name in ('cosine', 'cka'):
-        mean = sum(teacher[name]['validation'] for teacher in result['teachers']) / 2
+        mean = sum(teacher[name]['validation'] for teacher in each) / 2
         assert result[name]['validation'] == pytest.approx(mean)
     # what the analysis computes anew is what training minimized: 1 - cosine, up to the state of the weights
-    assert result['teachers'][0]['cosine']['train'] != result['teachers'][1]['cosine']['train']
+    assert each[0]['cosine']['train'] != each[1]['cosine']['train']
+    report([str(folder), '-o', str(tmp_path / 'report.html')])
+    page = (tmp_path / 'report.html').read_text()
+    for title in ('CKA with the teacher', 'CKA with test_vit', 'Projection along test_convnext'):
+        assert title in page
 
 
 @pytest.mark.parametrize('more', [[], ['--teacher-drop', '0.5'], ['--amp', '--amp-dtype', 'bfloat16', '--model-ema']])
@@ -285,7 +291,7 @@ def test_run_folders_name_the_teachers_and_each_is_validated(small_run, tmp_path
     assert float(summary(tmp_path / 'run')[0]['train_logit_loss']) > 0
     result = analysis.analyze(tmp_path / 'run')
     assert result['agreement']['validation'] == pytest.approx(
-        sum(teacher['agreement']['validation'] for teacher in result['teachers']) / 2
+        sum(teacher['agreement']['validation'] for teacher in result['teachers'].values()) / 2
     )
 
 
