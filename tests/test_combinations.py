@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         'run': '--teacher test_efficientnet --teacher-checkpoint {DATA}/run-{CLASSES}',
         'own size': '--teacher test_vit --no-teacher-pretrained --teacher-kwargs img_size=48 --teacher-num-classes {CLASSES}',
         'no classes': '--teacher test_resnet --no-teacher-pretrained --teacher-num-classes 0',
-        'two': '--teacher test_convnext test_vit --no-teacher-pretrained --teacher-num-classes {CLASSES}',
+        'two': '--teacher test_convnext cifar_resnet8 --no-teacher-pretrained --teacher-num-classes {CLASSES}',
     },
     'map': {'no': '', 'yes': '--pe-map-weight 0.5'},
     'beside': {'no': '', 'yes': '--unlabeled {DATA}/others'},
@@ -195,7 +195,7 @@ REFUSALS = [
     Refusal({'workers': ('kept',), 'sizes': _SIZES}, 'does not go with', 'its iterator has drawn the sizes already'),
     Refusal(
         {'teacher': ('own size',), 'teacher-size': ('40',)},
-        'the teacher cannot take its input size 40',
+        'cannot take its input size 40',
         'built for one size',
     ),
     Refusal({'kd': ('yes',), 'teacher': ('name', 'no classes')}, 'compares logits of equal classes', ''),

@@ -282,14 +282,13 @@ class Teacher(nn.Module):
         if given not in self._size_of:
             wanted = given if self.input_size is None else (self.input_size, self.input_size)
             failure = self._try_size(wanted, x.device)
+            cannot = f'the teacher {type(unwrap_model(self.model)).__name__} cannot take'
+            why = one_line(failure, 120) if failure else ''
             if failure and self.input_size is not None:
-                raise UsageError(f'the teacher cannot take its input size {self.input_size} ({one_line(failure, 120)})')
+                raise UsageError(f'{cannot} its input size {self.input_size} ({why})')
             other = self.built_size or self.own_size
             if failure and (other is None or self._try_size(other, x.device)):
-                raise UsageError(
-                    f'the teacher {type(unwrap_model(self.model)).__name__} cannot take {given[0]}x{given[1]} images '
-                    f'({one_line(failure, 120)}): give its own input size'
-                )
+                raise UsageError(f'{cannot} {given[0]}x{given[1]} images ({why}): give its own input size')
             self._size_of[given] = other if failure and other else wanted
         return self._size_of[given]
 
