@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from timm.utils import natural_key
 from torch.utils.data import Dataset
 
 from ..config.flags import DataFlags
 from ..errors import UsageError
 from ..process.files import hash_content
 from .fingerprint import hash_files
-from .folders import describe_ignored, image_endings, scan_folder
+from .folders import describe_ignored, image_endings, natural_key, scan_folder
 from .unreadable import CountingImageDataset
 
 _Reader = TypeVar('_Reader', bound=Reader)
