@@ -24,8 +24,9 @@ _Reader = TypeVar('_Reader', bound=Reader)
 NO_LABEL = -1
 # images are held out at least, where there are twice as many
 _LEAST_HELD_OUT = 16
-# part of a file whose hash decides whether it is held out, in bytes: reading all of a large data set would take hours
-_HASHED = 2**16
+# of a file that is larger than all of them, the number of blocks whose hash decides whether it is held out, and their
+# bytes: reading all of large files would take hours
+_BLOCKS, _BLOCK = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -104,24 +105,40 @@ def real_paths(paths: Iterable[str]) -> Iterator[str]:
 def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
     """Which images are held out, bool [n].
 
-    The hash of an image's content is compared with the fraction, so that files that are added or renamed change nothing
-    for the others. If that gives fewer than 16, those of the lowest hashes are held out, but never more than half.
+    Those whose hash of their content is below the fraction. If these are fewer than 16, the images of the lowest hashes
+    are held out, up to 16. Copies have the same hash, so they are on one side. Images that would make it more than half
+    are not held out, so none may be.
+
+    A file that is renamed moves nowhere, whatever its place. A file that is added moves no other one as long as the
+    fraction alone holds out from 16 images to half of them: for certain, in practice, from 32 / fraction images on.
     """
-    hashes = hash_files(paths, _hash_start)
-    hashes[hashes == 0] = np.iinfo(np.uint64).max  # unreadable: training counts and names it
-    held_out = hashes < np.uint64(int(fraction * 2**64))
-    least = min(_LEAST_HELD_OUT, len(paths) // 2)
-    if held_out.sum() < least:
-        held_out = np.zeros(len(paths), bool)
-        held_out[np.argsort(hashes, kind='stable')[:least]] = True
-    return held_out
+    hashes = hash_files(paths, _hash_blocks)
+    below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(paths) // 2), len(paths) // 2
+    taken, number = [], 0
+    for hash, copies in zip(*np.unique(hashes[hashes > 0], return_counts=True), strict=True):
+        if hash >= below and number >= least:
+            break
+        if number + copies <= most:
+            taken.append(hash)
+            number += copies
+    return np.isin(hashes, taken)
 
 
-def _hash_start(path: str) -> int:
-    """Hash of a file's size and of its first bytes, 0 if it cannot be read."""
+def _hash_blocks(path: str) -> int:
+    """Hash of a file of up to 1 MiB, or of the size of a larger one and of 16 blocks from its first bytes to its last.
+
+    It is 0 if the file cannot be read: training counts and names it.
+    """
     try:
         with open(path, 'rb') as f:
-            return hash_content(os.fstat(f.fileno()).st_size.to_bytes(8, 'little') + f.read(_HASHED))
+            size = os.fstat(f.fileno()).st_size
+            if size <= _BLOCKS * _BLOCK:
+                return hash_content(f.read())
+            content = [size.to_bytes(8, 'little')]
+            for i in range(_BLOCKS):
+                f.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+                content.append(f.read(_BLOCK))
+            return hash_content(b''.join(content))
     except OSError:
         return 0
 
@@ -166,7 +183,7 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
         mode: PIL mode that images are converted to.
 
     Raises:
-        UsageError: No such folder, one without images, or a single image.
+        UsageError: No such folder, one without images, a single image, or one image in many copies.
     """
     found = find_images(flags.unlabeled)
     if len(found.paths) < 2:
@@ -174,6 +191,11 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
             f"--unlabeled: '{found.paths[0]}' is the only image: one to train on and one to hold out are needed"
         )
     held_out = hold_out(found.paths, flags.val_fraction)
+    if not held_out.any():
+        raise UsageError(
+            f'--unlabeled: none of the {len(found.paths)} images can be held out: more than half of them are copies of one '
+            f'image, or none can be read: give others'
+        )
     train, evaluation = (
         CountingImageDataset(
             ImageDataset(found.root, reader=UnlabeledReader(found, held_out, training), input_img_mode=mode)
