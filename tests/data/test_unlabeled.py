@@ -67,6 +67,17 @@ def test_a_file_that_is_reached_twice_counts_once(folder, tmp_path):
     assert os.path.lexists(found.first_repeated)
 
 
+def test_hard_links_of_a_file_count_once(folder, tmp_path):
+    (folder / 'b').mkdir()
+    os.link(folder / '0.png', folder / 'b' / 'linked.png')
+    (tmp_path / 'other').mkdir()
+    os.link(folder / '0.png', tmp_path / 'other' / 'linked.png')
+    found = find_images([str(folder), str(tmp_path / 'other')])
+    assert (len(found.paths), found.repeated) == (24, 2)
+    shutil.copy(folder / '0.png', folder / 'b' / 'copy.png')
+    assert len(find_images([str(folder)]).paths) == 25
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..process.files import hash_content
 from .fingerprint import hash_files
 from .folders import describe_ignored, image_endings, natural_key, scan_folder
+from .same_files import identify_files
 from .unreadable import CountingImageDataset
 
 _Reader = TypeVar('_Reader', bound=Reader)
@@ -83,23 +84,13 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
         found += [(natural_key(image), image, os.path.join(folder, image)) for image in images]
     paths, seen, repeated = [], set(), []
     sorted_paths = [path for _, _, path in sorted(found)]
-    for path, real in zip(sorted_paths, real_paths(sorted_paths), strict=True):
-        if real in seen:
+    for path, file in zip(sorted_paths, identify_files(sorted_paths), strict=True):
+        if file in seen:
             repeated.append(path)
         else:
-            seen.add(real)
+            seen.add(file)
             paths.append(path)
     return ImagesFound(os.path.commonpath(folders), paths, ignored, len(repeated), repeated[0] if repeated else '')
-
-
-def real_paths(paths: Iterable[str]) -> Iterator[str]:
-    """`os.path.realpath` of each, looking at each folder once: a look at every part of every path takes long."""
-    real_folder: dict[str, str] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in real_folder:
-            real_folder[folder] = os.path.realpath(folder)
-        yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder[folder], name)
 
 
 def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
