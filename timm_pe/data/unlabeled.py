@@ -1,5 +1,6 @@
 """Images without labels: all that lie in some folders, each once, and a part of them held out for validation."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from ..config.flags import DataFlags
 from ..errors import UsageError
 from ..process.files import hash_content
 from .fingerprint import hash_files
-from .folders import describe_ignored, image_endings, natural_key, scan_folder
+from .folders import describe_ignored, find_split, image_endings, natural_key, scan_folder
 from .same_files import identify_files
 from .unreadable import CountingImageDataset
+
+_logger = logging.getLogger(__name__)
 
 _Reader = TypeVar('_Reader', bound=Reader)
 
@@ -59,6 +62,26 @@ def check_unlabeled(folders: Sequence[str]) -> None:
         if not os.path.isdir(folder):
             what = 'is no folder' if os.path.exists(folder) else 'does not exist'
             raise UsageError(f"--unlabeled: '{folder}' {what}: give folders that hold images, at any depth")
+
+
+def warn_of_splits(folders: Sequence[str]) -> None:
+    """Warn of folders that have a training and a validation split with classes in common: their labels are not used."""
+    for folder in folders:
+        try:
+            splits = [find_split(folder, split) for split in ('train', 'validation')]
+        except UsageError:  # two folders for one split
+            continue
+        classes = [
+            {entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith('.')}
+            for split in splits
+            if split
+        ]
+        if len(classes) == 2 and set.intersection(*classes):
+            names = ' and '.join(f"'{os.path.basename(split)}'" for split in splits if split)
+            _logger.warning(
+                f"--unlabeled: '{folder}' has the splits {names} of class folders, and all of its images are used without "
+                f'labels. To train with its labels, give it before --unlabeled, or with --data-dir.'
+            )
 
 
 def find_images(folders: Sequence[str]) -> ImagesFound:
