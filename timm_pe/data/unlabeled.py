@@ -123,8 +123,8 @@ def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
     are held out, up to 16. Copies have the same hash, so they are on one side. Images that would make it more than half
     are not held out, so none may be.
 
-    A file that is renamed moves nowhere, whatever its place. A file that is added moves no other one as long as the
-    fraction alone holds out from 16 images to half of them: for certain, in practice, from 32 / fraction images on.
+    A file that is renamed stays on its side. A file that is added moves no other one as long as the fraction alone holds
+    out from 16 images to half of them: all but certain from 32 / fraction images on, unless the fraction is near 0.5.
     """
     hashes = hash_files(paths, _hash_blocks)
     below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(paths) // 2), len(paths) // 2
