@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import yaml
 from helpers import refused, run
 from PIL import Image
@@ -15,7 +16,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm_pe import UsageError
 from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import class_map_of, class_sizes, create_datasets, describe_data
-from timm_pe.data.folders import FolderReader, describe_ignored, find_split, image_endings
+from timm_pe.data.folders import FolderReader, describe_ignored, find_split, image_endings, natural_key
+from timm_pe.data.unlabeled import find_images
 
 
 def draw(path: Path, seed: int = 0) -> None:
@@ -343,3 +345,22 @@ def test_classes_in_model_kwargs_are_given_ones(tmp_path, command, capsys):
     tree(tmp_path / 'data', *SMALL)
     said = refused([*command, '--model-kwargs', 'num_classes=7'], capsys)
     assert 'the data set has 2 classes and the student 7' in said
+
+
+# Order -------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_sorted_as_timm_sorts_them():
+    letters, rng = 'aB-_. \u00e9\u06f3019', np.random.default_rng(0)
+    names = [''.join(rng.choice(list(letters), rng.integers(1, 9))) for _ in range(500)]
+    assert sorted(names, key=natural_key) == sorted(names, key=timm.utils.natural_key)
+
+
+@pytest.mark.parametrize('name', ['\u00b21', '\u2460', '7\u2075'])
+def test_digits_that_are_no_numbers_may_be_in_names(name, tmp_path):
+    tree(tmp_path / 'data', *SMALL, f'train/{name}/{name}.png', f'val/{name}/{name}.png')
+    train, _ = create_datasets(parse_config([str(tmp_path / 'data')]))
+    assert set(class_map_of(train)) == {'ant', 'bee', name}
+    assert f'{name}/{name}.png' in train.filenames()
+    found = find_images([str(tmp_path / 'data' / 'train')])
+    assert {os.path.relpath(path, found.root) for path in found.paths} == set(train.filenames())

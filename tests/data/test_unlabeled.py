@@ -2,14 +2,20 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from timm_pe.config.run_config import RunConfig
-from timm_pe.data.unlabeled import create_unlabeled, find_images, hold_out
+from timm_pe.data.unlabeled import _hash_blocks, create_unlabeled, find_images, hold_out
 from timm_pe.errors import UsageError
+
+
+def draw_noise(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
@@ -61,6 +67,17 @@ def test_a_file_that_is_reached_twice_counts_once(folder, tmp_path):
     assert os.path.lexists(found.first_repeated)
 
 
+def test_hard_links_of_a_file_count_once(folder, tmp_path):
+    (folder / 'b').mkdir()
+    os.link(folder / '0.png', folder / 'b' / 'linked.png')
+    (tmp_path / 'other').mkdir()
+    os.link(folder / '0.png', tmp_path / 'other' / 'linked.png')
+    found = find_images([str(folder), str(tmp_path / 'other')])
+    assert (len(found.paths), found.repeated) == (24, 2)
+    shutil.copy(folder / '0.png', folder / 'b' / 'copy.png')
+    assert len(find_images([str(folder)]).paths) == 25
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
@@ -91,9 +108,78 @@ def test_files_that_are_added_or_renamed_change_nothing_for_the_others(tmp_path)
     assert hold_out([str(tmp_path / 'renamed'), *paths[1:]], 0.2).tolist() == held_out.tolist()
 
 
+def test_images_are_added_to_32_over_the_fraction_without_moving_any(tmp_path):
+    for salt in range(5):
+        paths = [str(tmp_path / f'{i}') for i in range(2 * 160)]
+        for i, path in enumerate(paths):
+            Path(path).write_text(f'{salt} {i}')
+        assert (hold_out(paths[:160], 0.2) == hold_out(paths, 0.2)[:160]).all()
+
+
 def test_of_few_images_some_are_held_out_but_never_more_than_half(folder):
     paths = find_images([str(folder)]).paths
     assert [int(hold_out(paths[:n], 0.01).sum()) for n in (2, 5, 24)] == [1, 2, 12]
+
+
+def test_images_that_begin_alike_are_held_out_one_by_one(tmp_path):
+    """As scans without compression do, below the same black border."""
+    paths = [str(tmp_path / f'{i}.bmp') for i in range(200)]
+    for i, path in enumerate(paths):
+        pixels = np.zeros((200, 200, 3), np.uint8)
+        pixels[50, 50] = i, 255 - i, 7
+        Image.fromarray(pixels).save(path)
+    assert 20 < hold_out(paths, 0.2).sum() < 60
+
+
+@pytest.mark.parametrize('place', [0, -1, 2**20, 2**21], ids=['first', 'last', 'a fifteenth', 'two fifteenths'])
+def test_blocks_all_over_a_large_file_decide(place, tmp_path):
+    content, hashes = bytearray(15 * 2**20 + 2**16), set()
+    for byte in range(4):
+        content[place] = byte
+        (tmp_path / 'x').write_bytes(content)
+        hashes.add(_hash_blocks(str(tmp_path / 'x')))
+    (tmp_path / 'x').write_bytes(content + b'1')
+    assert len({*hashes, _hash_blocks(str(tmp_path / 'x'))}) == 5
+
+
+def test_a_byte_anywhere_in_a_file_of_a_megabyte_decides(tmp_path):
+    content, hashes = bytearray(2**20), set()
+    for place in (0, 70_000, 555_555, -1):
+        content[place] ^= 1
+        (tmp_path / 'x').write_bytes(content)
+        hashes.add(_hash_blocks(str(tmp_path / 'x')))
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize('fraction', [0.01, 0.2, 0.5])
+@pytest.mark.parametrize('copies', [[2] * 30, [40, 1, 1], [1, 25, 20, 1, 1, 1], [9, 8, 7, 6], [3] * 200])
+def test_copies_are_on_one_side_and_never_more_than_half_is_held_out(copies, fraction, tmp_path):
+    for salt in range(10):
+        contents = [f'{salt} {i}' for i, number in enumerate(copies) for _ in range(number)]
+        paths = [str(tmp_path / f'{n}') for n in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            Path(path).write_text(content)
+        held_out = hold_out(paths, fraction)
+        assert 1 <= held_out.sum() <= len(paths) / 2
+        assert not {c for c, held in zip(contents, held_out, strict=True) if held} & {
+            c for c, held in zip(contents, held_out, strict=True) if not held
+        }
+
+
+def test_images_that_are_copies_of_one_alone_are_refused_with_the_reason(tmp_path):
+    draw_noise(tmp_path / '0.png', 0)
+    for i in range(1, 40):
+        shutil.copy(tmp_path / '0.png', tmp_path / f'{i}.png')
+    with pytest.raises(UsageError, match='none of the 40 images can be held out: more than half of them are copies'):
+        create_unlabeled(RunConfig(unlabeled=[str(tmp_path)]), 'RGB')
+
+
+def test_an_image_that_cannot_be_read_is_not_held_out(folder):
+    paths = find_images([str(folder)]).paths
+    gone = [f'{path}.gone' for path in paths[:4]]
+    held_out = hold_out([*gone, *paths], 0.5)
+    assert not held_out[:4].any()
+    assert held_out.any()
 
 
 def test_no_image_is_both_trained_on_and_held_out(folder):

@@ -1,22 +1,25 @@
 """Images that cannot be read are counted and named, and too many end the run."""
 
 import re
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from helpers import refused, run, summary
 from PIL import Image
 from survive import COMMON, write_images
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
 from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.data.epochs import first_batch, plain_loader, set_epoch
+from timm_pe.data.folders import FolderReader
 from timm_pe.data.loaders import _check_target, create_data
-from timm_pe.data.unreadable import CountingImageDataset, describe_unreadable, forget_unreadable
+from timm_pe.data.unreadable import CountingImageDataset, describe_unreadable, describe_warnings, forget_unreadable
 from timm_pe.errors import RunError
 from timm_pe.process.runtime import setup_runtime
 
@@ -194,3 +197,93 @@ def test_images_that_were_read_for_other_reasons_are_not_counted_with_their_warn
 def test_the_same_unreadable_images_are_said_once_in_a_run(command, images, capsys):
     (images / 'val' / 'ant' / '0.png').write_bytes(b'no image')
     assert run([*command, '--epochs', '3'], capsys).count('could not be read') == 1
+
+
+WIDE = {
+    'I;16.png': np.arange(900, dtype=np.uint16).reshape(30, 30) * 70,
+    'I;16.tif': np.arange(900, dtype=np.uint16).reshape(30, 30) * 70,
+    'I.tif': np.arange(900, dtype=np.int32).reshape(30, 30),
+    'F.tif': np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30),
+}
+
+
+def put_wide(folder, number, kind='I;16.png'):
+    for i in range(number):
+        Image.fromarray(WIDE[kind]).save(folder / f'wide{i}{Path(kind).suffix}')
+
+
+@pytest.mark.parametrize('kind', WIDE)
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_images_of_more_than_8_bits_are_counted_and_read_as_before(kind, mode, tmp_path):
+    (tmp_path / 'ant').mkdir()
+    put_wide(tmp_path / 'ant', 3, kind)
+    Image.new('RGB', (30, 30)).save(tmp_path / 'ant' / 'plain.jpg')
+    Image.new('L', (30, 30)).save(tmp_path / 'ant' / 'plain.png')
+    plain = ImageDataset(str(tmp_path), reader=FolderReader(str(tmp_path)), input_img_mode=mode)
+    counting = CountingImageDataset(plain)
+    for a, b in zip(counting, plain, strict=True):
+        assert a[0].tobytes() == b[0].tobytes()
+    name = f'ant/wide0{Path(kind).suffix}'
+    assert counting.take_wide() == (3, name, Path(kind).stem)
+    assert counting.take_wide() == (0, '', '')
+    list(counting)
+    assert describe_warnings(counting, 5) == (
+        3,
+        f"3 of 5 images have more than 8 bits, the first is '{name}' (mode {Path(kind).stem}): their values are cut off, not "
+        f'scaled, to whole numbers from 0 to 255. Convert them to 8 bits.',
+    )
+
+
+@pytest.mark.parametrize('mode', ['I', 'F', 'I;16', '', None])
+def test_images_that_keep_their_bits_are_not_counted(mode, tmp_path):
+    (tmp_path / 'ant').mkdir()
+    put_wide(tmp_path / 'ant', 3)
+    dataset = CountingImageDataset(create_dataset('', root=str(tmp_path), input_img_mode=mode))
+    assert [image.mode for image, _ in dataset] == [mode or 'I;16'] * 3
+    assert dataset.take_wide() == (0, '', '')
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_images_of_more_than_8_bits_are_said_once_in_a_run(workers, command, images, capfd):
+    put_wide(images / 'train' / 'bee', 2)
+    palette = Image.open(images / 'train' / 'ant' / '1.png').quantize(8)
+    palette.save(images / 'train' / 'ant' / '1.png', transparency=bytes([10, 100]))
+    argv = [*command, '-j', workers, '--epochs', '3', '-b', '2']
+    said = run(argv, capfd)
+    assert re.findall(r"(\d+) of \d+ images have more than 8 bits, the first is '(bee/wide)\d.png'", said) == [
+        ('2', 'bee/wide')
+    ]
+    assert said.count('Palette images with Transparency') == 1
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_images_of_more_than_8_bits_without_labels_are_counted_too(workers, command, images, tmp_path, capfd):
+    shutil.copytree(images / 'train' / 'ant', tmp_path / 'others')
+    for path in (tmp_path / 'others').iterdir():
+        path.write_bytes(path.read_bytes() + b' ')  # so that none is a copy
+    put_wide(tmp_path / 'others', 8)
+    flags = ['-j', workers, '--unlabeled', str(tmp_path / 'others')]
+    beside = run([*command, '--drop', '0', *flags], capfd)
+    assert re.findall(r"(\d+) of \d+ images have more than 8 bits, the first is '.*wide\d.png'", beside) == ['8']
+    common = ['--img-size', '32', '-b', '8', '--device', 'cpu', '--model', 'test_resnet', '--teacher', 'test_resnet']
+    common += ['--no-teacher-pretrained', '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    alone = run([*common, '--experiment', 'alone', *flags], capfd)
+    # to train on and held out
+    counts = re.findall(r"(\d+) of 16 images have more than 8 bits, the first is 'wide\d.png'", alone)
+    assert sum(map(int, counts)) == 8
+
+
+def test_images_of_more_than_8_bits_that_were_read_for_other_reasons_are_not_counted(images):
+    put_wide(images / 'train' / 'bee', 2)
+    dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
+    list(dataset)
+    forget_unreadable(dataset)
+    assert dataset.take_wide() == (0, '', '')
+
+
+def test_an_image_of_more_than_8_bits_in_place_of_an_unreadable_one_is_not_counted_for_it(images):
+    put_wide(images / 'train' / 'bee', 2)
+    truncate(images / 'train' / 'bee' / 'wide0.png')
+    dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
+    list(dataset)
+    assert dataset.take_wide() == (1, 'bee/wide1.png', 'I;16')

@@ -1,5 +1,6 @@
 """Labelled images and images without labels in one training."""
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -182,8 +183,44 @@ def test_labelled_images_are_left_out_of_those_without(argv, image_folder, other
     argv = [*argv, '--unlabeled', str(others), str(image_folder)]
     trainer = make_trainer(argv, monkeypatch)
     assert len(reader_of(trainer.data.train.dataset, BesideReader).found.paths) == 28
-    assert 'counted once    48 images of --unlabeled that the data folder has with labels' in capsys.readouterr().err
+    assert (
+        'counted once    48 images of --unlabeled that the data folder has with labels, 12 of them to validate'
+        in capsys.readouterr().err
+    )
     assert 'all of its images are labelled ones' in refused([*argv, '--unlabeled', str(image_folder)], capsys)
+
+
+@pytest.mark.parametrize('place', [shutil.copy, os.link, os.symlink])
+def test_copies_and_links_of_labelled_images_are_left_out_and_those_to_validate_counted(
+    place, argv, image_folder, others, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(image_folder, tmp_path / 'data')
+    shutil.copytree(others, tmp_path / 'others')
+    for i, name in enumerate(('train/ant/1', 'val/bee/2', 'val/cat/0', 'val/cat/0')):
+        place(tmp_path / 'data' / f'{name}.png', tmp_path / 'others' / f'0{i}.png')
+    argv = [str(tmp_path / 'data'), *argv[1:], '--unlabeled', str(tmp_path / 'others')]
+    trainer = make_trainer(argv, monkeypatch)
+    paths = reader_of(trainer.data.train.dataset, BesideReader).found.paths
+    assert {os.path.basename(path) for path in paths} == {f'{i}.png' for i in range(28)}
+    number, validated = (4, 3) if place is shutil.copy else (3, 2)  # links to one image count once
+    assert (
+        f'counted once    {number} images of --unlabeled that the data folder has with labels, {validated} of them to '
+        f'validate\n' in capsys.readouterr().err
+    )
+
+
+def test_an_image_that_is_in_both_splits_counts_as_one_to_validate(
+    argv, image_folder, others, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(image_folder, tmp_path / 'data')
+    for name in ('data/train/ant/new.png', 'data/val/ant/new.png', 'more/new.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(others / '3.png', tmp_path / name)
+    shutil.copy(others / '4.png', tmp_path / 'more')
+    make_trainer([str(tmp_path / 'data'), *argv[1:], '--unlabeled', str(tmp_path / 'more')], monkeypatch)
+    assert (
+        '1 image of --unlabeled that the data folder has with labels, 1 of them to validate' in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize('more', ['', '-j 2 --model-ema --no-prefetcher', '--teacher-cache'])

@@ -1,5 +1,6 @@
 """The kNN top-1 of student and teacher on labelled images, beside a run's own validation."""
 
+import os
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from helpers import make_trainer, refused, run, summary, tensorboard_curves
 from PIL import Image
 
+from timm_pe.data.unlabeled import find_images, hold_out
 from timm_pe.train.knn import TEMPERATURE, predict
 
 
@@ -106,3 +108,39 @@ def test_images_that_cannot_measure_are_one_line(kind, argv, image_folder, tmp_p
 def test_the_metric_needs_the_images(argv, capsys):
     argv = argv[: argv.index('--knn-data')]
     assert '--eval-metric knn needs --knn-data' in refused([*argv, '--eval-metric', 'knn'], capsys)
+
+
+@pytest.mark.parametrize('place', [shutil.copy, os.link, os.symlink])
+@pytest.mark.parametrize('beside', [False, True], ids=['alone', 'beside labels'])
+def test_validation_images_that_the_student_trains_on_are_warned_about_once(
+    place, beside, argv, image_folder, tmp_path, capsys
+):
+    data = tmp_path / 'knn'
+    shutil.copytree(image_folder, data)
+    images = tmp_path / 'images'
+    for name in ('val/bee/0', 'val/bee/2', 'val/cat/3', 'train/ant/1'):
+        place(data / f'{name}.png', images / f'{name.replace("/", "-")}.png')
+    held_out = hold_out(find_images([str(images)]).paths, 0.05)
+    trained = [
+        path for path, held in zip(find_images([str(images)]).paths, held_out, strict=True) if beside or not held
+    ]
+    names = sorted(os.path.basename(path) for path in trained if 'val-' in path)
+    argv = [*argv, '--knn-data', str(data)]
+    if beside:
+        shutil.copytree(image_folder, tmp_path / 'data')
+        for path in (tmp_path / 'data').rglob('*.png'):
+            path.write_bytes(path.read_bytes() + b'other')
+        argv += ['--data-dir', str(tmp_path / 'data')]
+    said = run(argv, capsys)
+    assert said.count('validation images of --knn-data') == 1
+    first = data / names[0].replace('-', '/')
+    assert (
+        f"{len(names)} of the 12 validation images of --knn-data are also images to train on, the first is '{first}': "
+        f'the kNN top-1 is measured on images that the student has seen' in said
+    )
+
+
+def test_images_that_only_the_other_splits_have_are_not_warned_about(argv, image_folder, tmp_path, capsys):
+    for path in (image_folder / 'train').rglob('*.png'):
+        shutil.copy(path, tmp_path / 'images' / f'{path.parent.name}{path.name}')
+    assert 'validation images of --knn-data' not in run(argv, capsys)

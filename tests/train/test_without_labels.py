@@ -189,6 +189,40 @@ def test_a_run_with_labels_does_not_go_on_from_one_without(finished, image_folde
     assert 'task pretraining without labels then, classification now' in error
 
 
+def with_splits(folder, source, train='train', validation='val'):
+    shutil.copytree(source / 'train', folder / train)
+    shutil.copytree(source / 'val', folder / validation)
+    return str(folder)
+
+
+@pytest.mark.parametrize('names', [('train', 'val'), ('Training', 'validation')])
+def test_a_folder_with_splits_that_is_used_without_labels_is_warned_about(names, argv, image_folder, tmp_path, capsys):
+    data = with_splits(tmp_path / 'data', image_folder, *names)
+    said = run(['--unlabeled', argv[1], data, *argv[2:]], capsys)
+    assert said.count('used without labels') == 1
+    assert (
+        f"--unlabeled: '{data}' has the splits '{names[0]}' and '{names[1]}' of class folders, and all of its images are used "
+        f'without labels. To train with its labels, give it before --unlabeled, or with --data-dir.' in said
+    )
+
+
+def test_folders_without_splits_of_class_folders_are_not_warned_about(argv, image_folder, tmp_path, capsys):
+    with_splits(tmp_path / 'data' / 'deeper', image_folder)
+    for split in ('train', 'val'):  # images at once in the splits, as of detection
+        shutil.copytree(image_folder / split / 'ant', tmp_path / 'plain' / split)
+    shutil.copytree(image_folder / 'train', tmp_path / 'one' / 'train')
+    for split in ('train', 'Val', 'VAL'):  # whichever of the two is meant
+        shutil.copytree(image_folder / split.lower(), tmp_path / 'two' / split)
+    folders = [str(tmp_path / name) for name in ('data', 'plain', 'one', 'two')]
+    assert 'used without labels' not in run(['--unlabeled', *folders, *argv[2:]], capsys)
+
+
+def test_a_folder_of_splits_beside_a_data_folder_is_not_warned_about(argv, image_folder, tmp_path, capsys):
+    data = with_splits(tmp_path / 'data', image_folder)
+    argv = [str(image_folder), '--num-classes', '3', '--unlabeled', argv[1], data, *argv[2:]]
+    assert 'used without labels' not in run(argv, capsys)
+
+
 def test_a_cache_gives_the_numbers_that_the_teacher_gives(argv, tmp_path, capsys):
     argv = [*argv, '--teacher-cache', str(tmp_path / 'cache'), '--teacher-dtype', 'float32']
     run(argv)

@@ -14,7 +14,8 @@ from ..config.flags import DataFlags
 from ..errors import UsageError
 from .draws import derive_seed
 from .folders import FolderReader
-from .unlabeled import NO_LABEL, ImagesFound, describe_repeated, find_images, real_paths
+from .same_files import find_same
+from .unlabeled import NO_LABEL, ImagesFound, describe_repeated, find_images
 from .unreadable import CountingImageDataset
 
 
@@ -25,17 +26,19 @@ class BesideReader(Reader):
         labeled: The labelled images.
         found: The images without labels.
         known: Number of images left out of these because they are labelled ones too.
+        validated: How many of them are ones to validate.
 
     Attributes:
         num_labeled: Number of labelled images.
         found: As given.
         known: As given.
+        validated: As given.
         root: Folder that holds all of them.
     """
 
-    def __init__(self, labeled: FolderReader, found: ImagesFound, known: int):
+    def __init__(self, labeled: FolderReader, found: ImagesFound, known: int, validated: int):
         super().__init__()
-        self.labeled, self.found, self.known = labeled, found, known
+        self.labeled, self.found, self.known, self.validated = labeled, found, known, validated
         self.num_labeled = len(labeled)
         self.root = os.path.commonpath([os.path.abspath(labeled.root), found.root])
 
@@ -65,7 +68,8 @@ class BesideReader(Reader):
 def put_beside(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) -> Dataset[Any]:
     """The labelled images to train on, and those of --unlabeled after them.
 
-    Images of --unlabeled that are labelled ones too, to train on or to validate, are left out.
+    Images of --unlabeled that are labelled ones too, to train on or to validate, are left out: links to their files, and
+    copies with the same content.
 
     Args:
         flags: Flags of the data.
@@ -78,16 +82,16 @@ def put_beside(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) 
     readers: list[Any] = [getattr(getattr(dataset, 'reader', None), 'reader', None) for dataset in (train, evaluation)]
     if not isinstance(train, CountingImageDataset) or not all(isinstance(reader, FolderReader) for reader in readers):
         raise UsageError('--unlabeled goes beside a folder of class folders alone: give one, or no data at all')
-    found, labeled = find_images(flags.unlabeled), set(real_paths(path for r in readers for path, _ in r.samples))
-    paths = [path for path, real in zip(found.paths, real_paths(found.paths), strict=True) if real not in labeled]
-    if not paths:
+    found = find_images(flags.unlabeled)
+    # those to validate first: an image of both splits is one of them
+    labeled = [path for reader in reversed(readers) for path, _ in reader.samples]
+    same = find_same(found.paths, labeled)
+    if (same >= 0).all():
         raise UsageError('--unlabeled: all of its images are labelled ones of the data folder: give others')
-    known = len(found.paths) - len(paths)
-    found = replace(found, paths=paths)
-    images = ImageDataset(
-        readers[0].root, reader=BesideReader(readers[0], found, known), input_img_mode=train.input_img_mode
-    )
-    return CountingImageDataset(images)
+    known, validated = int((same >= 0).sum()), int(((same >= 0) & (same < len(readers[1]))).sum())
+    found = replace(found, paths=[found.paths[i] for i in np.flatnonzero(same < 0).tolist()])
+    reader = BesideReader(readers[0], found, known, validated)
+    return CountingImageDataset(ImageDataset(readers[0].root, reader=reader, input_img_mode=train.input_img_mode))
 
 
 def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, str]]:
@@ -101,7 +105,8 @@ def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, st
         )
     ]
     if reader.known:
-        rows.append(('counted once', f'{reader.known} images of --unlabeled that the data folder has with labels'))
+        known = f'{reader.known} image{"s" * (reader.known > 1)} of --unlabeled that the data folder has with labels'
+        rows.append(('counted once', f'{known}, {reader.validated} of them to validate'))
     return [*rows, *describe_repeated(found)]
 
 

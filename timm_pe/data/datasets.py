@@ -13,7 +13,6 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 from timm.data.readers.reader import Reader
-from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
@@ -22,7 +21,7 @@ from ..config.rules import FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from .beside import BesideReader, put_beside
-from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some
+from .folders import FolderReader, describe_ignored, find_split, image_endings, name_some, natural_key
 from .unlabeled import check_unlabeled, create_unlabeled, reader_of
 from .unreadable import CountingImageDataset
 

@@ -2,13 +2,13 @@
 
 import functools
 import os
+import re
 from collections import Counter
 from typing import Any
 
 from PIL import Image
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader import Reader
-from timm.utils import natural_key
 
 from ..errors import UsageError
 
@@ -56,6 +56,14 @@ def find_split(root: str, split: str) -> str | None:
         if found:
             return os.path.join(root, found[0])
     return None
+
+
+def natural_key(name: str) -> list[int | str]:
+    """timm's key to sort names by, with numbers in them as numbers.
+
+    timm's own fails for names with digits that are no numbers, as '²1.png'.
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
 
 
 def scan_folder(root: str, endings: frozenset[str], ignored: Counter[str]) -> tuple[list[str], list[str]]:

@@ -1,15 +1,21 @@
 """The labelled images of --knn-data: two splits that only measure features."""
 
+import logging
 import os
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from ..config.flags import DataFlags
 from ..config.run_config import RunConfig
 from ..errors import UsageError
 from .datasets import count_classes, create_datasets
+from .fingerprint import list_files
 from .folders import find_split, name_some
+from .same_files import find_same
+
+_logger = logging.getLogger(__name__)
 
 _WHAT = 'give one that holds train and val, each with class folders'
 
@@ -52,3 +58,21 @@ def open_knn_data(config: RunConfig, in_chans: int) -> tuple[Dataset[Any], Datas
             f"--knn-data: '{config.knn_data}' holds one class alone, so every neighbour is of it: give images of two or more"
         )
     return train, evaluation
+
+
+def warn_of_trained(evaluation: Dataset[Any], train: Dataset[Any] | None) -> None:
+    """Warn of validation images of --knn-data that the student trains on, as links to the same files or as copies.
+
+    Args:
+        evaluation: The validation images of --knn-data.
+        train: The images to train on.
+    """
+    paths, trained = list_files(evaluation), list_files(train) if train is not None else None
+    if paths is None or trained is None:
+        return
+    same = np.flatnonzero(find_same(paths, trained) >= 0)
+    if len(same):
+        _logger.warning(
+            f'{len(same)} of the {len(paths)} validation images of --knn-data are also images to train on, the first is '
+            f"'{paths[same[0]]}': the kNN top-1 is measured on images that the student has seen."
+        )

@@ -1,23 +1,26 @@
 """Images without labels: all that lie in some folders, each once, and a part of them held out for validation."""
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from timm.utils import natural_key
 from torch.utils.data import Dataset
 
 from ..config.flags import DataFlags
 from ..errors import UsageError
 from ..process.files import hash_content
 from .fingerprint import hash_files
-from .folders import describe_ignored, image_endings, scan_folder
+from .folders import describe_ignored, find_split, image_endings, natural_key, scan_folder
+from .same_files import identify_files
 from .unreadable import CountingImageDataset
+
+_logger = logging.getLogger(__name__)
 
 _Reader = TypeVar('_Reader', bound=Reader)
 
@@ -25,8 +28,9 @@ _Reader = TypeVar('_Reader', bound=Reader)
 NO_LABEL = -1
 # images are held out at least, where there are twice as many
 _LEAST_HELD_OUT = 16
-# part of a file whose hash decides whether it is held out, in bytes: reading all of a large data set would take hours
-_HASHED = 2**16
+# of a file that is larger than all of them, the number of blocks whose hash decides whether it is held out, and their
+# bytes: reading all of large files would take hours
+_BLOCKS, _BLOCK = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,26 @@ def check_unlabeled(folders: Sequence[str]) -> None:
             raise UsageError(f"--unlabeled: '{folder}' {what}: give folders that hold images, at any depth")
 
 
+def warn_of_splits(folders: Sequence[str]) -> None:
+    """Warn of folders that have a training and a validation split with classes in common: their labels are not used."""
+    for folder in folders:
+        try:
+            splits = [find_split(folder, split) for split in ('train', 'validation')]
+        except UsageError:  # two folders for one split
+            continue
+        classes = [
+            {entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith('.')}
+            for split in splits
+            if split
+        ]
+        if len(classes) == 2 and set.intersection(*classes):
+            names = ' and '.join(f"'{os.path.basename(split)}'" for split in splits if split)
+            _logger.warning(
+                f"--unlabeled: '{folder}' has the splits {names} of class folders, and all of its images are used without "
+                f'labels. To train with its labels, give it before --unlabeled, or with --data-dir.'
+            )
+
+
 def find_images(folders: Sequence[str]) -> ImagesFound:
     """All images below some folders, each file once, in an order that does not depend on that of the folders.
 
@@ -83,46 +107,52 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
         found += [(natural_key(image), image, os.path.join(folder, image)) for image in images]
     paths, seen, repeated = [], set(), []
     sorted_paths = [path for _, _, path in sorted(found)]
-    for path, real in zip(sorted_paths, real_paths(sorted_paths), strict=True):
-        if real in seen:
+    for path, file in zip(sorted_paths, identify_files(sorted_paths), strict=True):
+        if file in seen:
             repeated.append(path)
         else:
-            seen.add(real)
+            seen.add(file)
             paths.append(path)
     return ImagesFound(os.path.commonpath(folders), paths, ignored, len(repeated), repeated[0] if repeated else '')
-
-
-def real_paths(paths: Iterable[str]) -> Iterator[str]:
-    """`os.path.realpath` of each, looking at each folder once: a look at every part of every path takes long."""
-    real_folder: dict[str, str] = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in real_folder:
-            real_folder[folder] = os.path.realpath(folder)
-        yield os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder[folder], name)
 
 
 def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
     """Which images are held out, bool [n].
 
-    The hash of an image's content is compared with the fraction, so that files that are added or renamed change nothing
-    for the others. If that gives fewer than 16, those of the lowest hashes are held out, but never more than half.
+    Those whose hash of their content is below the fraction. If these are fewer than 16, the images of the lowest hashes
+    are held out, up to 16. Copies have the same hash, so they are on one side. Images that would make it more than half
+    are not held out, so none may be.
+
+    A file that is renamed stays on its side. A file that is added moves no other one as long as the fraction alone holds
+    out from 16 images to half of them: all but certain from 32 / fraction images on, unless the fraction is near 0.5.
     """
-    hashes = hash_files(paths, _hash_start)
-    hashes[hashes == 0] = np.iinfo(np.uint64).max  # unreadable: training counts and names it
-    held_out = hashes < np.uint64(int(fraction * 2**64))
-    least = min(_LEAST_HELD_OUT, len(paths) // 2)
-    if held_out.sum() < least:
-        held_out = np.zeros(len(paths), bool)
-        held_out[np.argsort(hashes, kind='stable')[:least]] = True
-    return held_out
+    hashes = hash_files(paths, _hash_blocks)
+    below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(paths) // 2), len(paths) // 2
+    taken, number = [], 0
+    for hash, copies in zip(*np.unique(hashes[hashes > 0], return_counts=True), strict=True):
+        if hash >= below and number >= least:
+            break
+        if number + copies <= most:
+            taken.append(hash)
+            number += copies
+    return np.isin(hashes, taken)
 
 
-def _hash_start(path: str) -> int:
-    """Hash of a file's size and of its first bytes, 0 if it cannot be read."""
+def _hash_blocks(path: str) -> int:
+    """Hash of a file of up to 1 MiB, or of the size of a larger one and of 16 blocks from its first bytes to its last.
+
+    It is 0 if the file cannot be read: training counts and names it.
+    """
     try:
         with open(path, 'rb') as f:
-            return hash_content(os.fstat(f.fileno()).st_size.to_bytes(8, 'little') + f.read(_HASHED))
+            size = os.fstat(f.fileno()).st_size
+            if size <= _BLOCKS * _BLOCK:
+                return hash_content(f.read())
+            content = [size.to_bytes(8, 'little')]
+            for i in range(_BLOCKS):
+                f.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+                content.append(f.read(_BLOCK))
+            return hash_content(b''.join(content))
     except OSError:
         return 0
 
@@ -167,7 +197,7 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
         mode: PIL mode that images are converted to.
 
     Raises:
-        UsageError: No such folder, one without images, or a single image.
+        UsageError: No such folder, one without images, a single image, or one image in many copies.
     """
     found = find_images(flags.unlabeled)
     if len(found.paths) < 2:
@@ -175,6 +205,11 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
             f"--unlabeled: '{found.paths[0]}' is the only image: one to train on and one to hold out are needed"
         )
     held_out = hold_out(found.paths, flags.val_fraction)
+    if not held_out.any():
+        raise UsageError(
+            f'--unlabeled: none of the {len(found.paths)} images can be held out: more than half of them are copies of one '
+            f'image, or none can be read: give others'
+        )
     train, evaluation = (
         CountingImageDataset(
             ImageDataset(found.root, reader=UnlabeledReader(found, held_out, training), input_img_mode=mode)

@@ -24,7 +24,7 @@ from ..config.teachers import teachers_of
 from ..data.beside import BesideReader, describe_beside
 from ..data.datasets import count_classes, describe_data
 from ..data.loaders import Data
-from ..data.unlabeled import describe_unlabeled, reader_of
+from ..data.unlabeled import describe_unlabeled, reader_of, warn_of_splits
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
@@ -89,10 +89,14 @@ def count_params(module: nn.Module) -> int:
 
 
 def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
-    """Name flags without effect, and a warmup that fills the run of `num_epochs` at learning rate `lr`."""
+    """Name flags without effect, labels that are not used, and a warmup that fills the run of `num_epochs` at learning
+    rate `lr`.
+    """
     idle = without_effect(config)
     if idle:
         _logger.warning(f'Without effect: {", ".join(idle)}.')
+    if not config.has_labels:
+        warn_of_splits(config.unlabeled)
     if config.tta > 1:
         _logger.warning(
             f'--tta {config.tta} averages {config.tta} images in a row, as in timm; this loader gives each image once, so '

@@ -14,6 +14,7 @@ from timm.task import evaluation_sample_limit
 from timm.utils import unwrap_model
 
 from ..config.teachers import teachers_of
+from ..data.knn_data import warn_of_trained
 from ..method.losses import normalize_teacher
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
@@ -66,6 +67,8 @@ def create_validation(parts: Parts) -> Validation:
         UsageError: Images of --knn-data that do not fit.
     """
     knn = Knn(parts) if parts.config.knn_data else None  # first: it may refuse its images
+    if knn is not None and parts.config.unlabeled and parts.runtime.is_primary:
+        warn_of_trained(knn.loaders['validation'].dataset, parts.datasets[0])
     validation = LabelValidation(parts, check_teachers(parts)) if parts.config.has_labels else TeacherValidation(parts)
     if knn is None:
         return validation
