@@ -337,3 +337,16 @@ def test_patches_of_a_naflex_loader_have_no_grid():
     model({**patches, 'patch_valid': torch.ones(1, 6, dtype=torch.bool)})
     with pytest.raises(UsageError, match=r'its forward_features\(\) gives a dict, neither one map nor tokens'):
         tap.pop()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('projector', ['linear', 'mlp', 'linear_bn', 'orthogonal'])
+def test_a_student_of_another_dtype_is_projected_in_it_where_its_map_is_pooled(dtype, projector):
+    student = timm.create_model('test_resnet', num_classes=5)  # 4 x 4 positions at 128 px
+    teacher = create_teacher('test_convnext', pretrained=False, input_size=64)  # 2 x 2
+    task = ProjectorEnsembleTask(student, teacher, map_weight=1.0, projector=projector, verbose=False)
+    task.trainable_module.to(dtype)
+    result = task(torch.randn(2, 3, 128, 128, dtype=dtype), torch.tensor([0, 1]))
+    result['loss'].backward()
+    assert result['map_loss'].isfinite()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in task.projectors[1].parameters())

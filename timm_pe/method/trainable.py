@@ -69,5 +69,6 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
 
 def _project_map(projectors: ProjectorEnsemble, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Each position of a map `[b, d, h, w]` projected by itself -> `[b, rows, columns, m]`."""
-    x = on_grid(x, (min(x.shape[2], grid[0]), min(x.shape[3], grid[1])))
+    # pooled in float32, projected in the precision of the student
+    x = on_grid(x, (min(x.shape[2], grid[0]), min(x.shape[3], grid[1]))).to(x.dtype)
     return projectors(x.flatten(0, 2)).unflatten(0, x.shape[:3])
