@@ -88,6 +88,32 @@ def test_each_rank_and_each_batch_has_its_share_of_labelled_images(labeled, othe
     assert abs(counts.sum(1) - share * world_size).max() <= 2
 
 
+@pytest.mark.parametrize(('ratio', 'number'), [(0.5, 18), (2, 72)])
+def test_a_ratio_says_how_many_others_an_epoch_has_for_each_labelled_image(ratio, number, argv, monkeypatch):
+    trainer = make_trainer([*argv, '--unlabeled-ratio', str(ratio), '-b', '6'], monkeypatch)
+    epochs = [[name for batch in epoch_of(trainer, e) for name in batch] for e in (0, 1)]
+    for files in epochs:
+        drawn = Counter(name for name in files if 'others' in name)
+        assert sum(drawn.values()) == number
+        assert max(drawn.values()) - min(drawn.values(), default=0) <= 1 or number < 28
+        assert len({name for name in files if 'others' not in name}) == 36
+    assert epochs[0] != epochs[1]
+
+
+def test_an_image_that_an_epoch_has_twice_is_augmented_twice_on_any_rank(argv, monkeypatch):
+    trainer = make_trainer([*argv, '--unlabeled-ratio', '2'], monkeypatch)
+    batches = list(trainer.data.train.loader.batch_sampler)
+    draws = [(draw.index, draw.repeat) for batch in batches for draw in batch]
+    assert len(draws) == len(set(draws)) == 104
+    assert trainer.data.train.loader.batch_sampler.repeated  # ranks differ
+
+
+def test_a_ratio_that_repeats_images_does_not_go_with_a_cache(argv, tmp_path, capsys):
+    cached = [*argv, '--teacher-cache', str(tmp_path / 'cache'), '--unlabeled-ratio']
+    assert 'give 0.778 or less' in refused([*cached, '1'], capsys)
+    run([*cached, '0.7', '--epochs', '1'])
+
+
 def test_the_task_loss_of_ranks_is_the_mean_over_the_labelled_images_of_all(monkeypatch):
     monkeypatch.setattr('timm_pe.train.run_task.dist.all_reduce', lambda count: count.fill_(5))
     logits, labels = torch.randn(8, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
@@ -262,6 +288,7 @@ def test_a_run_beside_is_evaluated_and_analysed_by_its_labels(argv, tmp_path, ca
         ('--dataset sklearn/digits', '--dataset names a data set that is not a folder'),
         ('--task multilabel', '--task reads labels of another kind'),
         ('--train-img-sizes 32 40', '--train-img-sizes makes batches of its own'),
+        ('--unlabeled-ratio 0', '--unlabeled-ratio must be above 0'),
         ('--unlabeled nowhere', "--unlabeled: 'nowhere' does not exist"),
     ],
 )

@@ -90,7 +90,7 @@ class DataFlags:
     dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import')
     unlabeled: list[str] = flag([], 'train on images without labels too: all that lie in these folders, at any depth. Without a data folder the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
     val_fraction: float = flag(0.05, 'without a data folder: share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
-
+    unlabeled_ratio: float | None = flag(None, 'next to a data folder: so many images without labels for each labelled one in an epoch', metavar='R', above=0, unset='an epoch goes once through both', needs='unlabeled', added=True)
     knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), and at the start the teacher's", metavar='DIR', needs='teacher', added=True)
 
     @property

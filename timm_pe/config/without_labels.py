@@ -20,6 +20,7 @@ _REASONS = {
     **dict.fromkeys(('mixup', 'cutmix', 'cutmix_minmax'), _MIXES),
     'kd_loss_weight': 'compares logits, and a student without labels has no classifier that gives some',
     'task_loss_weight': 'weighs a loss of labels',
+    'unlabeled_ratio': 'is a ratio to labelled images',
     **dict.fromkeys(('num_classes', 'head_init_scale', 'head_init_bias', 'drop'), _OF_CLASSIFIER),
     'tta': 'averages logits, and a student without labels has no classifier that gives some',
     **dict.fromkeys(

@@ -94,14 +94,21 @@ def put_beside(flags: DataFlags, train: Dataset[Any], evaluation: Dataset[Any]) 
     return CountingImageDataset(ImageDataset(readers[0].root, reader=reader, input_img_mode=train.input_img_mode))
 
 
-def describe_beside(reader: BesideReader, batch_size: int) -> list[tuple[str, str]]:
+def drawn_beside(flags: DataFlags, reader: BesideReader) -> int:
+    """How many of the images without labels an epoch has: those of --unlabeled-ratio, at least 1, else all."""
+    ratio = flags.unlabeled_ratio
+    return len(reader.found.paths) if ratio is None else max(1, round(ratio * reader.num_labeled))
+
+
+def describe_beside(flags: DataFlags, reader: BesideReader, batch_size: int) -> list[tuple[str, str]]:
     """Rows of the start table about the images without labels."""
-    number, found = len(reader.found.paths), reader.found
-    share = batch_size * reader.num_labeled / len(reader)
+    number, found, drawn = len(reader.found.paths), reader.found, drawn_beside(flags, reader)
+    share = batch_size * reader.num_labeled / (reader.num_labeled + drawn)
+    an_epoch = '' if flags.unlabeled_ratio is None else f', {drawn} in an epoch'
     rows = [
         (
             'without labels',
-            f'{number} images more, of {found.root}: {share:.3g} of {batch_size} in a batch are labelled',
+            f'{number} images more, of {found.root}{an_epoch}: {share:.3g} of {batch_size} in a batch are labelled',
         )
     ]
     if reader.known:
@@ -116,14 +123,16 @@ class EvenSampler(Sampler[int]):
     Each rank has its share of both. Where a rank's batch has less than one labelled image, ranks take turns.
 
     Args:
-        labeled: Number of labelled images, the first ones.
+        labeled: Number of labelled images, the first ones. An epoch has each of them once.
         others: Number of the others.
+        drawn: How many of the others an epoch has; None means each of them once. Of more, all come again as often.
         rank: This rank.
         world_size: Number of ranks; each has the same number of images.
     """
 
-    def __init__(self, labeled: int, others: int, rank: int, world_size: int):
+    def __init__(self, labeled: int, others: int, rank: int, world_size: int, drawn: int | None = None):
         self.labeled, self.others, self.rank, self.world_size = labeled, others, rank, world_size
+        self.drawn = others if drawn is None else drawn
         self.seed = 0
 
     def set_epoch(self, seed: int) -> None:
@@ -132,7 +141,8 @@ class EvenSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng, ranks = np.random.default_rng(derive_seed(self.seed)), range(self.world_size)
-        labeled, others = rng.permutation(self.labeled), self.labeled + rng.permutation(self.others)
+        labeled, passes = rng.permutation(self.labeled), range(-(-self.drawn // self.others))
+        others = self.labeled + np.concatenate([rng.permutation(self.others) for _ in passes])[: self.drawn]
         shares = [labeled[rank :: self.world_size][: len(self)] for rank in ranks]
         ends = np.cumsum([len(self) - len(share) for share in shares])
         mine = [shares[self.rank], np.split(others, ends)[self.rank]]
@@ -146,4 +156,4 @@ class EvenSampler(Sampler[int]):
         yield from order.tolist()
 
     def __len__(self) -> int:
-        return (self.labeled + self.others) // self.world_size
+        return (self.labeled + self.drawn) // self.world_size

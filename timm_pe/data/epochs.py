@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, one_line
 from ..process.runtime import Runtime
-from .beside import BesideReader, EvenSampler
+from .beside import BesideReader, EvenSampler, drawn_beside
 from .draws import Batch, DrawBatchSampler, SeededCollate, SeededDataset, SeededErasing, ViewBatches
 from .unlabeled import reader_of
 from .unreadable import forget_unreadable
@@ -23,8 +23,16 @@ def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
     plain = plain_loader(loader)
     beside = reader_of(plain.dataset, BesideReader)
     batch_sampler: Any = plain.batch_sampler
+    repeated = bool(config.aug_repeats)
     if beside is not None:
-        sampler = EvenSampler(beside.num_labeled, len(beside.found.paths), runtime.rank, runtime.world_size)
+        others, drawn = len(beside.found.paths), drawn_beside(config, beside)
+        repeated = drawn > others
+        if repeated and config.teacher_cache:
+            raise UsageError(
+                f'--teacher-cache keeps one feature an image and view, and --unlabeled-ratio {config.unlabeled_ratio:g} draws '
+                f'{drawn} of {others} images without labels in an epoch: give {others / beside.num_labeled:.3g} or less'
+            )
+        sampler = EvenSampler(beside.num_labeled, others, runtime.rank, runtime.world_size, drawn)
         batch_sampler = BatchSampler(sampler, config.batch_size, drop_last=True)
     loader_class = MultiEpochsDataLoader if config.use_multi_epochs_loader else DataLoader
     seeded = loader_class(
@@ -34,7 +42,7 @@ def seed_loader(loader: Any, config: RunConfig, runtime: Runtime) -> Any:
             config.seed,
             runtime.rank,
             runtime.world_size,
-            repeated=bool(config.aug_repeats),
+            repeated=repeated,
             views=config.teacher_cache_views if config.teacher_cache else None,
         ),
         collate_fn=SeededCollate(  # type: ignore[arg-type]  # its batches are those of SeededDataset

@@ -250,7 +250,7 @@ def _run_rows(
     if config.has_labels:
         beside = reader_of(train, BesideReader)
         rows += describe_data(train, evaluation)
-        rows += describe_beside(beside, batch) if beside is not None else []
+        rows += describe_beside(config, beside, batch) if beside is not None else []
     else:
         rows += describe_unlabeled(train, evaluation, config.val_fraction)
     pinned = ', pinned memory' if pins_memory(config, runtime.device.type) else ''
