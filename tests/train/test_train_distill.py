@@ -138,6 +138,30 @@ def top1(said):
     return float(re.search(r'top-1 ([\d.]+) %', said)[1])
 
 
+@pytest.mark.parametrize('more', [[], ['--no-prefetcher']])
+def test_evaluate_normalizes_images_in_the_precision_that_the_run_did(more, tmp_path, capsys):
+    """In a low --model-dtype the prefetcher rounds otherwise than the transforms of --no-prefetcher."""
+    argv = [
+        '--dataset',
+        'sklearn/digits',
+        '--num-classes',
+        '10',
+        '--model',
+        'cifar_resnet8',
+        '--img-size',
+        '16',
+        '-j',
+        '0',
+    ]
+    argv += ['--device', 'cpu', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.2', '--mean', '0.3', '--std', '0.6']
+    argv += ['--in-chans', '1', '--model-dtype', 'bfloat16', '--output', str(tmp_path), '--experiment', 'run', *more]
+    run(argv)
+    row = summary(tmp_path / 'run')[0]
+    said = run(['--evaluate', str(tmp_path / 'run'), '-j', '0', '--device', 'cpu'], capsys)
+    assert f'val loss {float(row["eval_loss"]):.4f}' in said
+    assert f'top-1 {float(row["eval_top1"]):.3f} %  top-5 {float(row["eval_top5"]):.3f} %' in said
+
+
 def test_data_whose_classes_are_not_those_of_the_run_is_not_evaluated(finished, image_folder, tmp_path, capsys):
     shutil.copytree(image_folder, tmp_path / 'images')
     for split in ('train', 'val'):

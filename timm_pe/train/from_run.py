@@ -29,6 +29,7 @@ _OF_AN_EVALUATION = (
     *((name,) for name in ('mean', 'std', 'crop_pct', 'interpolation', 'input_img_mode', 'val_split', 'class_map', 'class_depth')),
     ('data', 'data_dir', 'dataset', 'val_num_samples', 'input_key', 'target_key'),
     ('amp', 'amp_dtype', 'model_dtype'),
+    ('no_prefetcher',),  # the prefetcher normalizes in --model-dtype
     ('naflex_loader', 'naflex_max_seq_len', 'naflex_patchify_channels_first'),
     *((name,) for name in ('task', 'target_format', 'multilabel_threshold', 'tta', 'model_ema_force_cpu')),
 )  # fmt: skip
