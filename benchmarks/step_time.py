@@ -46,7 +46,7 @@ from timm_pe import ProjectorEnsemble, create_feature_loss
 from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
-from timm_pe.method.weights import check_model_name
+from timm_pe.method.weight_files import check_model_name
 from timm_pe.process.runtime import has_fast_bfloat16, use_fast_kernels
 from timm_pe.train.build import build as build_parts
 from timm_pe.train.start import start

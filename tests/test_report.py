@@ -15,7 +15,7 @@ from timm_pe import report
 from timm_pe.config.run_config import parse_config
 from timm_pe.errors import UsageError
 from timm_pe.report import write_report
-from timm_pe.runs import bars, compare, plots
+from timm_pe.runs import compare, plots, report_bars
 from timm_pe.runs.compare import command, confidence_interval, describe_method, format_command, group_seeds, read_runs
 
 NAME = f'{HOSTILE} & "b" \'c\' $x_$'
@@ -483,16 +483,18 @@ def test_bars_start_at_zero_and_share_a_scale(tmp_path):
     runs = read_runs([make_run(tmp_path, name) for name in 'abc'])
     for run, gap in zip(runs, (4.0, -1.0, 3.0), strict=True):
         run.analysis['gap_top1'] = gap
-    drawn = bars.draw_bars(group_seeds(runs), 'gap_top1')
+    drawn = report_bars.draw_bars(group_seeds(runs), 'gap_top1')
     assert [(b['start'], b['width']) for b in drawn] == [(20, 80), (0, 20), (20, 60)]
-    drawn = bars.draw_bars(group_seeds(runs)[:1], 'gap_top1', end=100)
+    drawn = report_bars.draw_bars(group_seeds(runs)[:1], 'gap_top1', end=100)
     assert [(b['start'], b['width']) for b in drawn] == [(0, 4)]
-    assert bars.draw_bars(group_seeds(runs), 'projectors.ensemble_gain') == []
+    assert report_bars.draw_bars(group_seeds(runs), 'projectors.ensemble_gain') == []
 
 
 def test_a_teacher_is_not_measured_against_itself(tmp_path):
     runs = read_runs(make_family(tmp_path))
-    measures = {m['title']: [b['group'].name for b in m['bars']] for m in bars.draw_measures(group_seeds(runs), runs)}
+    measures = {
+        m['title']: [b['group'].name for b in m['bars']] for m in report_bars.draw_measures(group_seeds(runs), runs)
+    }
     assert measures['Agreement with the teacher'] == ['student-1', 'student_pe-1']
     assert measures['Linear probe'] == ['teacher', 'student-1', 'student_pe-1']
     assert measures['Gain of the ensemble'] == ['student_pe-1']

@@ -14,7 +14,7 @@ from timm.task import ClassificationTask
 
 from timm_pe.config import flags as declared
 from timm_pe.data.draws import derive_seed
-from timm_pe.method.weights import read_state_dict
+from timm_pe.method.weight_files import read_state_dict
 
 RESNET = ['--model', 'test_resnet']
 PAIR = [*RESNET, '--teacher', 'test_vit', '--no-teacher-pretrained']

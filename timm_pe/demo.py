@@ -23,7 +23,7 @@ import torch
 
 from .config.cli import Parser
 from .errors import UsageError
-from .method.weights import STUDENT as STUDENT_FILE
+from .method.weight_files import STUDENT as STUDENT_FILE
 from .report import write_report
 from .run_folder import RunFolder
 from .runs.compare import confidence_interval

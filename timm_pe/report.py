@@ -26,7 +26,6 @@ from PIL import Image
 
 from .config.cli import Parser
 from .errors import UsageError
-from .runs.bars import dig, draw_measures
 from .runs.compare import (
     Group,
     Run,
@@ -42,6 +41,7 @@ from .runs.compare import (
     teaches,
     why_no_difference,
 )
+from .runs.report_bars import dig, draw_measures
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""RunFolder: the names of a run's files, and how each is read and written (method/weights.py names the weights files).
+"""RunFolder: the names of a run's files, and how each is read and written (method/weight_files.py names the weights files).
 
 args.yaml                  the settings as they were given
 summary.csv                a row an epoch: loss, raw terms, metrics, learning rate, images/s
@@ -26,7 +26,7 @@ from timm.utils import trim_summary, update_summary
 from .config.run_config import RunConfig, parse_config
 from .config.yaml_file import read_yaml
 from .errors import UsageError, one_line
-from .method.weights import BEST, LAST, STUDENT
+from .method.weight_files import BEST, LAST, STUDENT
 from .process.files import replaced
 
 _logger = logging.getLogger(__name__)

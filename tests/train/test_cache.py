@@ -28,7 +28,7 @@ from timm_pe.data.epochs import first_batch, set_epoch
 from timm_pe.data.fingerprint import hash_names
 from timm_pe.data.loaders import create_data
 from timm_pe.method.teacher import Teacher, TeacherOutput
-from timm_pe.method.weights import hash_tensors
+from timm_pe.method.weight_files import hash_tensors
 from timm_pe.process.runtime import setup_runtime
 from timm_pe.train import cache as cache_module
 from timm_pe.train import run_cache

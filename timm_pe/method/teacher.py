@@ -20,7 +20,7 @@ from .input_size import Size, resize_network
 from .map_tap import MapTap
 from .tap import FeatureTap
 from .teacher_output import TeacherOutput
-from .weights import (
+from .weight_files import (
     check_model_name,
     classes_in_checkpoint,
     create_timm_model,

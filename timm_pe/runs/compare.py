@@ -22,7 +22,7 @@ from ..config.run_config import RunConfig, create_parser
 from ..config.teachers import as_each
 from ..errors import UsageError, one_line
 from ..method.names import TARGETS
-from ..method.weights import BEST, LAST, STUDENT
+from ..method.weight_files import BEST, LAST, STUDENT
 from ..run_folder import RunFolder
 
 # flags in which two runs of one method may differ, besides the number in their name

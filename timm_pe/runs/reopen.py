@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..method.tap import FeatureTap
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
-from ..method.weights import load_weights, read_state_dict
+from ..method.weight_files import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint

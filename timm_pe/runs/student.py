@@ -15,7 +15,7 @@ from ..config.derive import given_classes
 from ..config.run_config import RunConfig
 from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
-from ..method.weights import classes_in_checkpoint, load_weights, read_state_dict
+from ..method.weight_files import classes_in_checkpoint, load_weights, read_state_dict
 from ..run_folder import RunFolder
 from ..train.checkpoints import saved_classes
 from ..train.student import create_student

@@ -24,7 +24,7 @@ from ..config.run_config import RunConfig
 from ..config.teachers import as_each
 from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError, one_line
-from ..method.weights import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
+from ..method.weight_files import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
 from ..process.files import replaced, sync_file
 from ..process.runtime import Runtime
 from ..run_folder import DEFAULT_OUTPUT, RunFolder

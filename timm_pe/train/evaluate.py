@@ -16,7 +16,7 @@ from ..data.epochs import plain_loader
 from ..data.loaders import Data
 from ..data.unreadable import describe_unreadable, describe_warnings
 from ..errors import UsageError
-from ..method.weights import load_weights, read_state_dict
+from ..method.weight_files import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .build import Parts

@@ -25,7 +25,7 @@ from ..data.epochs import plain_loader
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
 from ..method.teacher import Teacher
-from ..method.weights import fingerprint
+from ..method.weight_files import fingerprint
 from ..process.runtime import Runtime
 
 _logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from ..data.loaders import Data
 from ..errors import UsageError
 from ..method.teacher import Teacher, TeacherOutput
 from ..method.teachers import name_teachers
-from ..method.weights import hash_tensors
+from ..method.weight_files import hash_tensors
 from ..process.runtime import Runtime, ranks_together
 from .cache import _FORMAT, TeacherCache
 from .from_run import teacher_settings

@@ -35,7 +35,7 @@ from ..method.input_size import Size
 from ..method.names import TARGETS
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
-from ..method.weights import announce_download, read_state_dict
+from ..method.weight_files import announce_download, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .checkpoints import saved_classes

@@ -19,7 +19,7 @@ from ..config.run_config import RunConfig
 from ..config.teachers import teachers_of
 from ..data.datasets import count_classes
 from ..errors import NoPretrainedWeights, UsageError, one_line
-from ..method.weights import (
+from ..method.weight_files import (
     check_model_name,
     check_values,
     classes_in_checkpoint,
