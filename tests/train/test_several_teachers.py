@@ -1,6 +1,7 @@
 """Runs with several teachers, and with feature maps, by the command line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -306,7 +307,12 @@ def test_without_labels_the_cosine_to_each_teacher_is_measured(image_folder, tmp
     each = [row[f'eval_cosine_{name}'] for name in TEACHERS]
     assert row['eval_cosine'] == pytest.approx(0.75 * each[0] + 0.25 * each[1])
     assert row['eval_loss'] == pytest.approx(1 - row['eval_cosine'], abs=1e-5)
-    assert out.count('kNN') >= 2 or out.count('nearest') >= 2
+    assert re.search(
+        r'cosine -?\d\.\d+ \(best\)  cosine_test_vit -?\d\.\d+  cosine_test_convnext -?\d\.\d+  effective rank', out
+    )
+    for number, name in enumerate(TEACHERS, 1):
+        assert re.search(rf'Teacher {number} \({name}\): .*nearest-neighbour top-1 .* \d+\.\d+ %', out)
+        assert f'3 x linear 96 -> 64 ({name}), activation' in out
 
 
 def test_a_map_of_one_position_is_a_warning(small_run, capsys):

@@ -218,10 +218,11 @@ def _run_rows(
     else:
         for aim, p in zip(task.aims, task.projectors, strict=True):
             of = f'{aim.tapped} ' if aim.tapped != 'feature' else ''
+            to = f' ({task.teacher_names[aim.teacher]})' if len(task.teachers) > 1 else ''
             rows.append(
                 (
                     'projectors' if aim is task.aims[0] else '',
-                    f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}, activation {p.act}, '
+                    f'{p.num_projectors} x {p.projector} {of}{p.in_dim} -> {p.out_dim}{to}, activation {p.act}, '
                     f'{_count(count_params(p))} parameters',
                 )
             )

@@ -35,7 +35,7 @@ METRIC_NAMES = {
     'knn': 'kNN',
     'effective_rank': 'effective rank',
 }
-# metrics that are no percentages
+# metrics that are no percentages, and beginnings of their names
 _NUMBERS = ('cosine', 'effective_rank')
 
 
@@ -138,7 +138,7 @@ def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
 def format_metrics(metrics: Mapping[str, float], num_classes: int) -> str:
     """Metrics on one line, percentages to three places; top-5 is omitted for five classes or fewer."""
     shown = {k: v for k, v in metrics.items() if k != 'loss' and not (k == 'top5' and num_classes <= 5)}
-    said = [f'{METRIC_NAMES.get(k, k)} {v:.3f}{"" if k in _NUMBERS else " %"}' for k, v in shown.items()]
+    said = [f'{METRIC_NAMES.get(k, k)} {v:.3f}{"" if k.startswith(_NUMBERS) else " %"}' for k, v in shown.items()]
     return '  '.join([*said, f'val loss {metrics["loss"]:.4f}'])
 
 
