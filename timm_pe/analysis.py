@@ -95,7 +95,10 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
     What compares the student with its teacher is, of several teachers, the mean; that of each is under 'teachers'.
     """
     splits = {'train': train, 'validation': validation}
-    scores = {name: top_k(split.logits, split.labels) for name, split in splits.items()}
+    scores: dict[str, dict[str, float] | None] = {
+        name: None if split.logits is None else top_k(split.logits, split.labels) for name, split in splits.items()
+    }
+    of_train, of_validation = scores.values()
     apart, class_matrix = class_statistics(validation.feature, validation.labels)
     pairs = [_compare(run, splits, i) for i in range(len(run.teachers))]
     compared, matrices = [c for c, _ in pairs], [m for _, m in pairs]
@@ -111,16 +114,17 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         'class_names': run.class_names,
         'images': {name: len(split.labels) for name, split in splits.items()},
         **scores,
-        'gap_top1': scores['train']['top1'] - scores['validation']['top1'],
+        'gap_top1': of_train['top1'] - of_validation['top1'] if of_train and of_validation else None,
         'teacher_validation': one.get('validation'),
+        'teacher_probe': one.get('probe'),
         **{name: _mean([c[name] for c in compared]) for name in ('agreement', 'cosine', 'cosine_raw', 'cka')},
         'discriminability': {
             **apart,
             **probe((train.feature, train.labels), (validation.feature, validation.labels)),
         },
-        'calibration': calibration(validation.logits, validation.labels),
+        'calibration': None if validation.logits is None else calibration(validation.logits, validation.labels),
         'projectors': one['projectors'] if one else _mean_projectors([c['projectors'] for c in compared]),
-        'samples': _say_samples(run.samples, validation),
+        'samples': [] if validation.logits is None else _say_samples(run.samples, validation),
     }
     if len(compared) > 1:
         result['teachers'] = dict(zip(name_teachers(run.teachers), compared, strict=True))
@@ -159,7 +163,11 @@ def _compare(run: OpenRun, splits: Mapping[str, Split], index: int) -> tuple[dic
     outputs = {name: split.teachers[index] for name, split in splits.items()}
     # pairs (student, teacher); logits if its classes are the same
     features = {n: (splits[n].feature, output.feature) for n, output in outputs.items()}
-    logits = {n: (splits[n].logits, output.logits) for n, output in outputs.items() if output.logits is not None}
+    logits = {
+        n: (own, output.logits)
+        for n, output in outputs.items()
+        if (own := splits[n].logits) is not None and output.logits is not None
+    }
     same_width = all(own.shape[1] == of_teacher.shape[1] for own, of_teacher in features.values())
     found = {
         'model': run.teacher_names[index],
@@ -170,6 +178,8 @@ def _compare(run: OpenRun, splits: Mapping[str, Split], index: int) -> tuple[dic
         'cka': {n: linear_cka(*pair) for n, pair in features.items()},
         'projectors': projectors,
     }
+    if splits['validation'].logits is None:  # what its student can hope for
+        found['probe'] = probe(*((outputs[n].feature, splits[n].labels) for n in ('train', 'validation')))
     return found, matrix
 
 
@@ -239,10 +249,9 @@ def _draw(
     from .runs import plots
 
     color = plots.TAUGHT if result['teacher'] else plots.ALONE
-    figures = {
-        'reliability': plots.reliability(result['calibration']['bins'], result['calibration']['ece'], color),
-        'class_cosine': plots.class_cosine(cast(torch.Tensor, matrices['class_cosine']).tolist(), names),
-    }
+    figures = {'class_cosine': plots.class_cosine(cast(torch.Tensor, matrices['class_cosine']).tolist(), names)}
+    if result['calibration']:
+        figures['reliability'] = plots.reliability(result['calibration']['bins'], result['calibration']['ece'], color)
     if matrices['projector_similarity'] is not None and result['projectors']['q'] > 1:
         figures['projector_similarity'] = plots.projector_similarity(matrices['projector_similarity'].tolist())
     rows = folder.rows() if folder.summary_file.is_file() else []

@@ -149,6 +149,8 @@ def draw_reliability(groups: Sequence[Group]) -> list[dict[str, Any]]:
     found = []
     for i, (group, run) in enumerate(_analysed(groups)):
         calibration = dig(run.analysis, 'calibration')
+        if not calibration:  # a backbone
+            continue
         figure = plots.reliability(calibration['bins'], color=group.color)
         figure.set_size_inches(3.7, 3.5)
         figure.axes[0].set_title('')
@@ -322,7 +324,7 @@ def analyse_missing(runs: Sequence[Run]) -> None:
     Raises:
         UsageError: An analysis failed; the message says how to do without it.
     """
-    missing = [run for run in runs if run.analysis is None and run.has_labels]
+    missing = [run for run in runs if run.analysis is None and (run.has_labels or run.args.get('knn_data'))]
     if not missing:
         return
     from .analysis import analyze

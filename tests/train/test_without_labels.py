@@ -16,10 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_pe import ProjectorEnsembleTask
+from timm_pe.analysis import analyze
+from timm_pe.analysis import main as analysis_main
 from timm_pe.errors import UsageError
 from timm_pe.export import main as export
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
+from timm_pe.runs.reopen import Options
 from timm_pe.train.validation import Moments
 
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
@@ -272,6 +275,32 @@ def test_a_teacher_is_needed(argv, capsys):
 def test_a_run_without_labels_is_not_evaluated(finished, capsys):
     error = refused(['--evaluate', str(finished[0]), '--device', 'cpu'], capsys)
     assert 'its student has no classifier to evaluate: fine-tune it' in error
+
+
+def test_an_analysis_on_labelled_images_compares_features_and_fits_a_linear_probe(finished, image_folder, tmp_path):
+    pytest.importorskip('sklearn')
+    folder = tmp_path / 'run'
+    shutil.copytree(finished[0], folder)
+    with pytest.raises(UsageError, match='is analysed on labelled images: --data-dir names a folder'):
+        analyze(folder)
+    result = analyze(folder, Options(data_dir=str(image_folder)))
+    assert result['images'] == {'train': 36, 'validation': 12}
+    assert result['class_names'] == ['ant', 'bee', 'cat']
+    assert 0 <= result['discriminability']['linear_probe_top1'] <= 100
+    assert 0 <= result['teacher_probe']['linear_probe_top1'] <= 100
+    assert result['cosine']['validation'] == pytest.approx(float(summary(folder)[-1]['eval_cosine']), abs=0.3)
+    for name in ('train', 'validation', 'gap_top1', 'agreement', 'calibration', 'teacher_validation'):
+        assert result[name] is None, name
+    report([str(folder), '-o', str(tmp_path / 'report.html')])
+    assert 'Linear probe' in (tmp_path / 'report.html').read_text()
+
+
+def test_a_run_with_images_for_neighbours_is_analysed_on_them(argv, image_folder, tmp_path, capsys):
+    pytest.importorskip('sklearn')
+    run([*argv, '--knn-data', str(image_folder), '--epochs', '1'])
+    analysis_main([str(tmp_path / 'run')])
+    assert 'probe' in capsys.readouterr().out
+    assert (tmp_path / 'run' / 'figures' / 'class_cosine.png').exists()
 
 
 def test_the_report_shows_its_curves(finished, tmp_path, capsys):

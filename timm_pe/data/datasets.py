@@ -416,7 +416,7 @@ def check_num_classes(datasets: tuple[Dataset[Any] | None, Dataset[Any]], num_cl
         UsageError: They don't fit.
     """
     classes = count_classes(datasets[1])
-    if classes is None or classes == num_classes:
+    if classes is None or classes == num_classes or not num_classes:  # without a classifier any do
         return
     if given or classes > num_classes:
         advice = _describe_empty(*datasets) or (f': --num-classes {classes} fits, or none' if given else '')

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from ..process.runtime import Runtime
 from ..process.signals import ignore_in_worker
 from .datasets import check_num_classes, class_map_of, count_classes, read_whole_on_each_rank
 from .epochs import plain_loader, seed_loader
+from .fingerprint import hash_names
 from .targets import ClassTarget, MultiLabelTargets, check_columns
 from .unreadable import forget_unreadable
 
@@ -51,8 +52,10 @@ class Data:
     config: dict[str, Any]
 
 
-def _check_ranks(datasets: tuple[Dataset[Any] | None, Dataset[Any]], runtime: Runtime) -> None:
-    """Raise unless all ranks have the same classes in the same order.
+def check_ranks(datasets: Sequence[Dataset[Any] | None], runtime: Runtime) -> None:
+    """Raise unless all ranks have the same images and the same classes, in the same order; streams have no list of images.
+
+    Ranks with other images would wait for each other's batches, or validate on what another one trains on.
 
     Raises:
         UsageError: They differ: the machines have different folders.
@@ -67,6 +70,15 @@ def _check_ranks(datasets: tuple[Dataset[Any] | None, Dataset[Any]], runtime: Ru
                 raise UsageError(
                     f"rank 0 has class '{name}' as {first.get(name)}, rank {rank} has it as {other.get(name)}: all machines "
                     f'must have the same class folders, or the same --class-map'
+                )
+    known = [d for d in datasets if d is not None and not isinstance(d, IterableDataset)]
+    images = runtime.gather([(len(cast(Sized, dataset)), hash_names(dataset)) for dataset in known])
+    for rank, of_rank in enumerate(images):
+        for (number, names), (other_number, other_names) in zip(images[0], of_rank, strict=True):
+            if names != other_names:
+                raise UsageError(
+                    f'rank 0 has {number} images of hash {names}, rank {rank} {other_number} of hash {other_names}: all '
+                    f'machines must have the same files, and be able to read them'
                 )
 
 
@@ -88,7 +100,7 @@ def create_data(
         UsageError: Classes differ from the student's or another rank's, the loader does not support a flag, or there
             are fewer training images than one batch.
     """
-    _check_ranks(datasets, runtime)
+    check_ranks(datasets, runtime)
     num_classes = cast(int, student.num_classes)
     if config.has_labels:
         _check_labels(config, datasets, num_classes)

@@ -202,8 +202,8 @@ def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]
     if path.stat().st_mtime >= folder.summary_file.stat().st_mtime:
         return analysis
     # it is older, or both files were copied: then the times say nothing, but the numbers agree
-    top1 = row.get('eval_top1')
-    return analysis if top1 is not None and abs(top1 - analysis['validation']['top1']) < 0.05 else None
+    top1, analysed = row.get('eval_top1'), analysis['validation']
+    return analysis if top1 is not None and analysed and abs(top1 - analysed['top1']) < 0.05 else None
 
 
 # Comparing -------------------------------------------------------------------------------------------------------------

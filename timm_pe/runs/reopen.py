@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..config.run_config import RunConfig
 from ..config.teachers import teachers_of
-from ..data.datasets import class_map_of
+from ..data.datasets import class_map_of, count_classes
 from ..data.loaders import create_data
 from ..errors import UsageError
 from ..method.tap import FeatureTap
@@ -117,14 +117,14 @@ class Split:
 
     Attributes:
         feature: The student's, `[n, d]`.
-        logits: The student's, `[n, c]`.
         labels: `[n]`.
+        logits: The student's, `[n, c]`; None for a backbone without a classifier.
         teachers: What each teacher gives: features `[n, m]`, and if it has the same classes its logits `[n, c]`.
     """
 
     feature: torch.Tensor
-    logits: torch.Tensor
     labels: torch.Tensor
+    logits: torch.Tensor | None = None
     teachers: list[TeacherOutput] = field(default_factory=list)
 
 
@@ -156,11 +156,18 @@ def read_run_config(folder: RunFolder, options: Options) -> RunConfig:
     config = folder.config()
     if config.task == 'multilabel' or config.naflex_loader:
         raise UsageError('runs with --task multilabel or --naflex-loader cannot be analysed')
+    config = without_weights(config)
+    data_dir = options.data_dir or config.data_dir
     if not config.has_labels:
-        raise UsageError('a run without labels cannot be analysed: its measures are in summary.csv')
+        data_dir = options.data_dir or config.knn_data
+        if not data_dir:
+            raise UsageError(
+                'a run without labels is analysed on labelled images: --data-dir names a folder with train and val'
+            )
+        config = replace(config, num_classes=0, train_split='train', val_split='validation')
     return replace(
-        without_weights(config),
-        data_dir=options.data_dir or config.data_dir,
+        config,
+        data_dir=data_dir,
         teacher_checkpoint=options.teacher_checkpoint or config.teacher_checkpoint,
         teacher_dtype=_decided_dtypes(config, checkpoint_file(folder, options)),
         unlabeled=[],  # labelled images are looked at
@@ -232,7 +239,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         teacher_names=[flags.name for flags in teachers_of(teacher_config)] if teacher_config else [],
         task=task.eval() if task else None,
         loaders={'train': train.eval, 'validation': parts.data.eval},
-        class_names=read_class_names(parts.datasets[1], parts.num_classes),
+        class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),
         samples=_draw_samples(parts.datasets[1]),
         runtime=parts.runtime,
     )
@@ -317,25 +324,27 @@ def collect(run: OpenRun, split: str) -> Split:
     Raises:
         UsageError: Labels that the student has no class for, or a student whose features are not finite.
     """
-    own: dict[str, list[torch.Tensor]] = {'feature': [], 'logits': [], 'labels': []}
+    names = ('feature', 'labels', *(['logits'] if cast(Any, run.student).num_classes else []))
+    own: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     theirs: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in run.teachers]
     for input, target in tqdm(run.loaders[split], desc=split, leave=False, disable=None):
         with run.runtime.autocast():
             logits = run.student(input)
             feature = run.tap.pop()
             outputs = [teacher(input) for teacher in run.teachers]
-        said = {'feature': feature, 'logits': logits[0] if isinstance(logits, (tuple, list)) else logits}
-        for name, value in said.items():
-            own[name].append(value.float().cpu())
-        own['labels'].append(target.cpu())
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        said = {'feature': feature.float(), 'logits': logits.float(), 'labels': target}
+        for name, values in own.items():
+            values.append(said[name].cpu())
         for teacher, output, (features, its_logits) in zip(run.teachers, outputs, theirs, strict=True):
             features.append(output.feature.float().cpu())
             if teacher.num_classes == len(run.class_names):
                 its_logits.append(output.logits.float().cpu())
     taught = [TeacherOutput(torch.cat(f), torch.cat(given) if given else None) for f, given in theirs]
     found = Split(**{name: torch.cat(values) for name, values in own.items()}, teachers=taught)
-    if int(found.labels.max()) >= found.logits.shape[1]:
-        raise UsageError(f'the data has label {int(found.labels.max())}, the student {found.logits.shape[1]} classes')
-    if not (found.feature.isfinite().all() and found.logits.isfinite().all()):
+    classes = len(run.class_names)
+    if int(found.labels.max()) >= classes:
+        raise UsageError(f'the data has label {int(found.labels.max())}, the student {classes} classes')
+    if not all(values.isfinite().all() for values in (found.feature, found.logits) if values is not None):
         raise UsageError('the features of its student are not finite: the run has diverged')
     return found

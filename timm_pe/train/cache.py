@@ -39,11 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 _FORMAT = 2
-
-
 _FLUSH_EVERY_S = 30.0
-
-
 # the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
 _EXPONENT = 15
 
@@ -349,7 +345,7 @@ class TeacherCache:
             UsageError: Values that are not finite.
         """
         if self._mode is None:
-            rows = self._rounded(compute())
+            rows = {name: torch.from_numpy(values) for name, values in self._rounded(compute()).items()}
         else:
             view = self._open(target.view)
             replaced = target.index < 0
@@ -361,25 +357,30 @@ class TeacherCache:
                 if self.paths is not None:  # an unknown hash is 0: the row is stale once its file's time changes
                     kept['source'] = np.zeros(len(missing), np.uint64) if target.sources is None else target.sources
                 self._keep(view, target.index[missing], {k: v[missing] for k, v in kept.items()})
-            rows = {name: np.asarray(array)[target.index] for name, array in view.rows.items() if name != 'source'}
+            rows = {name: self._take(array, target.index) for name, array in view.rows.items() if name != 'source'}
             for name, values in computed.items():
-                rows[name][replaced] = values[replaced]
+                rows[name][torch.from_numpy(replaced)] = torch.from_numpy(values[replaced])
         feature = cast(torch.Tensor, self._restored(rows, 'feature'))  # kept if a loss reads it
         flat = self._restored(rows, 'map')
         of_map = None if flat is None else flat.unflatten(1, self.map_shape)
         return TeacherOutput(feature, self._restored(rows, 'logits'), of_map)
 
-    def _restored(self, rows: Mapping[str, np.ndarray], name: str) -> torch.Tensor | None:
+    def _restored(self, rows: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
         """A field of the teacher's output; None if it is not kept."""
         if name not in self.widths:
             return None
         return self._to_device(rows[name]).mul_(self._to_device(rows[f'{name}_scale'])[:, None])
 
-    def _to_device(self, rows: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(rows)
-        if self.device.type == 'cuda':
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True).float()
+    def _take(self, array: np.ndarray, index: np.ndarray) -> torch.Tensor:
+        """Rows of an array, copied once, for CUDA into pinned memory; below index 0 any row."""
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        out = torch.empty((len(index), *array.shape[1:]), dtype=dtype, pin_memory=self.device.type == 'cuda')
+        np.take(np.asarray(array), index, axis=0, out=out.numpy(), mode='clip')
+        return out
+
+    def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.pin_memory() if self.device.type == 'cuda' else rows
+        return rows.to(self.device, non_blocking=True).float()
 
     def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
         rows = {}

@@ -13,7 +13,7 @@ from timm.task import evaluation_sample_limit
 
 from ..data.datasets import count_classes
 from ..data.knn_data import open_knn_data
-from ..data.loaders import create_eval_loader
+from ..data.loaders import check_ranks, create_eval_loader
 from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, say_unreadable
@@ -42,6 +42,7 @@ class Knn:
         config, runtime, data = parts.config, parts.runtime, parts.data
         self.config, self.runtime = config, runtime
         train, evaluation = open_knn_data(config, data.config['input_size'][0])
+        check_ranks((train, evaluation), runtime)
         self.num_classes = count_classes(train) or 0
         self.loaders = {
             'train': create_eval_loader(config, train, data.config, runtime),
@@ -60,14 +61,16 @@ class Knn:
         """
         found = list(self._features(forward, 'train', what, after_batch))
         bank, labels = (self._of_all_ranks(torch.cat(parts)) for parts in zip(*found, strict=True))
-        counts = torch.zeros(2, device=self.runtime.device)
+        counts, images = torch.zeros(2, device=self.runtime.device), 0
         for feature, target in self._features(forward, 'validation', what, after_batch):
             predicted = predict(feature, bank, labels, self.num_classes, self.neighbours)
-            counts += torch.stack([(predicted == target).sum(), torch.tensor(len(target), device=counts.device)])
+            counts[0] += (predicted == target).sum()
+            images += len(target)
+        counts[1] = images
         if self.runtime.distributed:
             dist.all_reduce(counts)
-        right, images = counts.tolist()
-        return 100 * right / images
+        right, of_all = counts.tolist()
+        return 100 * right / of_all
 
     def describe(self) -> str:
         """k and the images, in words."""

@@ -98,7 +98,9 @@ def _create_cache(
 
 def _map_shape(teacher: Teacher, data: Data) -> tuple[int, ...]:
     """Channels, rows and columns of its map of the run's images."""
-    output = teacher(torch.zeros(1, *data.config['input_size'], device=teacher.scale.device))
+    # random images: the teacher finds out on its first ones whether its classifier can be left out
+    images = torch.rand(2, *data.config['input_size'], generator=torch.Generator().manual_seed(0))
+    output = teacher(images.to(teacher.scale.device))
     return tuple(cast(torch.Tensor, output.map).shape[1:])
 
 
@@ -163,7 +165,12 @@ def outputs_of(
         return [teacher(input) for teacher in teachers]
 
     def compute(teacher: Teacher) -> TeacherOutput:
-        output: TeacherOutput = teacher.to(input.device)(input)
+        if teacher.scale.device == input.device:
+            there: TeacherOutput = teacher(input)
+            return there
+        # not compiled: the other ranks would wait for that
+        output: TeacherOutput = teacher.to(input.device).forward_uncompiled(input)
+        teacher.to('cpu')
         return output
 
     return [cache(target, partial(compute, teacher)) for cache, teacher in zip(caches, teachers, strict=True)]

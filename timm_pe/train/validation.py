@@ -18,7 +18,7 @@ from ..data.knn_data import warn_of_trained
 from ..method.losses import normalize_teacher
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
-from ..process.runtime import Runtime
+from ..process.runtime import Runtime, ranks_together
 from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
@@ -67,8 +67,12 @@ def create_validation(parts: Parts) -> Validation:
         UsageError: Images of --knn-data that do not fit.
     """
     knn = Knn(parts) if parts.config.knn_data else None  # first: it may refuse its images
-    if knn is not None and parts.config.unlabeled and parts.runtime.is_primary:
-        warn_of_trained(knn.loaders['validation'].dataset, parts.datasets[0])
+    if knn is not None and parts.config.unlabeled:
+        with ranks_together(
+            parts.runtime
+        ):  # it may read many files: the others must not wait in a collective of the device
+            if parts.runtime.is_primary:
+                warn_of_trained(knn.loaders['validation'].dataset, parts.datasets[0])
     validation = LabelValidation(parts, check_teachers(parts)) if parts.config.has_labels else TeacherValidation(parts)
     if knn is None:
         return validation
