@@ -116,7 +116,6 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         **scores,
         'gap_top1': of_train['top1'] - of_validation['top1'] if of_train and of_validation else None,
         'teacher_validation': one.get('validation'),
-        'teacher_probe': one.get('probe'),
         **{name: _mean([c[name] for c in compared]) for name in ('agreement', 'cosine', 'cosine_raw', 'cka')},
         'discriminability': {
             **apart,
@@ -126,6 +125,8 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         'projectors': one['projectors'] if one else _mean_projectors([c['projectors'] for c in compared]),
         'samples': [] if validation.logits is None else _say_samples(run.samples, validation),
     }
+    if 'probe' in one:
+        result['teacher_probe'] = one['probe']
     if len(compared) > 1:
         result['teachers'] = dict(zip(name_teachers(run.teachers), compared, strict=True))
     return result, {'class_cosine': class_matrix, 'projector_similarity': matrices[0] if one else None}

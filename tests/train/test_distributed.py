@@ -442,7 +442,8 @@ module.find_same = slowly
     others.mkdir()
     for path in (image_folder / 'val').rglob('*.png'):  # the same files are not trained on, their mirror images are
         Image.open(path).rotate(180).save(others / f'{path.parent.name}-{path.name}')
-    argv = [*small_run, *PAIR, '--epochs', '1', '--unlabeled', str(others), '--knn-data', str(image_folder)]
+    argv = [*small_run, *PAIR, '--teacher-num-classes', '3', '--epochs', '1', '--unlabeled', str(others)]
+    argv += ['--knn-data', str(image_folder)]
     out = launch(argv, tmp_path, also=slow)
     assert out.returncode == 0, out.stderr[-2000:]
 
