@@ -190,12 +190,23 @@ def test_under_amp_the_teachers_weights_are_not_cast_again_and_losses_are_float3
     assert set(terms.values()) == {torch.float32}
 
 
-def compiled_task(backend: Any, **kwargs: Any) -> ProjectorEnsembleTask:
+def compiled_task(
+    backend: Any, teachers: dict[str, int | None] | None = None, needs_logits: bool = True, **kwargs: Any
+) -> ProjectorEnsembleTask:
+    """A task of a ResNet student; `teachers` are architectures (a '_2' is left out) and their input sizes."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     student = timm.create_model('test_resnet', num_classes=3)
-    teacher = create_teacher(timm.create_model('test_vit', num_classes=3, img_size=32), **kwargs)
-    task = ProjectorEnsembleTask(student, teacher, act='none', kd_loss_weight=0.5, verbose=False).train()
+    made = [
+        create_teacher(
+            timm.create_model(name.removesuffix('_2'), num_classes=3, **({'img_size': 32} if 'vit' in name else {})),
+            input_size=size,
+            needs_logits=needs_logits,
+        )
+        for name, size in (teachers or {'test_vit': None}).items()
+    ]
+    kwargs = {'kd_loss_weight': 0.5 if needs_logits else 0.0, **kwargs}
+    task = ProjectorEnsembleTask(student, made, act='none', verbose=False, **kwargs).train()
     if backend is not None:
         task.compile(backend=backend)
     return task
@@ -214,26 +225,46 @@ def steps(task: ProjectorEnsembleTask, number: int) -> list[float]:
     return losses
 
 
-def test_what_is_compiled_is_one_graph_each_and_nothing_is_compiled_after_the_first_epoch():
+def train_validate_train(task: ProjectorEnsembleTask, graphs: list) -> list[int]:
+    """The number of graphs after each part; training meets batches of 8, validation of 16 and others uncompiled."""
+    numbers = []
+    for part in range(3):
+        if part == 1:
+            task.eval()
+            with torch.no_grad():
+                for _ in range(2):
+                    task.get_eval_model()(torch.randn(16, 3, 32, 32))
+                    for teacher in task.teachers:
+                        teacher.forward_uncompiled(torch.randn(5, 3, 32, 32))
+        else:
+            steps(task.train(), 3)
+        numbers.append(len(graphs))
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ('teachers', 'needs_logits', 'maps'),
+    [
+        ({'test_vit': None}, True, 0.0),
+        ({'test_resnet': 48}, True, 0.0),  # whose code is the student's
+        ({'test_vit': None, 'test_resnet': 48}, False, 1.0),
+        ({'test_resnet': None, 'test_resnet_2': 48}, True, 1.0),
+    ],
+)
+def test_each_network_has_one_graph_of_static_shapes_and_nothing_is_compiled_after_the_first_epoch(
+    teachers, needs_logits, maps
+):
     graphs = []
 
     def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
+        graphs.append([x for x in inputs if isinstance(x, (int, torch.SymInt))])
         return graph.forward
 
-    task = compiled_task(record)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        steps(task, 3)
-        assert len(graphs) == 2  # student with projectors, teacher
-        task.eval()
-        with torch.no_grad():
-            for _ in range(2):
-                task.get_eval_model()(torch.randn(8, 3, 32, 32))
-                task.teacher.forward_logits(torch.randn(5, 3, 32, 32))
-        made = len(graphs)
-        task.train()
-        steps(task, 2)
-    assert made == len(graphs) == 3  # and the student's in validation
+    task = compiled_task(record, teachers, needs_logits, map_weight=maps)
+    # the student with projectors and the teachers, the student alone in validation
+    number = 1 + len(teachers)
+    assert train_validate_train(task, graphs) == [number, number + 1, number + 1]
+    assert graphs == [[]] * (number + 1)  # no input that is a number: dynamo has met one shape of each
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs g++')
