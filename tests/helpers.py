@@ -17,6 +17,7 @@ from timm_pe.train.trainer import Trainer
 # those of the fixture image_folder
 CLASSES = ('ant', 'bee', 'cat')
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained', '--teacher-num-classes', '3']
+TWO = ['--model', 'test_resnet', '--teacher', 'test_vit', 'test_resnet', *PAIR[4:]]
 # steps that differ in what they compute
 KINDS = [
     '',
@@ -30,6 +31,14 @@ KINDS = [
     '--opt lookahead_adamw --clip-grad 0.05 --clip-mode agc',
     '--opt lamb --clip-grad 0.1 --clip-mode value --sched-on-updates --drop 0.2',
     '--loss bce --smoothing 0.1',
+]
+# the same of TWO
+KINDS_OF_TWO = [
+    '--kd-loss-weight 0.5 --teacher-weights 1 3',
+    '--pe-map-weight 1 --teacher-input-size 32 48',
+    '--pe-map-weight 1 --teacher-drop 0.5 --kd-loss-weight 0.5 --model-ema --nonfinite skip --channels-last --clip-grad 1',
+    '--pe-map-weight 1 --pe-teacher-norm layer --teacher-input-size 32 48 --grad-accum-steps 2',
+    '--pe-map-weight 1 --pe-teacher-norm batch --pe-projector linear_bn',
 ]
 
 

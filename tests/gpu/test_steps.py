@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import DEVICE
-from helpers import KINDS, PAIR, make_trainer
+from helpers import KINDS, KINDS_OF_TWO, PAIR, TWO, make_trainer
 
 from timm_pe.train.meters import LossMeter
 from timm_pe.train.nonfinite import UpdateGuard
@@ -20,6 +20,11 @@ MORE = [
     '--teacher-dtype bfloat16 --channels-last',
     '--mixup 0.2 --cutmix 0.5 --reprob 0.5',
     f'{BFLOAT16} --model-ema --nonfinite skip --clip-grad 1 --torchcompile',
+]
+MORE_OF_TWO = [f'{BFLOAT16} --pe-map-weight 1 --channels-last', f'{BFLOAT16} --pe-map-weight 1 --torchcompile']
+ALL = [
+    *(pytest.param(PAIR, flags, id=flags) for flags in [*KINDS, *MORE]),
+    *(pytest.param(TWO, flags, id=f'two {flags}') for flags in [*KINDS_OF_TWO, *MORE_OF_TWO]),
 ]
 
 
@@ -42,19 +47,20 @@ def do_not_read(monkeypatch) -> None:
     monkeypatch.setattr(UpdateGuard, 'say', lambda self, why: None)
 
 
-@pytest.mark.parametrize('flags', [*KINDS, *MORE])
-def test_a_step_never_waits_for_the_device(flags, on_device, monkeypatch):
-    trainer = make_trainer([*on_device, *PAIR, '--epochs', '3', *flags.split()], monkeypatch)
+@pytest.mark.parametrize(('models', 'flags'), ALL)
+def test_a_step_never_waits_for_the_device(models, flags, on_device, monkeypatch):
+    trainer = make_trainer([*on_device, *models, '--epochs', '3', *flags.split()], monkeypatch)
     do_not_read(monkeypatch)
     trainer.train_epoch(0)  # libraries are loaded, kernels chosen, the optimizer's state made
     with waiting_is_an_error():
         trainer.train_epoch(1)
 
 
-def test_a_step_with_cached_features_does_not_wait_either(on_device, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('models', 'flags'), [(PAIR, ''), (TWO, '--pe-map-weight 1 --kd-loss-weight 0.5')])
+def test_a_step_with_cached_rows_does_not_wait_either(models, flags, on_device, tmp_path, monkeypatch):
     cache = ['--teacher-cache', str(tmp_path / 'cache'), '--teacher-cache-views', '1']
     # an epoch of three batches sees all 36 images, so the next one finds all rows
-    trainer = make_trainer([*on_device, *PAIR, *cache, '--epochs', '3', '-b', '12'], monkeypatch)
+    trainer = make_trainer([*on_device, *models, *flags.split(), *cache, '--epochs', '3', '-b', '12'], monkeypatch)
     do_not_read(monkeypatch)
     trainer.train_epoch(0)
     with waiting_is_an_error():
@@ -74,10 +80,16 @@ def test_a_step_that_waits_is_found(on_device, monkeypatch):
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason="the CPU's allocator does not count")
 @pytest.mark.parametrize(
-    'flags', ['--model-ema --nonfinite skip', '--amp --amp-dtype float16 --kd-loss-weight 0.5', '--reprob 0.5 -j 2']
+    ('models', 'flags'),
+    [
+        (PAIR, '--model-ema --nonfinite skip'),
+        (PAIR, '--amp --amp-dtype float16 --kd-loss-weight 0.5'),
+        (PAIR, '--reprob 0.5 -j 2'),
+        (TWO, '--pe-map-weight 1 --teacher-drop 0.5 --teacher-input-size 32 48'),
+    ],
 )
-def test_memory_stays_flat_over_epochs(flags, on_device, monkeypatch, record_property):
-    trainer = make_trainer([*on_device, *PAIR, '--epochs', '8', *flags.split()], monkeypatch)
+def test_memory_stays_flat_over_epochs(models, flags, on_device, monkeypatch, record_property):
+    trainer = make_trainer([*on_device, *models, '--epochs', '8', *flags.split()], monkeypatch)
     state = None
     allocated, reserved = [], []
     for number in range(6):

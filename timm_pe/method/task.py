@@ -293,7 +293,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     def compile(  # type: ignore[override]  # nn.Module.compile takes anything and gives nothing
         self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
-        """Compile student with projectors, the student alone (evaluation) and the teachers; before DDP."""
+        """Compile student with projectors, the student alone (evaluation) and the teachers; before DDP.
+
+        Without `dynamic`, teachers get a graph for each shape, see `Teacher.compile`.
+        """
         compile_kwargs.update(backend=backend, mode=mode)
         self.eval_model = cast(nn.Module, torch.compile(self.trainable_module.student, **compile_kwargs))
         self.trainable_module = cast(Any, torch.compile(self.trainable_module, **compile_kwargs))

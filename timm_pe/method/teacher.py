@@ -15,6 +15,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from ..errors import UsageError, is_out_of_memory, one_line
+from .cast_once import cast_once
 from .fold import count_batch_norms, equal_to_rounding, fold_batch_norm
 from .input_size import Size, resize_network
 from .map_tap import MapTap
@@ -102,7 +103,7 @@ class Teacher(nn.Module):
         self.fingerprint = dict(fingerprint or {})
         network = unwrap_model(model)
         self.needs_logits = needs_logits
-        self._pre_logits = self._run_to_pre_logits
+        self._pre_logits, self._logits = self._run_to_pre_logits, self._run_to_logits
         self._compiled = False
         own = resolve_input_data_config(network) if getattr(network, 'pretrained_cfg', None) else {}
         channels = own['input_size'][0] if own else 1
@@ -162,35 +163,19 @@ class Teacher(nn.Module):
         if self.autocast_dtype is not None:
             self._cast_for_autocast(self.autocast_dtype)
 
-    @torch.no_grad()
     def _cast_for_autocast(self, dtype: torch.dtype) -> None:
-        """Cast once what autocast would cast in every step, as it remembers only weights that require a gradient.
-
-        A network that reads a weight outside of its layer would compute with another one: it keeps all its weights.
-        """
+        """See `cast_once`."""
         height, width = self._some_size
         device = next(self.model.parameters()).device
         if self._try_size((height, width), device):
             return
         x = torch.rand(2, len(self.mean), height, width, generator=torch.Generator().manual_seed(0)).to(device)
-        layers = [m for m in self.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
-        kept = [(p, p.data) for layer in layers for p in layer.parameters(recurse=False)]
-        with torch.autocast(device.type, dtype=dtype):
-            before = self._logits_and_feature(x)
-            for parameter, value in kept:
-                parameter.data = value.to(dtype)
-            try:
-                equal = all(map(torch.equal, before, self._logits_and_feature(x)))
-            except RuntimeError as e:
-                if is_out_of_memory(e):
-                    raise
-                equal = False
-        if not equal:
-            for parameter, value in kept:
-                parameter.data = value
 
-    def _logits_and_feature(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model(x), self.tap.pop()
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.autocast(device.type, dtype=dtype):
+                return self.model(x), self.tap.pop()
+
+        cast_once(self.model, dtype, run)
 
     def set_input_norm(
         self,
@@ -325,7 +310,7 @@ class Teacher(nn.Module):
         with self._own_precision(x.device):
             if not self.needs_logits and self._can_skip_classifier(x):
                 return TeacherOutput(self._kept(self._pre_logits(x)), None, self._pop_map())
-            logits = self.model(x)
+            logits = self._logits(x)
         kept = self._kept(logits) if self.needs_logits else None
         return TeacherOutput(self._kept(self.tap.pop()), kept, self._pop_map())
 
@@ -358,6 +343,9 @@ class Teacher(nn.Module):
         dtype = self.autocast_dtype
         return torch.autocast(device.type, enabled=dtype is not None, dtype=dtype)
 
+    def _run_to_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.model(x))
+
     def _run_to_pre_logits(self, x: torch.Tensor) -> torch.Tensor:
         network = unwrap_model(self.model)
         return network.forward_head(network.forward_features(x), pre_logits=True)
@@ -376,11 +364,20 @@ class Teacher(nn.Module):
                 self._has_pre_logits = False
         return self._has_pre_logits
 
-    def compile(self, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # returns itself, nn.Module's nothing
-        """Compile the network (arguments of torch.compile). The tap is attached already, as it must be."""
+    def compile(self, dynamic: bool | None = False, **compile_kwargs: Any) -> 'Teacher':  # type: ignore[override]  # returns itself, nn.Module's nothing
+        """Compile what `forward` runs of the network. The tap is attached already, as it must be.
+
+        PyTorch keeps by code what shapes vary. All teachers share theirs, so one that sees another size than the first would
+        get dynamic shapes, which are slower; the network's own `forward` it may share with the student, so that is not what
+        is compiled.
+
+        Args:
+            dynamic: False: a graph for each shape. None leaves it to PyTorch, for batches of many sizes.
+            **compile_kwargs: For torch.compile.
+        """
         self._compiled = True
-        self._pre_logits = torch.compile(self._run_to_pre_logits, **compile_kwargs)
-        self.model = torch.compile(self.model, **compile_kwargs)
+        self._pre_logits = torch.compile(self._run_to_pre_logits, dynamic=dynamic, **compile_kwargs)
+        self._logits = torch.compile(self._run_to_logits, dynamic=dynamic, **compile_kwargs)
         return self
 
 

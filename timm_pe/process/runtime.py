@@ -214,7 +214,9 @@ def has_fast_bfloat16(device: str) -> bool:
 def prepare_task(task: TrainingTask, config: RunConfig, runtime: Runtime) -> None:
     """Compile the task and its moving average, then wrap the task in DDP: what is compiled must not be wrapped yet."""
     if config.torchcompile:
-        task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        # with batches of many sizes PyTorch decides what shapes vary, for teachers too
+        dynamic = {'dynamic': None} if config.train_img_sizes else {}
+        task.compile(backend=config.torchcompile, mode=config.torchcompile_mode, **dynamic)
         if task.has_ema() and not config.model_ema_force_cpu:
             task.compile_ema(backend=config.torchcompile, mode=config.torchcompile_mode)
     if runtime.distributed:
