@@ -37,7 +37,6 @@ from ..process.array_files import Mode, create_array, locked, open_array, write_
 
 _logger = logging.getLogger(__name__)
 
-
 _FORMAT = 2
 _FLUSH_EVERY_S = 30.0
 # the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
@@ -373,13 +372,15 @@ class TeacherCache:
 
     def _take(self, array: np.ndarray, index: np.ndarray) -> torch.Tensor:
         """Rows of an array, copied once, for CUDA into pinned memory; below index 0 any row."""
+        if self.device.type != 'cuda':
+            return torch.from_numpy(np.take(np.asarray(array), index, axis=0, mode='clip'))
         dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        out = torch.empty((len(index), *array.shape[1:]), dtype=dtype, pin_memory=self.device.type == 'cuda')
+        out = torch.empty((len(index), *array.shape[1:]), dtype=dtype, pin_memory=True)
         np.take(np.asarray(array), index, axis=0, out=out.numpy(), mode='clip')
         return out
 
     def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.pin_memory() if self.device.type == 'cuda' else rows
+        rows = rows.pin_memory() if self.device.type == 'cuda' else rows  # what is pinned stays as it is
         return rows.to(self.device, non_blocking=True).float()
 
     def _rounded(self, output: TeacherOutput) -> dict[str, np.ndarray]:
