@@ -8,7 +8,10 @@ command continues where it was. Nothing is trained and no run folder is made.
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
+
+import numpy as np
 
 from .config.cli import exit_with_error
 from .config.run_config import RunConfig, parse_config
@@ -24,7 +27,7 @@ from .train.first_look import check_teachers
 from .train.main import fill_from_runs
 from .train.position import run_meaning
 from .train.run import leave_ranks, one_line_errors
-from .train.run_cache import allocate_caches, open_teacher_caches
+from .train.run_cache import allocate_caches, open_teacher_caches, outputs_of
 from .train.teacher_precision import settle_precision
 
 _logger = logging.getLogger(__name__)
@@ -32,31 +35,36 @@ PROG = 'python -m timm_pe.precompute'
 
 
 def fill_view(
-    config: RunConfig, cache: TeacherCache, teacher: Teacher, data: Data, runtime: Runtime, view: int
+    config: RunConfig,
+    caches: Sequence[TeacherCache],
+    teachers: Sequence[Teacher],
+    data: Data,
+    runtime: Runtime,
+    view: int,
 ) -> None:
     """Compute the missing rows of one view; each rank computes those of its share of the images.
 
     Args:
         config: Run settings.
-        cache: The cache, allocated.
-        teacher: The teacher.
+        caches: The cache of each teacher, allocated.
+        teachers: The teachers.
         data: Its training loader gives the images.
         runtime: Device, ranks, precision.
         view: The view.
     """
-    missing = cache.missing(view)
+    missing = np.unique(np.concatenate([cache.missing(view) for cache in caches]))
     # shares by index, not by position: another rank may already have written rows when this one looks
     missing = missing[missing % runtime.world_size == runtime.rank]
     if not len(missing):
         return
     loader = view_loader(data.train, view, missing, config.batch_size)
-    progress = Progress(f'View {view}/{cache.num_views - 1}', len(loader), runtime.is_primary)
+    progress = Progress(f'View {view}/{caches[0].num_views - 1}', len(loader), runtime.is_primary)
     images, start = 0, time.perf_counter()
     try:
         for i, (input, target) in enumerate(loader):
             input, target = batch_to_device(config, runtime, input, target)
             with runtime.autocast():
-                cache(target, partial(teacher, input))
+                outputs_of(teachers, caches, input, target)
             images += len(input) * runtime.world_size
             if (i + 1) % config.log_interval == 0 or i + 1 == len(loader):
                 progress.update(i + 1, {}, images / (time.perf_counter() - start))
@@ -64,7 +72,8 @@ def fill_view(
                 progress.update(i + 1)
     finally:
         progress.close()
-        cache.flush()
+        for cache in caches:
+            cache.flush()
 
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> None:
@@ -88,14 +97,13 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
         if not all(cache.is_complete for cache in caches):
             check_teachers(parts)
             allocate_caches(caches, teachers, runtime)
-        for cache, teacher in zip(caches, teachers, strict=True):
-            if not cache.is_complete:
-                for view in range(cache.num_views):
-                    fill_view(config, cache, teacher, data, runtime, view)
-                    # as a share of all images: those that have rows were readable
-                    say_unreadable(data.train, cache.num_images, runtime)
-                runtime.gather(None)  # until all have written
-                cache.look()
+            for view in range(caches[0].num_views):
+                fill_view(config, caches, teachers, data, runtime, view)
+                # as a share of all images: those that have rows were readable
+                say_unreadable(data.train, caches[0].num_images, runtime)
+            runtime.gather(None)  # until all have written
+        for cache in caches:
+            cache.look()
             _logger.info(f'Teacher cache: {cache.describe()}.')
     leave_ranks()
 

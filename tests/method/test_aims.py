@@ -385,7 +385,7 @@ def test_two_ranks_have_the_gradients_of_the_whole_batch_and_the_first_ranks_act
         ({'teachers': []}, 'the list of teachers is empty: give one or more'),
         ({'teacher_drop': 1.5}, 'teacher_drop is a probability from 0 to 1, got 1.5'),
         ({'teachers': ['test_vit'], 'teacher_drop': 0.5}, 'chooses between teachers, and there is one'),
-        ({'feature_loss': 'mse', 'teacher_drop': 0.5}, "feature loss 'mse' does not tell: use 'direction'"),
+        ({'feature_loss': 'mse', 'teacher_drop': 0.5}, "which 'mse' does not give: use the feature loss 'direction'"),
         ({'teacher_tap': 'fc'}, r'teacher_tap cannot say which of 2 teachers is meant: make each with create_teacher'),
         ({'teacher_feature_dim': 64}, 'teacher_feature_dim cannot say which of 2 teachers'),
     ],

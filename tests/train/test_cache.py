@@ -698,9 +698,9 @@ def test_an_image_that_changes_while_the_cache_is_filled_is_known_by_what_was_re
     made = stages(argv)
     cache = open_caches(made)[0]
     allocate_caches([cache], [made[1]], made[3])
-    precompute.fill_view(made[0], cache, *made[1:], view=0)
+    precompute.fill_view(made[0], [cache], [made[1]], *made[2:], view=0)
     change(images / 'train' / 'bee' / '4.png')  # between the views
-    precompute.fill_view(made[0], cache, *made[1:], view=1)
+    precompute.fill_view(made[0], [cache], [made[1]], *made[2:], view=1)
     assert (done(tmp_path, 0).all(), done(tmp_path, 1).all()) == (True, True)
     cache = open_caches(made)[0]
     assert {view: rows.tolist() for view, rows in cache.stale.items()} == {0: [16]}
@@ -1098,7 +1098,7 @@ def test_a_rank_that_looks_later_still_takes_its_own_share(argv):
     allocate_caches([cache], [teacher], runtime)
     for rank in range(2):
         share = replace(runtime, rank=rank, world_size=2)
-        precompute.fill_view(args, cache, teacher, data, share, view=1)
+        precompute.fill_view(args, [cache], [teacher], data, share, view=1)
         assert cache.missing(1).tolist() == ([] if rank else list(range(1, IMAGES, 2)))
 
 

@@ -14,6 +14,7 @@ from timm_pe.config.teachers import teachers_of
 from timm_pe.method.teacher import Teacher
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
+from timm_pe.train.main import fill_from_runs
 
 TEACHERS = ('test_vit', 'test_convnext')
 # at 64 pixels the maps have more than one position
@@ -79,9 +80,53 @@ def test_the_data_folder_may_follow_a_flag_of_the_teacher(flag, image_folder):
     assert str(getattr(config, flag[2:].replace('-', '_'))) == value
 
 
+def test_a_folder_of_the_name_of_a_network_is_a_teacher_and_a_path_is_data_though_it_is_not_there(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'test_resnet').mkdir()
+    (tmp_path / 'pictures' / 'train').mkdir(parents=True)
+    for words, teacher, data in (
+        (['test_vit', 'test_resnet', '--dataset', 'sklearn/digits'], ['test_vit', 'test_resnet'], None),
+        (['test_vit', 'test_resnet', '--data-dir', 'pictures'], ['test_vit', 'test_resnet'], None),
+        (['test_vit', 'pictures'], 'test_vit', 'pictures'),
+        (['test_vit', './test_resnet'], 'test_vit', './test_resnet'),
+        (['test_vit', '/no/where'], 'test_vit', '/no/where'),
+        (['test_vit', 'pictures', '--dataset', 'sklearn/digits'], ['test_vit', 'pictures'], None),
+    ):
+        config = parse_config(['--teacher', *words])
+        assert (config.teacher, config.data) == (teacher, data), words
+
+
+def test_a_dash_alone_is_the_default(small_run):
+    config = config_of('--teacher', 'test_vit', '--teacher-dtype', '-', '--teacher-num-classes', '-')
+    assert (config.teacher_dtype, config.teacher_num_classes) == ('auto', None)
+
+
+def test_run_folders_name_those_of_several_teachers_that_have_no_name(small_run, tmp_path):
+    run([*small_run, '--model', 'test_resnet', '--epochs', '1', '--experiment', 'a'])
+    folder, file = str(tmp_path / 'a'), tmp_path / 'two.yaml'
+    first = ['--teacher', '-', 'test_vit', '--teacher-checkpoint', folder, '-']
+    second = ['--teacher', 'test_vit', '-', '--teacher-checkpoint', '-', folder]
+    for flags, names in ((first, ['test_resnet', 'test_vit']), (second, ['test_vit', 'test_resnet'])):
+        assert parse_config([*small_run, *flags], more=fill_from_runs).teacher == names
+    for text, names in (
+        (f'teacher: [{{checkpoint: {folder}}}, {{name: test_vit}}]', ['test_resnet', 'test_vit']),
+        (f'teacher: [{{checkpoint: {folder}}}, {{checkpoint: {folder}}}]', ['test_resnet', 'test_resnet']),
+        (f'teacher: {{checkpoint: {folder}}}', 'test_resnet'),
+        (f'teacher: ["-", test_vit]\nteacher_checkpoint: [{folder}, "-"]', ['test_resnet', 'test_vit']),
+    ):
+        file.write_text(text)
+        config = parse_config([*small_run, '-c', str(file)], more=fill_from_runs)
+        assert config.teacher == names, text
+        assert [teacher.checkpoint for teacher in teachers_of(config)].count(folder) == text.count(folder)
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
+        (['--teacher', *TEACHERS, '--teacher-checkpoint', 'x.pth'], "give one for each of 2 teachers, '-' for one without"),
+        (['--teacher', '-'], "--teacher: '-' names no teacher"),
         (['--teacher', 'test_vit', 'no_such'], "--teacher: unknown model 'no_such'"),
         (['--teacher', *TEACHERS, '--teacher-num-classes', '3', '4', '5'], 'has 3 values for 2 teachers: give one for all'),
         (['--teacher', 'test_vit', '--teacher-dtype', 'float32', 'bfloat16'], 'has 2 values for one teacher'),
@@ -91,7 +136,7 @@ def test_the_data_folder_may_follow_a_flag_of_the_teacher(flag, image_folder):
         (['--teacher', 'test_vit', '-'], 'one of several has no name'),
         (['--teacher', *TEACHERS, '--teacher-num-classes', 'x'], "invalid int value: 'x'"),
         (['--teacher', *TEACHERS, '--teacher-dtype', 'float32', 'int3'], '--teacher-dtype must be one of'),
-        (['--teacher', *TEACHERS, '--teacher-drop', '0.5', '--pe-loss', 'mse'], 'needs the loss of each image'),
+        (['--teacher', *TEACHERS, '--teacher-drop', '0.5', '--pe-loss', 'mse'], 'needs a loss of each image'),
         (['--pe-map-weight', '1'], '--pe-map-weight needs --teacher'),
         (['--teacher', 'test_vit', '--pe-map-weight', '-1'], '--pe-map-weight must be 0 or more'),
     ],
@@ -109,6 +154,7 @@ def test_what_cannot_be_meant_is_one_line_and_nothing_is_written(small_run, flag
         ('teacher: [{name: test_vit, speed: 3}]', "got 'speed'"),
         ('teacher: [{name: test_vit, weight: 3}, test_convnext]', 'give a weight to each teacher'),
         ('teacher: [{name: test_vit, tap: head}]\nteacher_tap: head', 'teacher_tap is given there and by itself'),
+        ('teacher: [null]', 'must be one value, or one for each teacher'),
         ('teacher: []', 'must be one value, or one for each teacher'),
         ('teacher: [[test_vit]]', 'must be one value, or one for each teacher'),
         ('teacher: [{name: test_vit, input_size: big}]', 'must be of type int'),
@@ -124,6 +170,14 @@ def test_a_model_without_a_map_is_refused_in_one_line(small_run, capsys, tmp_pat
     argv = [*small_run, '--model', 'test_resnet', '--no-teacher-pretrained', '--teacher', 'pit_ti_224', *MAPS]
     assert 'has no feature map' in refused(argv, capsys)
     assert not (tmp_path / 'run').exists()
+
+
+def test_names_on_the_command_line_do_not_take_the_settings_of_others_in_yaml(small_run, tmp_path, capsys):
+    file = tmp_path / 'two.yaml'
+    file.write_text('teacher: [{name: test_vit, checkpoint: w.pth}, {name: test_convnext}]')
+    assert 'lists teachers with their settings' in refused(
+        [*small_run, '-c', str(file), '--teacher', *TEACHERS], capsys
+    )
 
 
 # Runs -------------------------------------------------------------------------------------------------------------------
@@ -315,8 +369,20 @@ def test_without_labels_the_cosine_to_each_teacher_is_measured(image_folder, tmp
         assert f'3 x linear 96 -> 64 ({name}), activation' in out
 
 
-def test_a_map_of_one_position_is_a_warning(small_run, capsys):
-    out = run(
-        [*small_run, *TWO[:2], '--no-teacher-pretrained', '--teacher', 'test_resnet', *MAPS, '--epochs', '1'], capsys
-    )
-    assert "The teacher's map (test_resnet) has a single position" in out
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'whose'),
+    [
+        ('test_vit', 'test_resnet', "The teacher's map (test_resnet)"),
+        ('test_efficientnet', 'test_vit', "The student's map"),
+    ],
+)
+def test_a_map_of_one_position_is_a_warning(student, teacher, whose, small_run, capsys):
+    argv = [*small_run, '--model', student, '--teacher', teacher, '--no-teacher-pretrained', *MAPS, '--epochs', '1']
+    assert f'{whose} has a single position' in run(argv, capsys)
+
+
+def test_a_folder_of_several_caches_names_them_to_a_single_teacher(two, tmp_path, capsys):
+    cached = ['--teacher-cache', str(tmp_path / 'cache'), '--output', str(tmp_path), '--overwrite']
+    run([*two[1], *cached, '--epochs', '1'])
+    alone = [*two[1][: two[1].index('--teacher-weights')], '--teacher', 'test_vit', *cached]
+    assert 'holds the caches of several teachers, test_convnext, test_vit: give one of them' in refused(alone, capsys)

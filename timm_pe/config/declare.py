@@ -6,13 +6,13 @@
         warmup_prefix: bool = switch('do not count warmup in --epochs')
 
 The annotation gives the type: `str`, `int`, `float`, a list of one of them, `dict[str, Any]` for `k=v` pairs, `bool` for a
-switch, `Each` of one of these where several teachers may have a value each. The field's name is the flag's name in YAML and Python; on the command line it has dashes.
+switch, `Each` of one of these where several teachers may have a value each. The field's name is the flag's name in YAML and
+Python; on the command line it has dashes.
 """
 
 import argparse
 import ast
 import functools
-import os
 import reprlib
 import types
 import typing
@@ -171,7 +171,7 @@ def _add(add: Any, group: type, dest: str, declared: Flag, annotation: Any) -> N
         add(*names, nargs='*', action=_AsDict, type=_pair, **settings)
         return
     if declared.each and not is_list:
-        add(*names, nargs='+', action=_OneOrEach, kind=kind, **settings)
+        add(*names, nargs='+', action=_AsWords, **settings)
         return
     if is_list:
         settings['nargs'] = declared.count or '+'
@@ -211,40 +211,15 @@ class _AsDict(argparse.Action):
         setattr(namespace, self.dest, dict(filter(None, values)))
 
 
-class _OneOrEach(argparse.Action):
-    """Keeps one value, or a list of several; `-` is None.
+class Words(list[str]):
+    """What the command line gives to a flag that may have one value for each teacher; `teachers.read_words` converts it."""
 
-    `--teacher NAME DATA` has always named the data folder after the teacher: a last value that is a folder, where none is
-    given yet, is taken for it.
-    """
 
-    def __init__(self, option_strings: Any, dest: str, kind: type, **more: Any):
-        super().__init__(option_strings, dest, **more)
-        self.kind = kind
+class _AsWords(argparse.Action):
+    """Keeps words as they are."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        if len(values) > 1 and getattr(namespace, 'data', None) is None and _holds_data(values[-1]):
-            namespace.data = values.pop()
-        try:
-            found = [None if v == NOT_GIVEN else self.kind(v) for v in values]
-        except ValueError:
-            wrong = next(v for v in values if not _fits(self.kind, v))
-            parser.error(f'argument {option_string}: invalid {self.kind.__name__} value: {wrong!r}')
-        setattr(namespace, self.dest, found if len(found) > 1 else found[0])
-
-
-def _fits(kind: type, text: str) -> bool:
-    try:
-        return text == NOT_GIVEN or kind(text) is not None
-    except ValueError:
-        return False
-
-
-def _holds_data(path: str) -> bool:
-    """Whether a path is a folder (or a tar) that is neither weights nor a run."""
-    if os.path.isdir(path):
-        return not os.path.exists(os.path.join(path, 'args.yaml'))
-    return path.endswith('.tar') and not path.endswith('.pth.tar') and os.path.isfile(path)
+        setattr(namespace, self.dest, Words(values))
 
 
 def _pair(text: str) -> tuple[str, Any] | None:

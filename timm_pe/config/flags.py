@@ -26,7 +26,7 @@ _WEIGHTED = ('loss_pos_weight', 'loss_class_weight')
 class TeacherFlags:
     """Teacher."""
 
-    teacher: Each[str | None] = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'. Several names are several teachers of one student: other flags of the teacher then take one value for all, or one for each, '-' where one has none", metavar='NAME', each=True, added=True)
+    teacher: Each[str | None] = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'. Several names: all of them teach the student; --teacher-checkpoint then takes one path for each, and -num-classes, -input-size, -dtype and -tap one value for all or one for each ('-' keeps the default)", metavar='NAME', each=True, added=True)
     teacher_pretrained: bool = switch("without --teacher-checkpoint: load the weights that belong to the teacher's name, or leave the teacher random", needs='teacher', added=True, default=True, off='no')
     teacher_checkpoint: Each[str | None] = flag(None, 'weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then', metavar='PATH', needs='teacher', each=True, added=True)
     teacher_eval: bool = switch("validate the teacher before the first epoch, where its classes are the student's", needs='teacher', added=True, default=True, off='no')
@@ -40,7 +40,7 @@ class TeacherFlags:
     teacher_tap: Each[str | None] = flag(None, "module whose input is the teacher's feature", metavar='PATH', unset='the classifier', needs='teacher', each=True, added=True)
     teacher_fold: bool = switch("fold the teacher's batch norms into the layers before them, where that is exact to rounding", needs='teacher', added=True, default=True, off='no')
     teacher_weights: list[float] | None = flag(None, 'how much each of several teachers counts, in any scale', metavar='R', unset='all alike', above=0, needs='teacher', added=True)
-    teacher_drop: float = flag(0.0, 'probability with which an image does not learn from one of several teachers; the one that it matches worst always teaches (UNIC, arXiv 2408.05088)', metavar='P', share=True, needs='teacher', added=True)
+    teacher_drop: float = flag(0.0, "with several teachers: for each image, drop the loss of each teacher with this probability, except the largest one (UNIC, arXiv 2408.05088)", metavar='P', share=True, needs='teacher', added=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class ProjectorFlags:
     pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSS_NAMES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
     pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=tuple(TARGETS), needs='teacher', added=True)
     pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss; batch and whiten are over the batch of one rank, whiten waits for the device in each step", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
-    pe_map_weight: float = flag(0.0, 'weight of the same loss between the last feature maps (or patch tokens) of student and teacher, position by position, with projectors of its own', metavar='R', at_least=0, needs='teacher', added=True)
+    pe_map_weight: float = flag(0.0, 'weight of a cosine (direction) loss between the last feature maps or patch tokens of student and teacher, position by position, with separate projectors', metavar='R', at_least=0, needs='teacher', added=True)
     kd_loss_weight: float = flag(0.0, 'weight of plain logit distillation next to the projectors; needs equal classes', metavar='R', at_least=0, needs='teacher', added=True)
     distill_loss_weight: float | None = flag(None, 'weight of the distillation loss', unset='with --teacher 25, for --pe-target logits 0.9', at_least=0, needs=('teacher', 'kd_model_name'))
     task_loss_weight: float | None = flag(None, 'weight of the task loss', unset='with --teacher 1, for --pe-target logits 0.1', at_least=0, needs=('teacher', 'kd_model_name'))
@@ -90,7 +90,7 @@ class DataFlags:
     dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import')
     unlabeled: list[str] = flag([], 'train on images without labels too: all that lie in these folders, at any depth. Without a data folder the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
     val_fraction: float = flag(0.05, 'without a data folder: share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
-    unlabeled_ratio: float | None = flag(None, 'next to a data folder: so many images without labels for each labelled one in an epoch', metavar='R', above=0, unset='an epoch goes once through both', needs='unlabeled', added=True)
+    unlabeled_ratio: float | None = flag(None, 'with a data folder: number of images without labels per labelled image in an epoch', metavar='R', above=0, unset='an epoch goes once through both', needs='unlabeled', added=True)
     knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), and at the start the teacher's", metavar='DIR', needs='teacher', added=True)
 
     @property

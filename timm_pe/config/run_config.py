@@ -31,6 +31,7 @@ from .flags import (
     TimmDistillationFlags,
     TrackerFlags,
 )
+from .teachers import read_words
 from .yaml_file import read_config
 
 # in the order of --help
@@ -120,9 +121,15 @@ def parse_config(
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # then the result holds given flags only
     given = vars(parser.parse_args(argv))
-    values = {**read_config(RunConfig, given['config'], parser.error), **given} if given.get('config') else given
+    known = read_config(RunConfig, given['config'], parser.error) if given.get('config') else {}
+    read_words(given, known, parser.error)
+    if 'teacher' in given and isinstance(known.get('teacher'), list):
+        parser.error(f"--teacher: '{given['config']}' lists teachers with their settings: change them there")
+    values = {**known, **given}
     try:
-        settings = {**more(values), **values} if more else values
+        found = more(values) if more else {}
+        # names of run folders fill the gaps between names that are given
+        settings = {**found, **values, **({'teacher': found['teacher']} if 'teacher' in found else {})}
     except UsageError as e:
         parser.error(str(e))
     config = RunConfig(**settings)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..method.plugins import Names
-from .declare import annotations_of, declared_in, default_of, is_each, value_type
+from .declare import NOT_GIVEN, annotations_of, declared_in, default_of, is_each, value_type
 from .recipes import find_config
 from .teachers import split_teachers
 
@@ -127,9 +127,10 @@ def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -
     if value is None:  # null means not given, but for color_jitter no jitter, as in timm
         return None if dest == 'color_jitter' else default_of(group, dest)
     if declared.each and is_each(value, is_list):
-        if not value or any(is_each(v, is_list) for v in value):
+        given = [None if v == NOT_GIVEN else v for v in value]
+        if not given or any(is_each(v, is_list) for v in given) or given == [None]:
             expect('one value, or one for each teacher')
-        found = [None if v is None else typed_value(group, dest, v, what, refuse) for v in value]
+        found = [None if v is None else typed_value(group, dest, v, what, refuse) for v in given]
         return found if len(found) > 1 else found[0]
     if kind is bool:
         return value if isinstance(value, bool) else expect('true or false')

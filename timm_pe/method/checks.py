@@ -68,7 +68,7 @@ def check_drop(drop: float, teachers: int, loss: nn.Module, loss_name: str) -> N
         raise UsageError('teacher_drop chooses between teachers, and there is one: give several, or leave it at 0')
     if drop and not has_rows(loss):
         raise UsageError(
-            f"teacher_drop needs the loss of each image, which feature loss '{loss_name}' does not tell: use 'direction'"
+            f"teacher_drop needs a loss of each image, which '{loss_name}' does not give: use the feature loss 'direction'"
         )
 
 

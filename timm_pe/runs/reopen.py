@@ -187,7 +187,7 @@ def _decided_dtypes(config: RunConfig, checkpoint: Path) -> str | list[str | Non
         precisions = saved_precisions(str(checkpoint), len(teachers))
     except Exception:  # whatever it may be: loading it says so
         return config.teacher_dtype
-    # None follows --amp
+    # None follows --amp; of several teachers it is 'auto', which follows it until it is settled
     decided = [None if p is None or p.startswith('AMP ') else p for p in precisions]
     dtypes = [d if flags.dtype == 'auto' else flags.dtype for flags, d in zip(teachers, decided, strict=True)]
     return dtypes if len(dtypes) > 1 else dtypes[0] if dtypes else config.teacher_dtype

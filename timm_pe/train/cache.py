@@ -189,10 +189,10 @@ class TeacherCache:
         except FileNotFoundError:
             others = [p.name for p in sorted(self.folder.glob('[!.]*'))]
             if others:
-                raise UsageError(
-                    f"--teacher-cache: '{self.folder}' holds {others[0]} and no manifest.json, so it is no teacher cache: "
-                    f'give another folder'
-                ) from None
+                what = f'{others[0]} and no manifest.json, so it is no teacher cache: give another folder'
+                if (self.folder / others[0] / 'manifest.json').exists():
+                    what = f'the caches of several teachers, {", ".join(others)}: give one of them'
+                raise UsageError(f"--teacher-cache: '{self.folder}' holds {what}") from None
             return
         except (OSError, ValueError) as e:
             raise UsageError(

@@ -5,17 +5,19 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn as nn
 from timm.task import evaluation_sample_limit
+from timm.utils import unwrap_model
 from torch.utils.data import IterableDataset
 
 from ..config.teachers import OneTeacher, teachers_of
 from ..data.epochs import first_batch
 from ..data.loaders import create_eval_loader
 from ..errors import UsageError
-from ..method.task import ProjectorEnsembleTask
+from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime
 from .build import Parts
@@ -70,7 +72,7 @@ def look_at_first_batch(
                         f'{whose.format(what)} on the first training batch are not finite: are its weights right, is '
                         f'--teacher-dtype wide enough?'
                     )
-        _warn_of_single_positions(task, outputs)
+        _warn_of_single_positions(task, input, outputs)
         open_aims = [i for i, projectors in enumerate(task.projectors) if projectors.act == 'auto']
         task.resolve_act(input, outputs)
     for i in open_aims:
@@ -82,12 +84,28 @@ def look_at_first_batch(
         )
 
 
-def _warn_of_single_positions(task: ProjectorEnsembleTask, outputs: Sequence[TeacherOutput]) -> None:
-    for name, output in zip(task.teacher_names, outputs, strict=True):
-        if output.map is not None and output.map.shape[2:].numel() == 1:
+@torch.no_grad()
+def _warn_of_single_positions(
+    task: ProjectorEnsembleTask, input: torch.Tensor, outputs: Sequence[TeacherOutput]
+) -> None:
+    module = cast(ProjectorEnsembleModule, unwrap_model(cast(nn.Module, task.get_trainable_module())))
+    if module.map_tap is None:
+        return
+    grids = {
+        f"The teacher's map ({name})": output.map.shape[2:]
+        for name, output in zip(task.teacher_names, outputs, strict=True)
+        if output.map is not None
+    }
+    mode = module.training
+    module.eval().student(input[:1])
+    grids["The student's map"] = module.map_tap.pop().shape[2:]
+    module.tap.pop()
+    module.train(mode)
+    for whose, grid in grids.items():
+        if grid.numel() == 1:
             _logger.warning(
-                f"The teacher's map ({name}) has a single position at this image size: --pe-map-weight compares features a "
-                f'second time; larger images (--img-size, --teacher-input-size) have more positions.'
+                f'{whose} has a single position at this image size: --pe-map-weight compares features a second time; larger '
+                f'images have more positions.'
             )
 
 
