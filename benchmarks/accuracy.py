@@ -187,10 +187,8 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     config.write_text(yaml.safe_dump(run.flags))
     given = ['-c', str(config)]
     if 'teacher' in run.flags and 'teacher_dtype' not in run.flags:
-        given += [
-            '--teacher-dtype',
-            'float32',
-        ]  # that of timm's own tasks and of the runs that are kept, on any machine
+        # that of timm's own tasks and of the runs that are kept, on any machine
+        given += ['--teacher-dtype', 'float32']
     command = [sys.executable, str(SCRIPT), *given]
     start = time.perf_counter()
     with open(log, 'a') as f:

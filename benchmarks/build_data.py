@@ -4,7 +4,7 @@
     python benchmarks/build_data.py DIR [emoji] [fashion] [weights] [--force] [--fashion-idx FOLDER]
 
     DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
-    DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation, as links into it
+    DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation
     DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
     DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
     DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
@@ -150,6 +150,7 @@ NEUTRAL = str.maketrans(
     }
 )
 
+FASHION_PER_CLASS = 600  # training pictures in the subset
 FASHION_CLASSES = (
     *('t-shirt', 'trouser', 'pullover', 'dress', 'coat'),
     *('sandal', 'shirt', 'sneaker', 'bag', 'ankle-boot'),
@@ -518,10 +519,16 @@ def build_emoji(
 # Fashion-MNIST
 
 
-def build_few_labels(folder: Path, whole: Path, per_class: int) -> str:
-    """Fill `folder` with `per_class` training pictures of each class, drawn by their names, and all for validation.
+def build_subset(
+    folder: Path, whole: Path, per_class: int, order: Callable[[Path], object] = lambda picture: picture.name
+) -> str:
+    """Fill `folder` with `per_class` training pictures of each class of `whole`, and all for validation, as hard links.
 
-    They are links to those of `whole`, a folder beside it, so that `--unlabeled` knows them again.
+    Args:
+        folder: The folder to fill.
+        whole: The data set.
+        per_class: Number of training pictures of a class: the first ones.
+        order: Key that sorts the pictures of a class.
 
     Returns:
         Numbers to print.
@@ -531,12 +538,24 @@ def build_few_labels(folder: Path, whole: Path, per_class: int) -> str:
         for source in sorted((whole / split).iterdir()):
             target = folder / split / source.name
             target.mkdir(parents=True)
-            drawn = sorted(source.iterdir(), key=lambda picture: hashlib.sha256(picture.name.encode()).digest())
-            for picture in drawn[:limit]:
-                (target / picture.name).symlink_to(Path('../../..') / picture.relative_to(whole.parent))
+            for picture in sorted(source.iterdir(), key=order)[:limit]:
+                link_or_copy(picture, target / picture.name)
                 number[split] += 1
     shutil.copy(whole / 'LICENSES.md', folder)
     return f'{number["train"]:,} + {number["validation"]:,} pictures'
+
+
+def mixed(picture: Path) -> bytes:
+    """A key that sorts pictures in no order of their subjects: names of one emoji's drawings begin alike."""
+    return hashlib.sha256(picture.name.encode()).digest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy if the file system does not support it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 @contextlib.contextmanager
@@ -594,32 +613,6 @@ def build_fashion(folder: Path, downloads: Path, given: Path | None = None) -> s
         f"Fashion-MNIST (Debian's {FASHION.name}): MIT licence, copyright 2017 Zalando SE. The pixels are unchanged.\n"
     )
     return summary(number, digest, folder)
-
-
-def build_fashion_subset(folder: Path, whole: Path, per_class: int = 600) -> str:
-    """Fill `folder` with the first `per_class` training pictures of each class and all for validation, as hard links.
-
-    Returns:
-        Numbers to print.
-    """
-    number = Counter()
-    for split, limit in (('train', per_class), ('validation', None)):
-        for source in sorted((whole / split).iterdir()):
-            target = folder / split / source.name
-            target.mkdir(parents=True)
-            for picture in sorted(source.iterdir())[:limit]:
-                link_or_copy(picture, target / picture.name)
-                number[split] += 1
-    shutil.copy(whole / 'LICENSES.md', folder)
-    return f'{number["train"]:,} + {number["validation"]:,} pictures'
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy if the file system does not support it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy(source, target)
 
 
 # Weights
@@ -730,12 +723,16 @@ def main(argv: list[str] | None = None) -> None:
             build(emoji, lambda folder: build_emoji(folder, downloads), args.force)
             for number in (5, 20):
                 build(
-                    root / f'emoji-open-{number}', partial(build_few_labels, whole=emoji, per_class=number), args.force
+                    root / f'emoji-open-{number}',
+                    partial(build_subset, whole=emoji, per_class=number, order=mixed),
+                    args.force,
                 )
         if 'fashion' in args.what:
             fashion = root / 'fashion-mnist'
             build(fashion, lambda folder: build_fashion(folder, downloads, args.fashion_idx), args.force)
-            build(root / 'fashion-mnist-6k', lambda folder: build_fashion_subset(folder, fashion), args.force)
+            build(
+                root / 'fashion-mnist-6k', partial(build_subset, whole=fashion, per_class=FASHION_PER_CLASS), args.force
+            )
         if 'weights' in args.what:
             build(root / 'tf_efficientnet_lite0', lambda folder: build_weights(folder, downloads), args.force)
     except (UsageError, OSError) as e:

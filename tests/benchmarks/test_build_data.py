@@ -481,7 +481,7 @@ def idx(tmp_path) -> Path:
 
 
 def test_fashion_mnist_becomes_an_image_folder_and_a_balanced_subset(idx, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build_data.build_fashion_subset, '__defaults__', (1,))
+    monkeypatch.setattr(build_data, 'FASHION_PER_CLASS', 1)
     build_data.main([str(tmp_path / 'data'), 'fashion', '--fashion-idx', str(idx)])
     lines = capsys.readouterr().out.splitlines()
     assert 'fashion-mnist: 20 + 10 pictures, 10 classes' in lines[0]
@@ -518,7 +518,7 @@ def test_the_subset_is_copied_where_there_are_no_hard_links(idx, tmp_path, monke
     subset.mkdir()
     build_data.build_fashion(whole, tmp_path, idx)
     monkeypatch.setattr(os, 'link', no_links)
-    build_data.build_fashion_subset(subset, whole)
+    build_data.build_subset(subset, whole, 600)
     assert pictures(subset) == pictures(whole)
 
 
@@ -646,7 +646,7 @@ def test_weights_with_a_name_too_few_or_too_many_are_no_folder(lite0, wheel, tmp
     assert [path.name for path in (tmp_path / 'data').iterdir()] == ['downloads']
 
 
-def test_few_labels_are_links_to_some_pictures_of_each_class_and_to_all_of_validation(tmp_path):
+def test_a_mixed_subset_has_the_same_pictures_of_each_class_each_time_and_all_of_validation(tmp_path):
     whole = tmp_path / 'whole'
     for split, number in (('train', 7), ('validation', 3)):
         for name in ('ant', 'bee'):
@@ -655,7 +655,7 @@ def test_few_labels_are_links_to_some_pictures_of_each_class_and_to_all_of_valid
                 (whole / split / name / f'{i}.png').write_bytes(b'x')
     (whole / 'LICENSES.md').write_text('free')
     for target in ('few', 'again'):
-        build_data.build(tmp_path / target, lambda folder: build_data.build_few_labels(folder, whole, 5))
+        build_data.build(tmp_path / target, lambda folder: build_data.build_subset(folder, whole, 5, build_data.mixed))
     found = {
         target: sorted(p.relative_to(tmp_path / target) for p in (tmp_path / target).rglob('*.png'))
         for target in ('few', 'again')
@@ -667,4 +667,6 @@ def test_few_labels_are_links_to_some_pictures_of_each_class_and_to_all_of_valid
         for name in ('ant', 'bee')
     ] == [5, 5, 3, 3]
     for path in found['few']:
-        assert (tmp_path / 'few' / path).resolve() == (whole / path).resolve()
+        assert (tmp_path / 'few' / path).samefile(whole / path)
+    first = sorted(p.relative_to(whole) for p in (whole / 'train' / 'ant').iterdir())[:5]
+    assert [p for p in found['few'] if p.parts[:2] == ('train', 'ant')] != first

@@ -14,6 +14,8 @@ from timm_pe.config.teachers import teachers_of
 from timm_pe.method.teacher import Teacher
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
+from timm_pe.run_folder import RunFolder
+from timm_pe.runs.reopen import Options, collect, open_run
 from timm_pe.train.main import fill_from_runs
 
 TEACHERS = ('test_vit', 'test_convnext')
@@ -217,8 +219,13 @@ def test_the_student_of_several_teachers_is_evaluated_exported_and_analysed_like
     for name in ('cosine', 'cka'):
         mean = sum(teacher[name]['validation'] for teacher in each) / 2
         assert result[name]['validation'] == pytest.approx(mean)
-    # what the analysis computes anew is what training minimized: 1 - cosine, up to the state of the weights
-    assert each[0]['cosine']['train'] != each[1]['cosine']['train']
+    opened = open_run(RunFolder(folder), Options())
+    split = collect(opened, 'validation')
+    for i, teacher in enumerate(each):
+        with torch.inference_mode():
+            projected = opened.task.projectors[i](split.feature)
+        expected = torch.nn.functional.cosine_similarity(projected, split.teachers[i].feature).mean().item()
+        assert teacher['cosine']['validation'] == pytest.approx(expected, abs=1e-5)
     report([str(folder), '-o', str(tmp_path / 'report.html')])
     page = (tmp_path / 'report.html').read_text()
     for title in ('CKA with the teacher', 'CKA with test_vit', 'Projection along test_convnext'):
@@ -348,6 +355,17 @@ def test_run_folders_name_the_teachers_and_each_is_validated(small_run, tmp_path
     assert result['agreement']['validation'] == pytest.approx(
         sum(teacher['agreement']['validation'] for teacher in result['teachers'].values()) / 2
     )
+
+
+def test_a_teacher_of_another_number_of_classes_is_left_out_of_logit_distillation(small_run, tmp_path, capsys):
+    digits = ['--dataset', 'sklearn/digits', '--num-classes', '10', *small_run[3:], '-b', '256', '--epochs', '1']
+    run([*digits, '--model', 'test_vit', '--experiment', 'ten'])
+    run([*small_run, '--model', 'test_resnet', '--epochs', '1', '--experiment', 'three'])
+    folders = [str(tmp_path / name) for name in ('three', 'ten')]
+    argv = [*small_run, '--model', 'test_convnext', '--kd-loss-weight', '1', '--epochs', '1']
+    run([*argv, '--teacher-checkpoint', *folders])
+    assert float(summary(tmp_path / 'run')[0]['train_logit_loss']) > 0
+    assert 'has learnt other classes' in refused([*argv, '--teacher-checkpoint', folders[1], '--overwrite'], capsys)
 
 
 def test_without_labels_the_cosine_to_each_teacher_is_measured(image_folder, tmp_path, capsys):

@@ -20,6 +20,7 @@ from timm_pe.analysis import analyze
 from timm_pe.analysis import main as analysis_main
 from timm_pe.errors import UsageError
 from timm_pe.export import main as export
+from timm_pe.method.losses import normalize_teacher
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
 from timm_pe.runs.reopen import Options
@@ -307,6 +308,21 @@ def test_the_report_shows_its_curves(finished, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     report([str(finished[0]), '-o', str(tmp_path / 'report.html')])
     assert 'Validation cosine' in (tmp_path / 'report.html').read_text()
+
+
+def test_images_that_only_pad_a_batch_count_for_its_statistics_and_for_nothing_else(argv, monkeypatch):
+    trainer = make_trainer([*argv, '--pe-teacher-norm', 'batch'], monkeypatch)
+    validation = trainer.validation
+    validation.limit = 13  # of 16 held out: of the second batch of 8, five
+    module, batches = trainer.task.trainable_module.eval(), list(trainer.data.eval)
+    cosines = []
+    with torch.no_grad():
+        for (input, _), known in zip(batches, validation.features[0], strict=True):
+            module.student(input)
+            projected, aim = module.projection(module.tap.pop()), normalize_teacher(known, 'batch')
+            cosines.append(F.cosine_similarity(projected, aim))
+    measured = validation(ema=False, what='', after_batch=lambda: None)
+    assert measured['cosine'] == pytest.approx(torch.cat(cosines)[:13].mean().item(), abs=1e-4)
 
 
 def test_a_task_without_classifier_has_no_task_loss():

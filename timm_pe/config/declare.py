@@ -23,7 +23,7 @@ from typing import Any, TypeVar, Union
 _T = TypeVar('_T')
 # one value, or a list of one for each teacher; None is what applies where the flag is not given
 Each = Union[_T, list[_T]]  # noqa: UP007  # subscripted
-# how the command line writes None in such a list
+# how a user writes None in such a list
 NOT_GIVEN = '-'
 
 

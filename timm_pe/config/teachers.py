@@ -20,23 +20,21 @@ class OneTeacher:
     Attributes:
         name: --teacher.
         title: What messages call it: 'Teacher', of several 'Teacher 2 (resnet34)'.
-        weight: Of --teacher-weights; None if all count alike.
     """
 
     name: str
-    title: str = 'Teacher'
-    checkpoint: str | None = None
-    num_classes: int | None = None
-    input_size: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    dtype: str | None = 'auto'
+    title: str
+    checkpoint: str | None
+    num_classes: int | None
+    input_size: int | None
+    mean: list[float] | None
+    std: list[float] | None
+    dtype: str | None
     kwargs: dict[str, Any]
-    tap: str | None = None
-    pretrained: bool = True
-    ema: bool = True
-    fold: bool = True
-    weight: float | None = None
+    tap: str | None
+    pretrained: bool
+    ema: bool
+    fold: bool
 
     @property
     def is_random(self) -> bool:
@@ -72,12 +70,11 @@ def teachers_of(flags: TeacherFlags) -> list[OneTeacher]:
         for name in each_flags()
         if name != 'teacher'
     }
-    names, weights = values_of('teacher', flags.teacher, number), flags.teacher_weights or ()
+    names = values_of('teacher', flags.teacher, number)
     return [
         OneTeacher(
             name=names[i],
             title=f'Teacher {i + 1} ({names[i]})' if number > 1 else 'Teacher',
-            weight=weights[i] if weights else None,
             pretrained=flags.teacher_pretrained,
             ema=flags.teacher_ema,
             fold=flags.teacher_fold,

@@ -1,7 +1,7 @@
 """Settings taken from another run's folder: how its student was built and fed, for an evaluation or for a teacher."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from timm.data.model_config import resolve_input_data_config
@@ -128,21 +128,6 @@ def _shown(value: Any) -> str:
 # A teacher -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TeacherSettings:
-    """How the teacher is built and fed: by its flags, else by the run that trained it.
-
-    Attributes:
-        mean: Mean of its normalization; None means that of its model.
-        std: Likewise.
-        kwargs: More arguments of its architecture.
-    """
-
-    mean: list[float] | None
-    std: list[float] | None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
 def check_teacher_run(flags: OneTeacher) -> None:
     """Refuse a teacher's run folder whose settings cannot be read, before anything is built.
 
@@ -197,15 +182,15 @@ def teacher_input(flags: OneTeacher, teacher: Teacher) -> dict[str, Any] | None:
     return resolve_input_data_config(network, args={name: value for name, value in run.items() if value is not None})
 
 
-def teacher_settings(flags: OneTeacher) -> TeacherSettings:
-    """How the teacher of a run is built and fed.
+def teacher_settings(flags: OneTeacher) -> OneTeacher:
+    """The settings of a teacher, with those of the run that trained it: how it is built, mean and std.
 
     Raises:
         UsageError: See `read_settings`; or that run's model cannot be looked up.
     """
     folder = RunFolder.around(flags.checkpoint)
     if folder is None:
-        return TeacherSettings(flags.mean, flags.std, flags.kwargs)
+        return flags
     run = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)
     built = _built_in(run, run['model'] or flags.name)
     kwargs = {
@@ -219,7 +204,7 @@ def teacher_settings(flags: OneTeacher) -> TeacherSettings:
         'pretrained_cfg_overlay': {k: v for k, v in built['pretrained_cfg'].items() if k in _INPUT_FIELDS},
     }
     kwargs = {**{k: v for k, v in kwargs.items() if v is not None}, **flags.kwargs}
-    return TeacherSettings(flags.mean or run['mean'], flags.std or run['std'], kwargs)
+    return replace(flags, mean=flags.mean or run['mean'], std=flags.std or run['std'], kwargs=kwargs)
 
 
 def _built_in(run: Mapping[str, Any], name: str) -> dict[str, Any]:

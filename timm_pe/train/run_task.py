@@ -27,7 +27,7 @@ from ..config.flags import LossFlags
 from ..config.rules import loss_type
 from ..config.run_config import RunConfig
 from ..config.teachers import OneTeacher, teachers_of
-from ..data.datasets import class_map_of, describe_other_class
+from ..data.datasets import class_map_of, count_classes, describe_other_class
 from ..data.draws import LabeledTarget
 from ..data.loaders import Data
 from ..errors import NoPretrainedWeights, UsageError, one_line
@@ -62,7 +62,7 @@ def create_run_teachers(config: RunConfig, data: Data, runtime: Runtime, resizes
 def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtime: Runtime, resizes: bool) -> Teacher:
     settings = teacher_settings(flags)
     other_class = other_class_of_teacher(flags, data)
-    if other_class and config.kd_loss_weight:
+    if other_class and config.kd_loss_weight and not _is_left_out(config, flags, data):
         raise UsageError(
             f"--kd-loss-weight compares class by class, and the teacher's run has learnt other classes ({other_class}): give "
             f'data of the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its '
@@ -112,6 +112,14 @@ def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtim
         for tensor in teacher.state_dict().values():
             dist.broadcast(tensor, src=0)
     return teacher
+
+
+def _is_left_out(config: RunConfig, flags: OneTeacher, data: Data) -> bool:
+    """Whether the logits of one of several teachers are not compared: its run has learnt another number of classes."""
+    folder = RunFolder.around(flags.checkpoint)
+    learnt = saved_classes(folder) if folder is not None else None
+    several = isinstance(config.teacher, list)
+    return several and learnt is not None and len(learnt) != count_classes(data.eval.dataset)
 
 
 def _has_own_size(flags: OneTeacher) -> bool:

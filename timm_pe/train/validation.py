@@ -68,9 +68,8 @@ def create_validation(parts: Parts) -> Validation:
     """
     knn = Knn(parts) if parts.config.knn_data else None  # first: it may refuse its images
     if knn is not None and parts.config.unlabeled:
-        with ranks_together(
-            parts.runtime
-        ):  # it may read many files: the others must not wait in a collective of the device
+        # it may read many files: the other ranks must not wait for that in a collective of the device
+        with ranks_together(parts.runtime):
             if parts.runtime.is_primary:
                 warn_of_trained(knn.loaders['validation'].dataset, parts.datasets[0])
     validation = LabelValidation(parts, check_teachers(parts)) if parts.config.has_labels else TeacherValidation(parts)
@@ -231,7 +230,7 @@ class TeacherValidation:
             moments.add(feature[:size])
             if size:
                 pairs = zip(projected, features, strict=True)
-                sums += torch.stack([self._measure(p[:size].float(), f.to(p.device)[:size]) * size for p, f in pairs])
+                sums += torch.stack([self._measure(p, f.to(p.device), size) * size for p, f in pairs])
         moments.share()
         self._share(sums)
         self._warn_of_collapse(moments)
@@ -240,9 +239,10 @@ class TeacherValidation:
         each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
         return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)
 
-    def _measure(self, projected: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        """Feature loss and mean cosine of projections and a teacher's features `[b, m]`."""
-        aim = self._aim(feature)
+    def _measure(self, projected: torch.Tensor, feature: torch.Tensor, size: int) -> torch.Tensor:
+        """Feature loss and mean cosine of projections and a teacher's features `[b, m]`, of the first `size` images."""
+        # normalized as the batch that it is, also by statistics over its images
+        projected, aim = projected[:size].float(), self._aim(feature)[:size]
         return torch.stack([self.task.feature_loss(projected, aim), F.cosine_similarity(projected, aim, dim=1).mean()])
 
     def _batches(self, what: str, after_batch: Callable[[], None]) -> Iterator[tuple[torch.Tensor, int]]:
@@ -267,9 +267,9 @@ class TeacherValidation:
             return
         self.warned = True
         _logger.warning(
-            f"THE STUDENT'S FEATURES HAVE COLLAPSED: on the images held out their effective rank is {rank:.2f} (the "
-            f"teacher's: {', '.join(f'{r:.2f}' for r in self.teacher_ranks)}), so they tell images hardly apart: a lower --lr, a longer warmup or another "
-            f'optimizer may help.'
+            f"THE STUDENT'S FEATURES HAVE COLLAPSED: on the images held out their effective rank is {rank:.2f} (the teacher's: "
+            f'{", ".join(f"{r:.2f}" for r in self.teacher_ranks)}), so they tell images hardly apart: a lower --lr, a longer '
+            f'warmup or another optimizer may help.'
         )
 
 
