@@ -82,7 +82,7 @@ def test_hard_links_of_a_file_count_once(folder, tmp_path):
     ('make', 'message'),
     [
         (lambda path: None, 'does not exist'),
-        (lambda path: path.write_text(''), 'is no folder'),
+        (lambda path: path.write_text(''), 'is neither a folder nor a .tar file'),
         (lambda path: path.mkdir(), 'no images in'),
         (lambda path: (path.mkdir(), (path / 'x.csv').write_text('')), r'no images in .* \(1 file ignored: 1 .csv\)'),
     ],

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.analysis import analyze
 from timm_pe.analysis import main as analysis_main
+from timm_pe.data.unlabeled import find_images, hold_out
 from timm_pe.errors import UsageError
 from timm_pe.export import main as export
 from timm_pe.method.losses import normalize_teacher
@@ -235,6 +237,45 @@ def test_a_cache_gives_the_numbers_that_the_teacher_gives(argv, tmp_path, capsys
     assert [row['eval_cosine'] for row in summary(tmp_path / 'run')] == [
         row['eval_cosine'] for row in summary(tmp_path / 'again')
     ]
+
+
+@pytest.fixture
+def shard(images, tmp_path):
+    """A tar file of the same images."""
+    shard = tmp_path / 'shards' / 'images.tar'
+    shard.parent.mkdir()
+    with tarfile.open(shard, 'w') as tar:
+        tar.add(images, '.')
+    return shard
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_shard_teaches_what_its_images_in_folders_teach(workers, argv, shard, tmp_path):
+    run([*argv, '-j', workers])
+    run([*argv, '-j', workers, '--unlabeled', str(shard.parent), '--experiment', 'shard'])
+    folder, packed = (load_file(tmp_path / name / 'student.safetensors') for name in ('run', 'shard'))
+    assert all(torch.equal(folder[key], packed[key]) for key in folder)
+
+
+def test_a_cache_of_a_shard_knows_when_an_image_in_it_has_changed(argv, shard, images, tmp_path, capsys):
+    argv = [*argv, '--unlabeled', str(shard), '--teacher-cache', str(tmp_path / 'cache'), '--epochs', '1']
+    run(argv)
+    assert '24 of 24 rows there' in run([*argv, '--experiment', 'again'], capsys)
+    content = shard.read_bytes()
+    os.utime(shard, (1, 1))  # another time, the same images
+    assert '24 of 24 rows there' in run([*argv, '--experiment', 'touched'], capsys)
+    trained = np.flatnonzero(~hold_out(find_images([str(shard)]).paths, 0.05))[0]
+    image = find_images([str(shard)]).paths[trained]
+    shard.write_bytes(content[: image.offset + image.size - 20] + b'x' + content[image.offset + image.size - 19 :])
+    assert '23 of 24 rows there' in run([*argv, '--experiment', 'changed'], capsys)
+
+
+def test_images_of_a_shard_beside_labelled_ones_are_taught_as_those_of_a_folder(argv, shard, image_folder, tmp_path):
+    argv = [str(image_folder), '--num-classes', '3', *argv]
+    run(argv)
+    run([*argv, '--unlabeled', str(shard), '--experiment', 'shard'])
+    folder, packed = (load_file(tmp_path / name / 'student.safetensors') for name in ('run', 'shard'))
+    assert all(torch.equal(folder[key], packed[key]) for key in folder)
 
 
 # flag -> what the error says of it

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .draws import derive_seed
 from .folders import FolderReader
 from .same_files import find_same
+from .shards import open_image
 from .unlabeled import NO_LABEL, ImagesFound, describe_repeated, find_images
 from .unreadable import CountingImageDataset
 
@@ -45,7 +46,7 @@ class BesideReader(Reader):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if index < self.num_labeled:
             return self.labeled[index]
-        return open(self.found.paths[index - self.num_labeled], 'rb'), NO_LABEL
+        return open_image(self.found.paths[index - self.num_labeled]), NO_LABEL
 
     def __len__(self) -> int:
         return self.num_labeled + len(self.found.paths)

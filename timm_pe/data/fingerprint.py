@@ -5,7 +5,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..process.files import hash_content
 from .draws import Draw, SeededDataset
+from .shards import open_image, stat_image
 from .unreadable import forget_unreadable
 
 _PIXEL_SAMPLES = 8
@@ -65,16 +65,16 @@ def _unwrapped(dataset: Any) -> Any:
 
 
 def list_files(dataset: Dataset[Any]) -> list[str] | None:
-    """The image files of a data set, in its order; None unless each image is its own file under one folder."""
+    """The image files of a data set, in its order; None unless each is its own file under one folder, or a `PathInShard`."""
     images = _unwrapped(dataset)
     root = getattr(getattr(images, 'reader', None), 'root', None)
     if not root or not hasattr(images, 'filenames') or not os.path.isdir(root):
         return None
-    first = str(images.filename(0, absolute=True))  # asking for all names may read the whole data set
-    # names inside a tar do not begin with its folder; a broken link counts as an unreadable file
-    if not first.startswith(str(root)) or not os.path.lexists(first):
+    first = images.filename(0, absolute=True)  # asking for all names may read the whole data set
+    # names inside timm's tar files do not begin with its folder; a broken link counts as an unreadable file
+    if not first.startswith(str(root)) or not os.path.lexists(getattr(first, 'shard', first)):
         return None
-    return [str(path) for path in images.filenames(absolute=True)]
+    return list(images.filenames(absolute=True))
 
 
 def stat_files(paths: Sequence[str]) -> np.ndarray:
@@ -84,8 +84,7 @@ def stat_files(paths: Sequence[str]) -> np.ndarray:
     def look(part: np.ndarray) -> None:
         for i in part:
             with contextlib.suppress(OSError):
-                stat = os.stat(paths[i])
-                stats[i] = stat.st_size, stat.st_mtime_ns
+                stats[i] = stat_image(paths[i])
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(look, np.array_split(np.arange(len(paths)), _THREADS)))
@@ -95,7 +94,8 @@ def stat_files(paths: Sequence[str]) -> np.ndarray:
 def hash_file(path: str) -> int:
     """`hash_content` of a file, 0 if it cannot be read."""
     try:
-        return hash_content(Path(path).read_bytes())
+        with open_image(path) as f:
+            return hash_content(f.read())
     except OSError:
         return 0
 

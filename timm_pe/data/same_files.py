@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from .fingerprint import hash_files, stat_files
+from .shards import PathInShard
 
 # threads that look at files, which may be on a network disk
 _THREADS = 8
@@ -24,19 +25,25 @@ def real_paths(paths: Iterable[str]) -> Iterator[str]:
 
 
 def identify_files(paths: Sequence[str]) -> list[Hashable]:
-    """A value for each path that is equal for paths to one file, by symlinks or hard links, and for no others."""
-    found: list[Hashable] = list(real_paths(paths))
+    """A value for each path that is equal for paths to one file, by symlinks or hard links, and for no others.
+
+    Of a `PathInShard` it is that of the tar file and the place in it.
+    """
+    files = [path.shard if isinstance(path, PathInShard) else path for path in paths]
+    found: list[Hashable] = list(real_paths(files))
 
     def look(part: np.ndarray) -> None:
         for i in part.tolist():
             with contextlib.suppress(OSError):
-                stat = os.stat(paths[i])
+                stat = os.stat(files[i])
                 if stat.st_nlink > 1:
                     found[i] = stat.st_dev, stat.st_ino
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(look, np.array_split(np.arange(len(paths)), _THREADS)))
-    return found
+    return [
+        (file, path.offset) if isinstance(path, PathInShard) else file for path, file in zip(paths, found, strict=True)
+    ]
 
 
 def find_same(paths: Sequence[str], others: Sequence[str]) -> np.ndarray:

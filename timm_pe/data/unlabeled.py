@@ -1,4 +1,4 @@
-"""Images without labels: all that lie in some folders, each once, and a part of them held out for validation."""
+"""Images without labels: all in some folders and tar files, each once, and a part of them held out for validation."""
 
 import logging
 import os
@@ -18,12 +18,14 @@ from ..process.files import hash_content
 from .fingerprint import hash_files
 from .folders import describe_ignored, find_split, image_endings, natural_key, scan_folder
 from .same_files import identify_files
+from .shards import SHARD, open_image, scan_shard
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
 
 _Reader = TypeVar('_Reader', bound=Reader)
 
+_GIVE = 'give folders that hold images, at any depth, or tar files of images'
 # what the data set gives in place of a label
 NO_LABEL = -1
 # images are held out at least, where there are twice as many
@@ -35,11 +37,11 @@ _BLOCKS, _BLOCK = 16, 2**16
 
 @dataclass(frozen=True)
 class ImagesFound:
-    """The images of some folders.
+    """The images of some folders and tar files.
 
     Attributes:
-        root: The innermost folder that holds all of the folders.
-        paths: The images, absolute, sorted by their paths within their folder.
+        root: The innermost folder that holds all of them.
+        paths: The images, absolute (`PathInShard` within tar files), sorted by their paths within their folder.
         ignored: Number of files left out, by kind (see `FolderReader`).
         repeated: Number of further paths that lead to one of the images, by overlapping folders or links.
         first_repeated: One of these paths.
@@ -53,20 +55,20 @@ class ImagesFound:
 
 
 def check_unlabeled(folders: Sequence[str]) -> None:
-    """Refuse folders that do not exist.
+    """Refuse what is neither a folder nor a tar file.
 
     Raises:
         UsageError: The message names the first of them.
     """
     for folder in folders:
-        if not os.path.isdir(folder):
-            what = 'is no folder' if os.path.exists(folder) else 'does not exist'
-            raise UsageError(f"--unlabeled: '{folder}' {what}: give folders that hold images, at any depth")
+        if not os.path.isdir(folder) and not (os.path.isfile(folder) and _is_shard(folder)):
+            what = 'is neither a folder nor a .tar file' if os.path.exists(folder) else 'does not exist'
+            raise UsageError(f"--unlabeled: '{folder}' {what}: {_GIVE}")
 
 
 def warn_of_splits(folders: Sequence[str]) -> None:
     """Warn of folders that have a training and a validation split with classes in common: their labels are not used."""
-    for folder in folders:
+    for folder in filter(os.path.isdir, folders):
         try:
             splits = [find_split(folder, split) for split in ('train', 'validation')]
         except UsageError:  # two folders for one split
@@ -85,10 +87,13 @@ def warn_of_splits(folders: Sequence[str]) -> None:
 
 
 def find_images(folders: Sequence[str]) -> ImagesFound:
-    """All images below some folders, each file once, in an order that does not depend on that of the folders.
+    """All images below some folders and in tar files, each file once, in an order that does not depend on that of the folders.
+
+    Args:
+        folders: Folders, and tar files. Those within the folders are read too.
 
     Raises:
-        UsageError: A folder without an image.
+        UsageError: A folder without an image, or a tar file that cannot be read.
     """
     check_unlabeled(folders)
     ignored: Counter[str] = Counter()
@@ -96,15 +101,13 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
     folders = list(dict.fromkeys(map(os.path.abspath, folders)))
     for folder in folders:
         own: Counter[str] = Counter()
-        images = scan_folder(folder, image_endings(), own)[0]
+        images = _scan(folder, own)
         if not images:
             left_out = f' ({describe_ignored(own)})' if own else ''
-            raise UsageError(
-                f"--unlabeled: no images in '{folder}'{left_out}: give folders that hold images, at any depth"
-            )
+            raise UsageError(f"--unlabeled: no images in '{folder}'{left_out}: {_GIVE}")
         if not any(other != folder and os.path.commonpath([other, folder]) == other for other in folders):
             ignored += own  # else the outer folder counts them
-        found += [(natural_key(image), image, os.path.join(folder, image)) for image in images]
+        found += [(natural_key(name), name, path) for name, path in images]
     paths, seen, repeated = [], set(), []
     sorted_paths = [path for _, _, path in sorted(found)]
     for path, file in zip(sorted_paths, identify_files(sorted_paths), strict=True):
@@ -113,7 +116,29 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
         else:
             seen.add(file)
             paths.append(path)
-    return ImagesFound(os.path.commonpath(folders), paths, ignored, len(repeated), repeated[0] if repeated else '')
+    root = os.path.commonpath([os.path.dirname(f) if os.path.isfile(f) else f for f in folders])
+    return ImagesFound(root, paths, ignored, len(repeated), repeated[0] if repeated else '')
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith(SHARD)
+
+
+def _scan(folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
+    """Names and paths of the images below a folder, those in tar files too, or in a tar file; names begin at the folder."""
+    if os.path.isfile(folder):
+        files, folder = [os.path.basename(folder)], os.path.dirname(folder)
+    else:
+        files = scan_folder(folder, image_endings() | {SHARD}, ignored)[0]
+    images: list[tuple[str, str]] = []
+    for name in files:
+        path = os.path.join(folder, name)
+        if _is_shard(name):
+            inside = scan_shard(path, image_endings(), ignored)
+            images += [(os.path.join(name, image[len(path) + 1 :]), image) for image in inside]
+        else:
+            images.append((name, path))
+    return images
 
 
 def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
@@ -144,8 +169,9 @@ def _hash_blocks(path: str) -> int:
     It is 0 if the file cannot be read: training counts and names it.
     """
     try:
-        with open(path, 'rb') as f:
-            size = os.fstat(f.fileno()).st_size
+        with open_image(path) as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(0)
             if size <= _BLOCKS * _BLOCK:
                 return hash_content(f.read())
             content = [size.to_bytes(8, 'little')]
@@ -177,7 +203,7 @@ class UnlabeledReader(Reader):
         self.paths = [found.paths[i] for i in np.flatnonzero(~held_out if training else held_out).tolist()]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return open(self.paths[index], 'rb'), NO_LABEL
+        return open_image(self.paths[index]), NO_LABEL
 
     def __len__(self) -> int:
         return len(self.paths)
