@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .fingerprint import hash_files, stat_files
+from .fingerprint import hash_files
 from .shards import PathInShard
 
 # threads that look at files, which may be on a network disk
@@ -29,21 +29,30 @@ def identify_files(paths: Sequence[str]) -> list[Hashable]:
 
     Of a `PathInShard` it is that of the tar file and the place in it.
     """
+    return _look_at(paths)[0]
+
+
+def _look_at(paths: Sequence[str]) -> tuple[list[Hashable], np.ndarray]:
+    """What `identify_files` gives, and the size of each in bytes, int64 [n]; -1 if it is inaccessible."""
     files = [path.shard if isinstance(path, PathInShard) else path for path in paths]
     found: list[Hashable] = list(real_paths(files))
+    sizes = np.full(len(paths), -1, np.int64)
 
     def look(part: np.ndarray) -> None:
         for i in part.tolist():
+            path = paths[i]
             with contextlib.suppress(OSError):
                 stat = os.stat(files[i])
+                sizes[i] = path.size if isinstance(path, PathInShard) else stat.st_size
                 if stat.st_nlink > 1:
                     found[i] = stat.st_dev, stat.st_ino
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(look, np.array_split(np.arange(len(paths)), _THREADS)))
-    return [
+    identities = [
         (file, path.offset) if isinstance(path, PathInShard) else file for path, file in zip(paths, found, strict=True)
     ]
+    return identities, sizes
 
 
 def find_same(paths: Sequence[str], others: Sequence[str]) -> np.ndarray:
@@ -52,10 +61,10 @@ def find_same(paths: Sequence[str], others: Sequence[str]) -> np.ndarray:
     Only files whose size occurs on both sides are read.
     """
     same = np.full(len(paths), -1, np.int64)
-    index_of = {file: i for i, file in reversed(list(enumerate(identify_files(others))))}
-    for i, file in enumerate(identify_files(paths)):
+    (files, sizes), (other_files, other_sizes) = _look_at(paths), _look_at(others)
+    index_of = {file: i for i, file in reversed(list(enumerate(other_files)))}
+    for i, file in enumerate(files):
         same[i] = index_of.get(file, -1)
-    sizes, other_sizes = stat_files(paths)[:, 0], stat_files(others)[:, 0]
     read = np.flatnonzero((same < 0) & (sizes > 0) & np.isin(sizes, other_sizes))
     other_read = np.flatnonzero(np.isin(other_sizes, sizes[read]))
     hashes = hash_files([others[i] for i in other_read.tolist()]).tolist()
