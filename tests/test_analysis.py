@@ -22,7 +22,7 @@ from timm_pe.train import build
 
 KEYS = {
     '': 'run model teacher compared_with checkpoint epoch seed params num_classes class_names images train validation '
-    'gap_top1 teacher_validation agreement cosine cosine_raw cka discriminability calibration projectors samples',
+    'gap_top1 teacher_validation agreement cosine cosine_raw cka map_cosine discriminability calibration projectors samples',
     'images': 'train validation',
     'train': 'top1 top5 loss',
     'validation': 'top1 top5 loss',

@@ -25,6 +25,7 @@ from .config.teachers import as_each
 from .errors import UsageError
 from .method.teachers import name_teachers
 from .run_folder import RunFolder
+from .runs.maps import MapComparison, compare_maps, paint
 from .runs.measures import (
     agreement,
     calibration,
@@ -64,11 +65,12 @@ def analyze(
     _check_packages()
     with _about(folder):
         run = open_run(run_folder, options, [RunFolder(other) for other in others])
-        train, validation = collect(run, 'train'), collect(run, 'validation')
-        result, matrices = measure(run, train, validation)
+        train, validation, maps = collect(run, 'train'), collect(run, 'validation'), compare_maps(run)
+        result, matrices = measure(run, train, validation, maps)
         result = _finite({'run': run_folder.path.resolve().name, 'checkpoint': options.checkpoint, **result})
         try:
             _draw(run_folder, result, matrices, [run.class_names[c] for c in validation.labels.unique()])
+            _draw_maps(run_folder, run, maps)
             run_folder.write_analysis(result)
         except OSError as e:
             raise UsageError(f'cannot write into it ({e.strerror})') from e
@@ -89,7 +91,9 @@ def _check_packages() -> None:
         raise UsageError(f"the analysis needs {' and '.join(missing)}: pip install 'timm_pe[analysis]'")
 
 
-def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, Any], dict[str, torch.Tensor | None]]:
+def measure(
+    run: OpenRun, train: Split, validation: Split, maps: Sequence[MapComparison] = ()
+) -> tuple[dict[str, Any], dict[str, torch.Tensor | None]]:
     """All numbers of a run, as they go into analysis.json, and the matrices that are drawn.
 
     What compares the student with its teacher is, of several teachers, the mean; that of each is under 'teachers'.
@@ -102,6 +106,8 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
     apart, class_matrix = class_statistics(validation.feature, validation.labels)
     pairs = [_compare(run, splits, i) for i in range(len(run.teachers))]
     compared, matrices = [c for c, _ in pairs], [m for _, m in pairs]
+    for found, of_map in zip(compared, maps, strict=False):  # all teachers have one, or none
+        found['map_cosine'] = {'validation': of_map.cosine}
     one = compared[0] if len(compared) == 1 else {}
     result = {
         'model': run.config.model,
@@ -116,7 +122,7 @@ def measure(run: OpenRun, train: Split, validation: Split) -> tuple[dict[str, An
         **scores,
         'gap_top1': of_train['top1'] - of_validation['top1'] if of_train and of_validation else None,
         'teacher_validation': one.get('validation'),
-        **{name: _mean([c[name] for c in compared]) for name in ('agreement', 'cosine', 'cosine_raw', 'cka')},
+        **{n: _mean([c[n] for c in compared]) for n in ('agreement', 'cosine', 'cosine_raw', 'cka', 'map_cosine')},
         'discriminability': {
             **apart,
             **probe((train.feature, train.labels), (validation.feature, validation.labels)),
@@ -177,6 +183,7 @@ def _compare(run: OpenRun, splits: Mapping[str, Split], index: int) -> tuple[dic
         'cosine': cosine,
         'cosine_raw': {n: mean_cosine(*pair) for n, pair in features.items()} if same_width else None,
         'cka': {n: linear_cka(*pair) for n, pair in features.items()},
+        'map_cosine': None,
         'projectors': projectors,
     }
     if splits['validation'].logits is None:  # what its student can hope for
@@ -264,6 +271,23 @@ def _draw(
         plots.save_png(figure, folder.figures / f'{name}.png')
 
 
+def _draw_maps(folder: RunFolder, run: OpenRun, maps: Sequence[MapComparison]) -> None:
+    """Write figures/maps.png; one that an earlier analysis left goes if the run has no maps."""
+    from .runs import plots
+
+    path = folder.figures / 'maps.png'
+    if not maps:
+        path.unlink(missing_ok=True)
+        return
+    rows = {'image': maps[0].images.numpy()}
+    for name, of_map in zip(name_teachers(run.teachers), maps, strict=True):
+        of = f' {name}' if len(maps) > 1 else ''
+        teacher, student = paint([of_map.teacher, of_map.student])
+        rows[f'teacher{of}'] = teacher.numpy()
+        rows[f'student{f" to{of}" if of else ""}'] = student.numpy()
+    plots.save_png(plots.pictures(rows), path)
+
+
 # Command line ----------------------------------------------------------------------------------------------------------
 
 # column heading, path of its number in analysis.json, format
@@ -273,6 +297,7 @@ _COLUMNS = (
     ('gap', ('gap_top1',), '{:.2f}'),
     ('agree', ('agreement', 'validation'), '{:.2f}'),
     ('cosine', ('cosine', 'validation'), '{:.3f}'),
+    ('map cos', ('map_cosine', 'validation'), '{:.3f}'),
     ('CKA', ('cka', 'validation'), '{:.3f}'),
     ('betw/within', ('discriminability', 'between_over_within'), '{:.3f}'),
     ('centroid', ('discriminability', 'nearest_centroid_top1'), '{:.2f}'),
@@ -283,16 +308,16 @@ _COLUMNS = (
 )
 _LEGEND = (
     'train, val, centroid, probe: top-1 %; gap: train - val; agree: % same class as the teacher; cosine: projection and '
-    "teacher's feature;\nproj cos: between the projectors' outputs; ens gain: cosine of their mean over that of the best "
+    "teacher's feature;\nmap cos: the same of feature maps; proj cos: between the projectors' outputs; ens gain: cosine of their mean over that of the best "
     'one. All but train and gap on validation images.'
 )
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table with one row per run: the numbers that show what a teacher and its projectors do."""
-    rows = [('run', *(head for head, _, _ in _COLUMNS))]
-    for result in results:
-        rows.append((result['run'], *(_cell(result, path, form) for _, path, form in _COLUMNS)))
+    """A table with one row per run: the numbers that show what a teacher and its projectors do; some run has each."""
+    found = [(head, *(_cell(result, path, form) for result in results)) for head, path, form in _COLUMNS]
+    columns = [('run', *(result['run'] for result in results)), *(c for c in found if set(c[1:]) != {'-'})]
+    rows = list(zip(*columns, strict=True))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         '  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

@@ -172,13 +172,23 @@ def projector_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The analysis' picture of projector similarity, for groups with several projectors: run, image, width in rem."""
     found = []
     for _, run in _analysed(groups):
-        path = run.folder.figures / 'projector_similarity.png'
-        if (dig(run.analysis, 'projectors.q') or 0) > 1 and path.is_file():
-            image = 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+        if (dig(run.analysis, 'projectors.q') or 0) > 1 and (image := _figure_of(run, 'projector_similarity')):
             # a cell of three projectors is as large as one of eight
             width = min(24.0, 7 + 2.25 * dig(run.analysis, 'projectors.q'))
             found.append({'run': run, 'image': image, 'width': width})
     return found
+
+
+def map_pictures(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The analysis' picture of feature maps, for groups that were taught on maps: run, image."""
+    with_maps = [run for _, run in _analysed(groups) if dig(run.analysis, 'map_cosine.validation') is not None]
+    return [{'run': run, 'image': image} for run in with_maps if (image := _figure_of(run, 'maps'))]
+
+
+def _figure_of(run: Run, name: str) -> str | None:
+    """A figure that the analysis left, as a data URI."""
+    path = run.folder.figures / f'{name}.png'
+    return 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
 
 
 def collect_samples(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -306,6 +316,7 @@ def render(runs: Sequence[Run]) -> str:
         measures=draw_measures(groups, runs),
         reliability=draw_reliability(groups),
         projectors=projector_pictures(groups),
+        maps=map_pictures(groups),
         samples=collect_samples(groups, runs),
         commands={run.name: format_command(command(run)) for run in runs},
         configs={run.name: yaml.safe_dump(run.args, default_flow_style=False, allow_unicode=True) for run in runs},

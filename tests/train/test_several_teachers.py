@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers import load, make_trainer, refused, run, stopped, summary
+from PIL import Image
 
 from timm_pe import analysis, precompute
 from timm_pe.config.run_config import parse_config
@@ -15,6 +16,7 @@ from timm_pe.method.teacher import Teacher
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
 from timm_pe.run_folder import RunFolder
+from timm_pe.runs.maps import paint
 from timm_pe.runs.reopen import Options, collect, open_run
 from timm_pe.train.main import fill_from_runs
 
@@ -228,8 +230,42 @@ def test_the_student_of_several_teachers_is_evaluated_exported_and_analysed_like
         assert teacher['cosine']['validation'] == pytest.approx(expected, abs=1e-5)
     report([str(folder), '-o', str(tmp_path / 'report.html')])
     page = (tmp_path / 'report.html').read_text()
-    for title in ('CKA with the teacher', 'CKA with test_vit', 'Projection along test_convnext'):
+    for title in ('CKA with the teacher', 'CKA with test_vit', 'Projection along test_convnext', 'Maps along test_vit'):
         assert title in page
+    assert page.count('alt="Feature maps of teacher and student') == 1
+
+
+@torch.inference_mode()
+def test_maps_are_compared_position_by_position_on_all_validation_images(two):
+    folder, _ = two
+    result = analysis.analyze(folder)
+    opened = open_run(RunFolder(folder), Options())
+    task, total, number = opened.task, [0.0, 0.0], 0
+    for images, _ in opened.loaders['validation']:
+        outputs = [teacher(images) for teacher in opened.teachers]
+        projected = task.trainable_module(images, [o.map.shape[2:] for o in outputs])[3:]
+        number += len(images)
+        for i in range(2):
+            wanted = torch.nn.functional.adaptive_avg_pool2d(outputs[i].map, projected[i].shape[1:3])
+            for b in range(len(images)):
+                places = [(y, x) for y in range(wanted.shape[2]) for x in range(wanted.shape[3])]
+                cosines = [torch.cosine_similarity(projected[i][b, y, x], wanted[b, :, y, x], dim=0) for y, x in places]
+                total[i] += torch.stack(cosines).mean().item()
+    for i, teacher in enumerate(result['teachers'].values()):
+        assert teacher['map_cosine']['validation'] == pytest.approx(total[i] / number, abs=1e-5)
+    assert result['map_cosine']['validation'] == pytest.approx(sum(total) / 2 / number, abs=1e-5)
+    picture = Image.open(folder / 'figures' / 'maps.png')
+    assert picture.width > picture.height > 100
+
+
+def test_equal_directions_have_equal_colours_and_others_have_others():
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 3, 3, 16)
+    painted, longer, other = paint([teacher, 5 * teacher, torch.randn(4, 3, 3, 16)])
+    torch.testing.assert_close(painted, longer)
+    assert painted.shape == (4, 3, 3, 3) and painted.min() == 0 and painted.max() == 1
+    assert (painted - other).abs().mean() > 0.1
+    assert all(x.isfinite().all() for x in paint([torch.ones(2, 1, 1, 2), torch.zeros(2, 1, 1, 2)]))  # nothing varies
 
 
 @pytest.mark.parametrize('more', [[], ['--teacher-drop', '0.5'], ['--amp', '--amp-dtype', 'bfloat16', '--model-ema']])

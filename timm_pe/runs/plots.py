@@ -147,6 +147,26 @@ def class_cosine(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> Fig
     return figure
 
 
+def pictures(rows: Mapping[str, np.ndarray]) -> Figure:
+    """Pictures in rows, one column for each image.
+
+    Args:
+        rows: Name of a row -> RGB from 0 to 1 `[n, h, w, 3]`; n is the same in all, height and width need not be.
+    """
+    number = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.2 * number + 1.2, 1.2 * len(rows)), layout='constrained')
+    panels = figure.subplots(len(rows), number, squeeze=False)
+    for (name, images), of_row in zip(rows.items(), panels, strict=True):
+        for image, axes in zip(images, of_row, strict=True):
+            axes.imshow(image, interpolation='nearest')
+            axes.set(xticks=[], yticks=[])
+        of_row[0].set_ylabel(name, rotation=0, ha='right', va='center')
+    _ink(figure)
+    for axes in panels.flat:
+        axes.spines[:].set_visible(False)
+    return figure
+
+
 def _label(name: str, index: int) -> str:
     """A name, shortened to fit, or its index if the font lacks some of its letters."""
     if not _has_letters(name):

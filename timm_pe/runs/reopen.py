@@ -96,6 +96,7 @@ class OpenRun:
         class_names: One per class.
         samples: Indices of some validation images, and their pictures as data URIs.
         runtime: Device and precision.
+        data_config: timm's, of the images: size, mean, std.
     """
 
     config: RunConfig
@@ -109,6 +110,7 @@ class OpenRun:
     class_names: list[str]
     samples: list[tuple[int, str]]
     runtime: Runtime
+    data_config: dict[str, Any]
 
 
 @dataclass
@@ -242,6 +244,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),
         samples=_draw_samples(parts.datasets[1]),
         runtime=parts.runtime,
+        data_config=parts.data.config,
     )
 
 

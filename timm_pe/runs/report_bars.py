@@ -11,6 +11,7 @@ _MEASURES = (
     ('Agreement with the teacher', 'agreement.validation', 1, ' %', 100, 'Validation images for which both predict the same class.', '↑'),
     ('CKA with the teacher', 'cka.validation', 3, '', 1, 'Similarity of the two feature spaces: 0 unrelated, 1 equal up to rotation and scale.', ''),
     ('Projection along the teacher', 'cosine.validation', 3, '', 1, "Mean cosine between averaged projection and teacher's feature: what the loss asks for.", '↑'),
+    ('Maps along the teacher', 'map_cosine.validation', 3, '', 1, "Mean cosine between projected map and teacher's map, position by position.", '↑'),
     ('Linear probe', 'discriminability.linear_probe_top1', 2, ' %', 100, "Top-1 of a linear classifier fitted on the student's own features.", '↑'),
     ('Classes apart', 'discriminability.between_over_within', 2, '', None, 'Between-class over within-class scatter of the own features.', '↑'),
     ('Generalization gap', 'gap_top1', 2, ' points', None, 'Top-1 on training images minus top-1 on validation images.', '↓'),
@@ -19,7 +20,7 @@ _MEASURES = (
     ('Gain of the ensemble', 'projectors.ensemble_gain', 3, '', 1, "Cosine of the averaged projection with the teacher's feature, minus that of the best single projector.", '↑'),
 )  # fmt: skip
 _BETTER = {'↑': '↑ higher is better', '↓': '↓ lower is better', '': ''}
-_WITH_TEACHER = ('agreement', 'cka', 'cosine')
+_WITH_TEACHER = ('agreement', 'cka', 'cosine', 'map_cosine')
 
 
 def dig(analysis: Mapping[str, Any] | None, path: str) -> Any:
