@@ -19,7 +19,7 @@ GPU_SITE := output/timm_wheel
 GPU_READY = $(if $(TIMM_WHEEL),$(GPU_SITE),$(VENV)/.test)
 ON_GPU = $(if $(TIMM_WHEEL),PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON),$(BIN)/python)
 
-.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-gpu bench-gpu test-report test-release soak docs lint house format data bench-accuracy bench-speed clean
+.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-gpu bench-gpu test-report test-release soak docs lint house format data bench-accuracy bench-backbones bench-script bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -89,8 +89,16 @@ data: $(VENV)/.bench
 bench-accuracy: data
 	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji fashion_long
 
+# half a day likewise: what backbones know that were pretrained without labels
+bench-backbones: data
+	$(BIN)/python benchmarks/backbones.py teachers maps
+
 bench-speed: $(VENV)/.bench
 	$(BIN)/python benchmarks/step_time.py
+
+# whole runs beside timm's own script: make bench-script SCRIPT=PYTORCH_IMAGE_MODELS/train.py
+bench-script: $(VENV)/.bench
+	$(BIN)/python benchmarks/script_time.py $(if $(SCRIPT),--script $(SCRIPT))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
