@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_pe import ProjectorEnsembleTask, TeacherOutput, UsageError, create_teacher
 from timm_pe.method.aims import draw_kept
 from timm_pe.method.losses import average_logits
+from timm_pe.method.teachers import name_teachers
 from timm_pe.train.start import check_projectors_optimized
 
 TEACHERS = ('test_resnet', 'test_vit')
@@ -241,6 +242,18 @@ def test_each_teacher_has_its_own_term_under_a_name_that_no_other_has():
     own = [result[f'pe_loss_{name}'] for name in task.teacher_names]
     torch.testing.assert_close(result['pe_loss'], torch.stack(own).mean())
     assert set(result) == {'loss', 'output', 'task_loss', 'pe_loss', *(f'pe_loss_{n}' for n in task.teacher_names)}
+
+
+def test_teachers_of_one_architecture_are_named_by_the_tags_of_their_weights():
+    teachers = [timm.create_model(name) for name in ('vit_tiny_patch16_224.augreg_in21k', 'vit_tiny_patch16_224.augreg_in21k_ft_in1k', 'test_vit')]  # fmt: skip
+    wrapped = [create_teacher(model, input_mean=(0.5,) * 3, input_std=(0.5,) * 3) for model in teachers]
+    tagged = ['vit_tiny_patch16_224_augreg_in21k', 'vit_tiny_patch16_224_augreg_in21k_ft_in1k']
+    assert name_teachers(wrapped) == [*tagged, 'test_vit']
+    assert name_teachers(wrapped[1:]) == ['vit_tiny_patch16_224', 'test_vit']
+    same = [
+        create_teacher(timm.create_model('test_vit'), input_mean=(0.5,) * 3, input_std=(0.5,) * 3) for _ in range(2)
+    ]
+    assert name_teachers(same) == ['test_vit', 'test_vit_2']
 
 
 def test_outputs_that_are_given_for_all_teachers_replace_them():

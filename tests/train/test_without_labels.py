@@ -97,6 +97,20 @@ def test_the_start_says_what_is_held_out_and_speaks_of_no_classes(finished):
     assert not re.search(r'\b0 classes|top-1|task_loss|smoothing|accuracy', said)
 
 
+def test_the_start_gives_flags_to_start_from_in_place_of_defaults_alone(finished, argv, capsys):
+    said = re.search(r'to start from +(.+)', finished[2])[1]
+    assert said == '--opt adamw --lr 1e-3 --weight-decay 0.05 --sched-on-updates (a pretraining of 24 images)'
+    argv = [
+        *argv[: argv.index('--epochs')],
+        *argv[argv.index('--epochs') + 2 :],
+        '--stop-epoch',
+        '1',
+        '--sched-on-updates',
+    ]
+    assert 'to start from   --opt adamw --lr 1e-3 --weight-decay 0.05 --epochs 300 (' in run(argv, capsys)
+    assert 'to start from' not in run([*argv, '--epochs', '2', '--opt', 'adamw', '--experiment', 'other'], capsys)
+
+
 def test_the_student_is_a_backbone_that_plain_timm_loads(finished):
     folder = finished[0]
     student, best = (

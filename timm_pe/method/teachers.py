@@ -92,16 +92,21 @@ def normalize_weights(weights: Sequence[float] | None, number: int) -> list[floa
 
 
 def name_teachers(teachers: Sequence[Teacher]) -> list[str]:
-    """A name for each: its architecture, else its class, with a number where that repeats: 'resnet34', 'resnet34_2'."""
+    """A name for each: its architecture, else its class: 'resnet34'.
+
+    Those of one architecture have timm's tag of their weights too, 'resnet50_a1_in1k', else a number: 'resnet34_2'.
+    """
+    cfgs: list[Any] = [getattr(unwrap_model(teacher.model), 'pretrained_cfg', None) or {} for teacher in teachers]
+    classes = [type(unwrap_model(teacher.model)).__name__.lower() for teacher in teachers]
+    bases = [cfg.get('architecture') or name for cfg, name in zip(cfgs, classes, strict=True)]
     names: list[str] = []
-    for teacher in teachers:
-        network = unwrap_model(teacher.model)
-        cfg: Any = getattr(network, 'pretrained_cfg', None) or {}
-        base = re.sub(r'\W', '_', cfg.get('architecture') or type(network).__name__.lower())
-        numbered = (f'{base}_{number}' for number in itertools.count(2))
-        name = base
+    for base, cfg in zip(bases, cfgs, strict=True):
+        tags = [other.get('tag') for other, of in zip(cfgs, bases, strict=True) if of == base]
+        is_told = len(tags) > 1 and all(tags) and len(set(tags)) == len(tags)
+        name = first = re.sub(r'\W', '_', f'{base}_{cfg["tag"]}' if is_told else base)
+        number = itertools.count(2)
         while name in names:
-            name = next(numbered)
+            name = f'{first}_{next(number)}'
         names.append(name)
     return names
 

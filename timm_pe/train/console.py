@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import cast
 
 import timm
@@ -33,6 +33,9 @@ from .cache import TeacherCache
 from .run_task import LabeledLoss
 
 _logger = logging.getLogger(__name__)
+
+# images that a pretraining without labels sees at least, of a set of up to 200,000: a starting point
+_PRETRAINING_IMAGES = 2_000_000
 
 
 # format of a progress bar; what does not fit the terminal is cut off at the end
@@ -254,6 +257,7 @@ def _run_rows(
         rows += describe_beside(config, beside, batch) if beside is not None else []
     else:
         rows += describe_unlabeled(train, evaluation, config.val_fraction)
+        rows += _suggest_schedule(config, len(cast(Sized, train)), start_epoch)
     pinned = ', pinned memory' if pins_memory(config, runtime.device.type) else ''
     rows.append(('loader workers', '{} ({}){}'.format(*loader_workers(config, data.train.dataset), pinned)))
     rows.append(('device', f'{runtime.device}, world size {runtime.world_size}'))
@@ -262,6 +266,20 @@ def _run_rows(
         ('versions', f'timm_pe {__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {python}')
     )
     return rows
+
+
+def _suggest_schedule(config: RunConfig, images: int, start_epoch: int) -> list[tuple[str, str]]:
+    """A row with flags to start a pretraining from, in place of those of timm's defaults that the run has."""
+    epochs = min(300, max(10, round(_PRETRAINING_IMAGES / images, -1)))
+    flags = {
+        'opt': '--opt adamw --lr 1e-3 --weight-decay 0.05',
+        'sched_on_updates': '--sched-on-updates',
+        'epochs': f'--epochs {epochs:.0f}',
+    }
+    said = [text for name, text in flags.items() if not config.is_given(name)]
+    if start_epoch or not said:
+        return []
+    return [('to start from', f'{" ".join(said)} (a pretraining of {images:,} images)')]
 
 
 class Progress:
