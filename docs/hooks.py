@@ -1,13 +1,17 @@
 """Hooks of the docs build: they draw the figures and leave out pages that do not exist."""
 
+import csv
+import io
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +27,16 @@ def on_config(config: Any) -> Any:
     config['nav'] = _without_missing(docs, config['nav'])
     draw_accuracy(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'accuracy.svg')
     draw_step_time(json.loads((RESULTS / 'step_time.json').read_text()), docs / 'figures' / 'step_time.svg')
+    draw_curves(RESULTS / 'runs' / 'emoji_equal.tar.xz', docs / 'figures' / 'curves.svg')
     return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show the YAML files themselves below the table of recipes, and fold the tables of a step's cost."""
+    """Show the YAML files themselves below the table of recipes, and fold the tables of a step's cost.
+
+    The line that leads from such a page to the file itself is for readers of the repository: the site has no such file.
+    """
+    markdown = re.sub(r'^\*On the site this page shows the file .*\n?', '', markdown, flags=re.MULTILINE)
     if page.file.src_uri == 'benchmarks/results/step_time.md':
         return fold_tables((RESULTS / 'step_time.md').read_text())  # what the page includes
     if page.file.src_uri != 'recipes.md':
@@ -68,8 +77,69 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
                 axes.plot([difference['low'], difference['high']], [y, y], color=LINE, linewidth=2)
             axes.plot(difference['of_seeds'], [y] * len(difference['of_seeds']), '.', color=DOT, markersize=5)
             axes.plot(difference['mean'], y, 'o', color=LINE, markersize=5)
-        axes.axvline(0, color=INK, linewidth=0.8)
+            axes.plot([0, 0], [y - 0.2, y + 0.2], color=INK, linewidth=0.8)  # not through the labels
+        axes.tick_params(labelbottom=True)
+        axes.xaxis.set_major_formatter(lambda x, _: f'{x:+g}' if x else 'alone')
     panels[-1].set_xlabel('points of top-1 over the student alone', color=INK, fontsize=9)
+    _write(figure, path)
+
+
+# method of the suite -> its label and its line in the plot
+CURVES = {'alone': ('student alone', LINE), 'pe_q3': ('with a teacher', DOT)}
+
+
+def draw_curves(archive: Path, path: Path) -> None:
+    """Draw top-1 by epoch, without and with a teacher: the mean over the seeds in a band from the lowest to the highest.
+
+    Args:
+        archive: Kept runs of benchmarks/accuracy.py.
+        path: The SVG to write.
+    """
+    runs: dict[str, list[list[float]]] = {method: [] for method in CURVES}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            run, name = member.name.split('/')[-2:]
+            method = run.rpartition('-')[0]
+            if name == 'summary.csv' and method in runs:
+                rows = csv.DictReader(io.TextIOWrapper(tar.extractfile(member)))  # type: ignore[arg-type]
+                runs[method].append([float(row['eval_top1']) for row in rows])
+    figure = Figure(figsize=(4.4, 2.9), layout='constrained')
+    axes = figure.subplots()
+    for method, (label, color) in CURVES.items():
+        curves = np.array(runs[method])
+        epochs = np.arange(1, curves.shape[1] + 1)
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.25, linewidth=0)
+        axes.plot(epochs, curves.mean(0), color=color, linewidth=1.8)
+        end = f'{curves[:, -1].mean():.1f} %'
+        axes.annotate(
+            end,
+            (epochs[-1], curves[:, -1].mean()),
+            (4, 0),
+            textcoords='offset points',
+            color=INK,
+            fontsize=9,
+            va='center',
+            annotation_clip=False,
+        )
+        place = int(0.4 * len(epochs))
+        below = method == 'alone'
+        axes.annotate(
+            label,
+            (epochs[place], curves[:, place].mean()),
+            (10, -24) if below else (-8, 14),
+            textcoords='offset points',
+            color=INK,
+            fontsize=9,
+            ha='left' if below else 'right',
+        )
+    axes.set_xlim(1, len(epochs) * 1.12)
+    axes.set_xticks([1, 10, 20, 30])
+    axes.set_xlabel('epoch', color=INK, fontsize=9)
+    axes.set_title(f'validation top-1 in %, mean and range of {len(curves)} seeds', color=INK, fontsize=9, loc='left')
+    axes.tick_params(colors=INK, labelsize=8)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ('left', 'bottom'))
+        spine.set_color(INK)
     _write(figure, path)
 
 
@@ -134,9 +204,7 @@ def _write(figure: Figure, path: Path) -> None:
 
 def fold_tables(markdown: str) -> str:
     """The chart of a step's cost first, then each wide table folded under its heading."""
-    chart = (
-        "![Time of a step beside that of timm's own distillation, by pair](../../figures/step_time.svg){ .column }\n\n"
-    )
+    chart = "![Time of a step beside that of timm's own distillation, by pair](../../figures/step_time.svg)\n\n"
     head, *sections = re.split(r'(?=^## )', markdown, flags=re.MULTILINE)
     folded = [re.sub(r'(?:^\|.*\n)+', _fold, section, flags=re.MULTILINE) for section in sections]
     return head + chart + ''.join(folded)

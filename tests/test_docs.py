@@ -337,3 +337,20 @@ def test_the_chart_of_a_steps_cost_has_each_pair_and_comes_before_the_folded_tab
     assert len(tables) > 20
     assert not re.search(r'^\|', shown, re.MULTILINE)  # none stands open
     assert all(f'    {line}\n' in shown for line in tables)
+
+
+def test_the_badges_are_true():
+    setup = ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    lowest = dict(re.findall(r'^(\w+)>=([\d.]+)', setup['options']['install_requires'], re.MULTILINE))
+    badges = dict(re.findall(r'img\.shields\.io/badge/(\w+)-([\w.]+(?:--[\d.]+)?)(?:%2B)?-', README))
+    assert badges == {
+        'python': setup['options']['python_requires'].removeprefix('>='),
+        'torch': lowest['torch'],
+        'timm': lowest['timm'],
+        'licence': setup['metadata']['license'].replace('-', '--'),
+    }
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150

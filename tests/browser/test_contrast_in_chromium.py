@@ -1,5 +1,9 @@
 """Report and documents on a phone and a desk, light and dark: nothing is cut off, and all text can be read."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
@@ -55,7 +59,9 @@ def test_a_page_of_the_site_can_be_read(page, name, site):
 
 
 @pytest.mark.parametrize('page', [(390, 844, 'light')], indirect=True)
-@pytest.mark.parametrize(('name', 'chart'), [(PAGES[1], 'accuracy.svg'), (PAGES[2], 'step_time.svg')])
+@pytest.mark.parametrize(
+    ('name', 'chart'), [(PAGES[0], 'curves.svg'), (PAGES[1], 'accuracy.svg'), (PAGES[2], 'step_time.svg')]
+)
 def test_the_labels_of_a_chart_have_nine_pixels_on_a_phone(page, name, chart, site):
     page.goto((site / name).as_uri())
     shown = page.locator(f'img[src$="{chart}"]').bounding_box()['width']
@@ -63,6 +69,31 @@ def test_the_labels_of_a_chart_have_nine_pixels_on_a_phone(page, name, chart, si
     own = page.evaluate('document.documentElement.viewBox.baseVal.width')
     sizes = page.evaluate("[...document.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize))")
     assert min(sizes) * shown / own >= 9
+
+
+@pytest.fixture(scope='module')
+def served(site):
+    """Address of the site: its search needs a server."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}/index.html'
+    server.shutdown()
+
+
+@pytest.mark.parametrize('page', [(390, 844, 'light')], indirect=True)
+@pytest.mark.parametrize(
+    ('words', 'found'),
+    [('--teacher-cache', 'Teacher cache'), ('--resume auto', 'Stopping and resuming'), ('create_model', '')],
+)
+def test_the_search_finds_flags_as_they_are_written(page, served, words, found):
+    page.goto(served)
+    page.locator('label[for=__search]').first.click()
+    page.locator('[data-md-component=search-query]').press_sequentially(words)
+    results = page.locator('[data-md-component=search-result] .md-search-result__item')
+    page.wait_for_timeout(1000)  # while it is typed there are other results
+    results.first.wait_for(timeout=10_000)
+    assert found in ' '.join(results.nth(i).inner_text() for i in range(min(3, results.count())))
 
 
 @pytest.mark.parametrize('page', [(1280, 800, 'light')], indirect=True)

@@ -26,7 +26,7 @@ _WEIGHTED = ('loss_pos_weight', 'loss_class_weight')
 class TeacherFlags:
     """Teacher."""
 
-    teacher: Each[str | None] = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'. Several names: all of them teach the student; --teacher-checkpoint then takes one path for each, and -num-classes, -input-size, -dtype and -tap one value for all or one for each ('-' keeps the default)", metavar='NAME', each=True, added=True)
+    teacher: Each[str | None] = flag(None, "the teacher: a timm name, 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'. Several names: all of them teach the student; --teacher-checkpoint then takes one path for each, and --teacher-num-classes, --teacher-input-size, --teacher-dtype and --teacher-tap one value for all or one for each ('-' keeps the default)", metavar='NAME', each=True, added=True)
     teacher_pretrained: bool = switch("without --teacher-checkpoint: load the weights that belong to the teacher's name, or leave the teacher random", needs='teacher', added=True, default=True, off='no')
     teacher_checkpoint: Each[str | None] = flag(None, 'weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then', metavar='PATH', needs='teacher', each=True, added=True)
     teacher_eval: bool = switch("validate the teacher before the first epoch, where its classes are the student's", needs='teacher', added=True, default=True, off='no')
