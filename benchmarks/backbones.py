@@ -31,8 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm_pe.method.map_tap import MapTap, on_grid
-from timm_pe.runs.measures import probe
-from timm_pe.train.knn import NEIGHBOURS, predict
+from timm_pe.train.probes import NEIGHBOURS, predict, probe
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ('train', 'validation')
@@ -107,7 +106,7 @@ class Pictures:
         for images in self.images[split].split(BATCH):
             x = images.permute(0, 3, 1, 2).float() / 255
             if size is not None and size != x.shape[-1]:
-                x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 1)
+                x = F.interpolate(x, (size, size), mode='bicubic', antialias=True)  # as a teacher's images are resized
             yield (x - mean) / std
 
 
@@ -219,16 +218,19 @@ def calibrate(model: nn.Module, pictures: Pictures) -> nn.Module:
 # Results
 
 
-def cached(file: Path, measured: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The content of a JSON file, which is made if it is missing."""
-    if not file.exists():
-        write(file, json.dumps(measured(), indent=2) + '\n')
-    return json.loads(file.read_text())
+def cached(file: Path, on: dict[str, Any], measured: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What is kept in a JSON file, measured anew if it is missing or was measured on other images."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get('on') != on:
+        kept = {'on': on, 'measured': measured()}
+        write(file, json.dumps(kept, indent=2) + '\n')
+    return kept['measured']
 
 
 def measure_suite(suite: Suite) -> dict[str, Any]:
     """Measure what is finished, each network once, and summarize it."""
     size = suite.common['img_size']
+    on = {'data': suite.data, 'masks': suite.masks, 'size': size}
     pictures: list[Pictures] = []  # read when something is to be measured
 
     def measured(model: Callable[[], nn.Module], size_of_it: int | None = None, is_student: bool = True) -> Any:
@@ -247,7 +249,7 @@ def measure_suite(suite: Suite) -> dict[str, Any]:
     for variant in suite.variants:
         runs = {seed: run for seed in suite.seeds if (run := suite.run(variant, seed)).result()}
         found = {
-            seed: cached(run.folder / 'features.json', measured(lambda run=run: student_of(suite, run)))
+            seed: cached(run.folder / 'features.json', on, measured(lambda run=run: student_of(suite, run)))
             for seed, run in runs.items()
         }
         if found:
@@ -259,14 +261,14 @@ def measure_suite(suite: Suite) -> dict[str, Any]:
             }
     suite.folder.mkdir(parents=True, exist_ok=True)
     random = measured(lambda: calibrate(student_of(suite, None), pictures[0]))
-    references = {'random weights': cached(suite.folder / 'random.json', random)}
+    references = {'random weights': cached(suite.folder / 'random.json', on, random)}
     teacher_size = suite.common.get('teacher_input_size') or size
     for name in suite.teachers():
         file = suite.folder / f'teacher_{name.rpartition("/")[2]}.json'
         teacher = measured(
             lambda name=name: timm.create_model(name, pretrained=True, num_classes=0), teacher_size, False
         )
-        references[f'teacher {name.rpartition("/")[2]}'] = cached(file, teacher)
+        references[f'teacher {name.rpartition("/")[2]}'] = cached(file, {**on, 'size': teacher_size}, teacher)
     return {
         'title': suite.title,
         'common': suite.common,
@@ -342,7 +344,13 @@ def main(argv: list[str] | None = None) -> None:
     results, summaries = args.results or args.output / 'backbones.json', {}
     try:
         for suite in (load_suite(name, args.output) for name in args.suites):
-            for seed in () if args.no_run else args.seeds or suite.seeds:
+            suite.seeds = args.seeds or suite.seeds
+            unknown = set(args.variants or ()) - set(suite.variants)
+            if unknown:
+                parser.error(
+                    f'{suite.name} has no variant {", ".join(sorted(unknown))}, it has {", ".join(suite.variants)}'
+                )
+            for seed in () if args.no_run else suite.seeds:
                 for variant in args.variants or suite.variants:
                     done = execute(suite.run(variant, seed), args.threads)
                     print(

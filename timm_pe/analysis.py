@@ -33,13 +33,13 @@ from .runs.measures import (
     linear_cka,
     mean_cosine,
     mean_off_diagonal,
-    probe,
     projector_cosines,
     top_k,
     weight_cosine,
 )
 from .runs.reopen import CHECKPOINTS, MAX_TRAIN_IMAGES, OpenRun, Options, Split, collect, open_run, read_run_config
 from .train.console import count_params, setup_logging
+from .train.probes import probe
 
 PROG = 'python -m timm_pe.analysis'
 _PACKAGES = {'sklearn': 'scikit-learn', 'torchmetrics': 'torchmetrics', 'matplotlib': 'matplotlib'}

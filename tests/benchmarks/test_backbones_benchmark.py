@@ -101,5 +101,12 @@ def test_a_grid_of_backbones_is_run_measured_and_not_run_again(backbones, square
     assert told['of_seeds'] == pytest.approx([a - b for a, b in zip(of_map, of_vector, strict=True)])
     assert set(found['references']) == {'random weights', 'teacher test_resnet'}
     assert '| both | 2 |' in (tmp_path / 'r' / 'backbones.md').read_text()
+    backbones.main([*argv, '--seeds', '3'])
+    assert json.loads((tmp_path / 'r' / 'backbones.json').read_text())['tiny']['variants']['map'][
+        'of_seeds'
+    ].keys() == {'3'}
+    with pytest.raises(SystemExit, match='2'):
+        backbones.main([*argv, '--variants', 'nope'])
+    assert 'tiny has no variant nope, it has map, vector' in capsys.readouterr().err
     monkeypatch.setattr(backbones, 'measure_features', None)  # what is measured is not measured again
     backbones.main([*argv, '--no-run'])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from timm_pe.config.run_config import RunConfig
@@ -113,12 +114,50 @@ def test_links_hidden_and_replaced_members_are_as_when_the_shard_is_unpacked(tmp
         add(tar, 'a/.hidden.png', png(1))
         add(tar, '__MACOSX/y.png', png(2))
         add(tar, 'x.png', png(3))
-        link = tarfile.TarInfo('link.png')
-        link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
-        tar.addfile(link)
+        add(tar, 'no ending', png(4))
+        add(tar, '../up.png', png(5))
+        add(tar, '/root.png', png(6))
+        add(tar, 'replaced.png', png(7))
+        for name, target, kind in (('link.png', '/etc/passwd', tarfile.SYMTYPE), ('hard.png', 'no ending', tarfile.LNKTYPE), ('replaced.png', 'x.png', tarfile.SYMTYPE)):  # fmt: skip
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
     found = find_images([str(tmp_path)])
-    assert [open_image(path).read() for path in found.paths] == [png(3)]
-    assert found.ignored == {'hidden': 2, 'link': 1}
+    images = {os.path.relpath(path, tmp_path): open_image(path).read() for path in found.paths}
+    assert images == {'a.tar/hard.png': png(4), 'a.tar/root.png': png(6), 'a.tar/x.png': png(3), 'up.png': png(5)}
+    assert found.ignored == {'hidden': 2, 'link': 2, 'without ending': 1}
+
+
+def test_checkpoints_are_no_shards(tmp_path):
+    (tmp_path / 'a.png').write_bytes(png(0))
+    torch.save({'a': 1}, tmp_path / 'checkpoint-0.pth.tar')
+    found = find_images([str(tmp_path)])
+    assert len(found.paths) == 1
+    assert found.ignored == {'.pth.tar': 1}
+
+
+@pytest.mark.parametrize('damage', ['checksum', 'hole', 'cut in a header', 'two in one', 'unfinished'])
+def test_a_shard_that_does_not_end_as_one_is_refused(tmp_path, damage):
+    shard = tmp_path / 'x.tar'
+    with tarfile.open(shard, 'w') as tar:
+        for i in range(10):
+            add(tar, f'{i}.png', png(i))
+    with tarfile.open(shard) as tar:
+        place = tar.getmembers()[4].offset
+    content = bytearray(shard.read_bytes())
+    if damage == 'checksum':
+        content[place + 150] ^= 1
+    elif damage == 'hole':
+        content[place : place + 512] = bytes(512)
+    elif damage == 'cut in a header':
+        content = content[: place + 100]
+    elif damage == 'two in one':
+        content = content * 2
+    else:
+        content[place:] = bytes(5_000_000)
+    shard.write_bytes(content)
+    with pytest.raises(UsageError, match=r"cannot read '.*x.tar' .*damaged at byte \d+ of \d+"):
+        find_images([str(tmp_path)])
 
 
 @pytest.mark.parametrize('kind', ['compressed', 'truncated', 'no tar', 'empty'])

@@ -254,6 +254,9 @@ def test_teachers_of_one_architecture_are_named_by_the_tags_of_their_weights():
         create_teacher(timm.create_model('test_vit'), input_mean=(0.5,) * 3, input_std=(0.5,) * 3) for _ in range(2)
     ]
     assert name_teachers(same) == ['test_vit', 'test_vit_2']
+    # random weights, or those of a file, are not those of the tag
+    random = [create_teacher(name, pretrained=False, input_mean=(0.5,) * 3, input_std=(0.5,) * 3) for name in ('vit_tiny_patch16_224.augreg_in21k', 'vit_tiny_patch16_224.augreg_in21k_ft_in1k')]  # fmt: skip
+    assert name_teachers(random) == ['vit_tiny_patch16_224', 'vit_tiny_patch16_224_2']
 
 
 def test_outputs_that_are_given_for_all_teachers_replace_them():

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from timm_pe.method.losses import shuffled_batches
 from timm_pe.method.projectors import ProjectorEnsemble
 from timm_pe.runs import measures
+from timm_pe.train import probes
 
 
 def cosine(a, b) -> float:
@@ -43,7 +45,7 @@ def test_cka_averages_numerator_and_denominators_over_its_batches():
     x[:, 0] = y[:, 0]
     sums = np.zeros(3)
     seen = []
-    for rows in measures._shuffled(13, 6):
+    for rows in shuffled_batches(13, 6):
         seen += rows.tolist()
         a, b = x[rows].double().numpy(), y[rows].double().numpy()
         k, l = a @ a.T, b @ b.T  # noqa: E741
@@ -111,14 +113,14 @@ def test_probes_are_fitted_on_one_split_and_scored_on_the_other():
     x, x_val = (means[y] + rng.normal(size=(len(y), 6)) for y in (labels, val_labels))
     centroids = np.stack([x[labels == c].mean(0) for c in range(4)])
     nearest = [np.argmin([((v - m) ** 2).sum() for m in centroids]) for v in x_val]
-    got = measures.probe(
+    got = probes.probe(
         (torch.tensor(x), torch.tensor(labels)),
         (torch.tensor(x_val), torch.tensor(val_labels)),
     )
     assert got['nearest_centroid_top1'] == pytest.approx(100 * np.mean(nearest == val_labels))
     assert 50 < got['linear_probe_top1'] < 100
     far = torch.eye(4)[torch.tensor(labels)] * 100
-    assert measures.probe((far, torch.tensor(labels)), (far, torch.tensor(labels)))['linear_probe_top1'] == 100
+    assert probes.probe((far, torch.tensor(labels)), (far, torch.tensor(labels)))['linear_probe_top1'] == 100
 
 
 def test_calibration_is_that_of_a_loop_over_images():

@@ -1,5 +1,6 @@
 """The kNN top-1 of student and teacher on labelled images, beside a run's own validation."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from helpers import make_trainer, refused, run, summary, tensorboard_curves
 from PIL import Image
 
+from timm_pe.analysis import analyze
 from timm_pe.data.unlabeled import find_images, hold_out
-from timm_pe.train.knn import TEMPERATURE, predict
+from timm_pe.runs.reopen import Options
+from timm_pe.train.probes import TEMPERATURE, predict
 
 
 @pytest.fixture
@@ -46,13 +49,45 @@ def test_the_votes_are_those_of_scikit_learn():
 
 def test_it_is_measured_after_each_validation_and_names_the_best_epoch(argv, tmp_path, capsys):
     said = run([*argv, '--eval-metric', 'knn', '--log-tb'], capsys)
-    assert re.search(r"Teacher: 20-nearest-neighbour top-1 on '.*' \(36 and 12 images\) \d+\.\d+ %\.", said)
+    assert re.search(
+        r"Teacher: 20-nearest-neighbour top-1 on '.*' \(36 and 12 images\) \d+\.\d+ %; linear probe \d+\.\d+ %\.", said
+    )
     assert re.search(r'Epoch 1/2 .* kNN \d+\.\d+ % \(best\)', said)
     rows = summary(tmp_path / 'run')
     values = [float(row['eval_knn']) for row in rows]
     assert all(value == pytest.approx(100 * round(value * 12 / 100) / 12) for value in values)
     assert f'Best kNN {max(values):.3f} in epoch' in said
     assert [value for _, value in tensorboard_curves(tmp_path / 'run')[0]['eval_knn']] == pytest.approx(values)
+
+
+def test_a_linear_probe_is_fitted_after_the_last_epoch(argv, image_folder, tmp_path, capsys):
+    said = run([*argv, '--log-tb'], capsys)
+    first, last = summary(tmp_path / 'run')
+    assert first['eval_linear'] == ''
+    assert f'linear probe {float(last["eval_linear"]):.3f} %' in said
+    assert len(tensorboard_curves(tmp_path / 'run')[0]['eval_linear']) == 1
+    # the same by the analysis, of the same epoch
+    result = analyze(tmp_path / 'run', Options(data_dir=str(image_folder)))
+    assert float(last['eval_linear']) == pytest.approx(result['discriminability']['linear_probe_top1'])
+    assert f'linear probe {result["teacher_probe"]["linear_probe_top1"]:.3f} %.' in said
+
+
+def test_a_run_that_is_stopped_before_its_last_epoch_fits_none_until_it_is_resumed(argv, tmp_path):
+    run([*argv, '--stop-epoch', '1'])
+    run([*argv, '--resume', 'auto'])
+    run([*argv, '--experiment', 'whole'])
+    parts, whole = ([row['eval_linear'] for row in summary(tmp_path / name)] for name in ('run', 'whole'))
+    assert parts == whole
+    assert parts[0] == ''
+
+
+def test_without_scikit_learn_there_is_no_linear_probe_and_the_run_says_so(argv, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name, *more: None if name == 'sklearn' else find(name, *more)
+    )
+    assert 'No linear probe at the end of the run: it needs scikit-learn' in run(argv, capsys)
+    assert [row['eval_linear'] for row in summary(tmp_path / 'run')] == ['', '']
 
 
 def test_it_goes_beside_labels_too(image_folder, small_run, tmp_path):
@@ -65,9 +100,9 @@ def test_it_goes_beside_labels_too(image_folder, small_run, tmp_path):
 def test_features_that_tell_classes_apart_have_it_right(argv, monkeypatch):
     trainer = make_trainer(argv, monkeypatch)
     knn = trainer.validation.knn
-    assert knn(lambda input: input.mean((2, 3)), 'Test') == 100
+    assert knn(lambda input: input.mean((2, 3)), 'Test') == {'knn': 100}
     noise = torch.Generator().manual_seed(0)
-    assert knn(lambda input: torch.randn(len(input), 8, generator=noise), 'Test') < 80
+    assert knn(lambda input: torch.randn(len(input), 8, generator=noise), 'Test')['knn'] < 80
 
 
 def test_few_images_have_fewer_neighbours(argv, image_folder, tmp_path, monkeypatch):

@@ -258,6 +258,18 @@ def test_maps_are_compared_position_by_position_on_all_validation_images(two):
     assert picture.width > picture.height > 100
 
 
+@pytest.mark.parametrize('norm', ['batch', 'none'])
+def test_the_cosine_of_maps_does_not_depend_on_the_batch_of_the_analysis(image_folder, tmp_path, norm):
+    argv = [
+        *(str(image_folder), '-b', '4', '-j', '0', '--device', 'cpu', '--epochs', '1', '--warmup-epochs', '0'),
+        *('--lr', '0.02', '--output', str(tmp_path), '--experiment', 'run', *TWO, *MAPS, '--pe-teacher-norm', norm),
+    ]
+    run(argv)
+    found = [analysis.analyze(tmp_path / 'run', Options(batch_size=size))['map_cosine'] for size in (1, 3, 12)]
+    assert found[0]['validation'] == pytest.approx(found[1]['validation'], abs=1e-5)
+    assert found[0]['validation'] == pytest.approx(found[2]['validation'], abs=1e-5)
+
+
 def test_equal_directions_have_equal_colours_and_others_have_others():
     torch.manual_seed(0)
     teacher = torch.randn(4, 3, 3, 16)

@@ -97,18 +97,19 @@ def test_the_start_says_what_is_held_out_and_speaks_of_no_classes(finished):
     assert not re.search(r'\b0 classes|top-1|task_loss|smoothing|accuracy', said)
 
 
-def test_the_start_gives_flags_to_start_from_in_place_of_defaults_alone(finished, argv, capsys):
-    said = re.search(r'to start from +(.+)', finished[2])[1]
-    assert said == '--opt adamw --lr 1e-3 --weight-decay 0.05 --sched-on-updates (a pretraining of 24 images)'
-    argv = [
-        *argv[: argv.index('--epochs')],
-        *argv[argv.index('--epochs') + 2 :],
-        '--stop-epoch',
-        '1',
-        '--sched-on-updates',
-    ]
-    assert 'to start from   --opt adamw --lr 1e-3 --weight-decay 0.05 --epochs 300 (' in run(argv, capsys)
-    assert 'to start from' not in run([*argv, '--epochs', '2', '--opt', 'adamw', '--experiment', 'other'], capsys)
+def without(argv, flag):
+    return [*argv[: argv.index(flag)], *argv[argv.index(flag) + 2 :]]
+
+
+def test_the_start_gives_flags_to_start_from_in_place_of_defaults_alone(argv, tmp_path, capsys):
+    bare = [*without(without(argv, '--epochs'), '--lr'), '--stop-epoch', '1']
+    start = 'to start from   --opt adamw --lr 1e-3 --weight-decay 0.05 --sched-on-updates --epochs 300 ('
+    assert f'{start}a pretraining of 24 images)' in run(bare, capsys)
+    assert 'to start from   --sched-on-updates --epochs 300 (' in run(
+        [*bare, '--lr', '0.1', '--experiment', 'lr'], capsys
+    )
+    given = ['--sched-on-updates', '--epochs', '2', '--weight-decay', '0.1', '--experiment', 'given']
+    assert 'to start from' not in run([*bare, *given], capsys)
 
 
 def test_the_student_is_a_backbone_that_plain_timm_loads(finished):
@@ -365,19 +366,45 @@ def test_the_report_shows_its_curves(finished, tmp_path, capsys):
     assert 'Validation cosine' in (tmp_path / 'report.html').read_text()
 
 
-def test_images_that_only_pad_a_batch_count_for_its_statistics_and_for_nothing_else(argv, monkeypatch):
+def cosine_by_placement(argv, tmp_path, monkeypatch, number, *more):
+    """The held-out cosine of the same images, placed kind by kind or mixed: the bright ones first or in turn."""
+    rng, found = np.random.default_rng(0), []
+    pictures = [
+        rng.integers(0, 120, (36, 36, 3)).astype(np.uint8) + np.uint8(120 * (i >= number // 2)) for i in range(number)
+    ]
+    for placement in ('sorted', 'mixed'):
+        folder = tmp_path / placement
+        folder.mkdir()
+        for i, picture in enumerate(pictures):
+            place = i if placement == 'sorted' else 2 * (i % (number // 2)) + (i >= number // 2)
+            Image.fromarray(picture).save(folder / f'{place:03d}.png')
+        flags = [*argv, '--unlabeled', str(folder), '--val-fraction', '0.5', *more]
+        trainer = make_trainer(flags, monkeypatch)
+        found.append(trainer.validation(ema=False, what='', after_batch=lambda: None)['cosine'])
+    return found
+
+
+@pytest.mark.parametrize('norm', ['none', 'layer', 'batch', 'whiten'])
+def test_the_cosine_does_not_depend_on_which_images_lie_beside_each_other(norm, argv, tmp_path, monkeypatch):
+    by_kind, mixed = cosine_by_placement(argv, tmp_path, monkeypatch, 96, '--pe-teacher-norm', norm)
+    assert by_kind == pytest.approx(mixed, abs=0.02 if norm in ('batch', 'whiten') else 1e-5)
+
+
+def test_images_that_only_pad_a_batch_count_for_nothing(argv, monkeypatch):
     trainer = make_trainer([*argv, '--pe-teacher-norm', 'batch'], monkeypatch)
     validation = trainer.validation
-    validation.limit = 13  # of 16 held out: of the second batch of 8, five
-    module, batches = trainer.task.trainable_module.eval(), list(trainer.data.eval)
-    cosines = []
+    validation.limit, validation.aims = 13, []  # of 16 held out: of the second batch of 8, five
+    validation._see('teacher', trainer.task.teacher)
+    module, projected, features = trainer.task.trainable_module.eval(), [], []
     with torch.no_grad():
-        for (input, _), known in zip(batches, validation.features[0], strict=True):
+        for input, _ in trainer.data.eval:
             module.student(input)
-            projected, aim = module.projection(module.tap.pop()), normalize_teacher(known, 'batch')
-            cosines.append(F.cosine_similarity(projected, aim))
+            projected.append(module.projection(module.tap.pop()))
+            features.append(trainer.task.teacher(input).feature.float())
+    aim = normalize_teacher(torch.cat(features)[:13], 'batch')  # one batch: there is no second one of 8
+    expected = F.cosine_similarity(torch.cat(projected)[:13], aim).mean().item()
     measured = validation(ema=False, what='', after_batch=lambda: None)
-    assert measured['cosine'] == pytest.approx(torch.cat(cosines)[:13].mean().item(), abs=1e-4)
+    assert measured['cosine'] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_task_without_classifier_has_no_task_loss():
@@ -409,7 +436,7 @@ def test_two_ranks_measure_what_one_measures(images, image_folder, tmp_path):
         # an odd number: one rank has an image that only pads its share
         assert int(re.search(r'held out +(\d+) more', out.stderr)[1]) % 2
         found.append(summary(tmp_path / f'ranks{ranks}')[0])
-    for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank', 'eval_knn'):
+    for name in ('eval_cosine', 'eval_loss', 'eval_effective_rank', 'eval_knn', 'eval_linear'):
         assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-4), name
 
 

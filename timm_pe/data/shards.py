@@ -10,6 +10,8 @@ from typing import BinaryIO
 from ..errors import UsageError, one_line
 
 SHARD = '.tar'
+# zeros at the end of a tar file, in bytes: up to the largest block that it is written in
+_LONGEST_END = 2**22
 
 
 class PathInShard(str):
@@ -58,8 +60,13 @@ def stat_image(path: str) -> tuple[int, int]:
     return (path.size if isinstance(path, PathInShard) else stat.st_size), stat.st_mtime_ns
 
 
+def is_shard(path: str) -> bool:
+    """Whether a file is a tar file by its name; `.pth.tar` is that of checkpoints."""
+    return path.lower().endswith(SHARD) and not path.lower().endswith(f'.pth{SHARD}')
+
+
 def scan_shard(shard: str, endings: frozenset[str], ignored: Counter[str]) -> list[PathInShard]:
-    """The images in a tar file, of one name the last, as when it is unpacked.
+    """The images in a tar file, as when it is unpacked: of one name the last, and hard links are further names.
 
     Args:
         shard: Its path.
@@ -67,24 +74,45 @@ def scan_shard(shard: str, endings: frozenset[str], ignored: Counter[str]) -> li
         ignored: Counts the files left out, by kind.
 
     Raises:
-        UsageError: It is no readable tar file, or a compressed one.
+        UsageError: It is no readable tar file, a compressed one, or one that does not end where a tar file ends.
     """
+    files: dict[str, tuple[int, int]] = {}  # all regular ones: place and size
     images: dict[str, PathInShard] = {}
     try:
         with tarfile.open(shard, 'r:') as tar:
             for member in tar:
-                name = posixpath.normpath(member.name)
-                ending = posixpath.splitext(name)[1].lower()
-                if member.isdir():
+                name = posixpath.normpath(member.name).lstrip('/')
+                images.pop(name, None)
+                if member.isreg() and not member.issparse():
+                    files[name] = member.offset_data, member.size
+                elif member.islnk() and (target := posixpath.normpath(member.linkname).lstrip('/')) in files:
+                    files[name] = files[target]
+                elif member.isdir():
                     continue
-                if any(part.startswith('.') or part == '__MACOSX' for part in name.split('/')):
+                else:
+                    ignored['sparse' if member.issparse() else 'link'] += 1
+                    continue
+                ending = posixpath.splitext(name)[1].lower()
+                if any(part.startswith('.') and part != '..' or part == '__MACOSX' for part in name.split('/')):
                     ignored['hidden'] += 1
-                elif not member.isfile() or member.issparse():
-                    ignored['link'] += 1
                 elif ending in endings:
-                    images[name] = PathInShard(shard, name, member.offset_data, member.size)
+                    images[name] = PathInShard(shard, name, *files[name])
                 else:
                     ignored[ending or 'without ending'] += 1
+            end = tar.offset
+        _check_end(shard, end)
     except (OSError, tarfile.TarError) as e:
-        raise UsageError(f"cannot read '{shard}' as a tar file without compression: {one_line(e)}") from e
+        raise UsageError(
+            f"cannot read '{shard}' as a tar file without compression ({one_line(e)}): mend it or move it elsewhere"
+        ) from e
     return list(images.values())
+
+
+def _check_end(shard: str, end: int) -> None:
+    """Refuse what follows the last member unless it is a tar file's end, zeros: tarfile takes a damaged header for one."""
+    with open(shard, 'rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(end)
+        rest = f.read(_LONGEST_END + 1)
+    if rest.strip(b'\0') or len(rest) > _LONGEST_END:
+        raise tarfile.ReadError(f'damaged at byte {end} of {size}')

@@ -18,7 +18,7 @@ from ..process.files import hash_content
 from .fingerprint import hash_files
 from .folders import describe_ignored, find_split, image_endings, natural_key, scan_folder
 from .same_files import identify_files
-from .shards import SHARD, open_image, scan_shard
+from .shards import SHARD, is_shard, open_image, scan_shard
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -61,8 +61,9 @@ def check_unlabeled(folders: Sequence[str]) -> None:
         UsageError: The message names the first of them.
     """
     for folder in folders:
-        if not os.path.isdir(folder) and not (os.path.isfile(folder) and _is_shard(folder)):
-            what = 'is neither a folder nor a .tar file' if os.path.exists(folder) else 'does not exist'
+        path = os.path.abspath(folder)  # without a slash at its end
+        if not os.path.isdir(path) and not (os.path.isfile(path) and is_shard(path)):
+            what = 'is neither a folder nor a .tar file' if os.path.exists(path) else 'does not exist'
             raise UsageError(f"--unlabeled: '{folder}' {what}: {_GIVE}")
 
 
@@ -120,10 +121,6 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
     return ImagesFound(root, paths, ignored, len(repeated), repeated[0] if repeated else '')
 
 
-def _is_shard(path: str) -> bool:
-    return path.lower().endswith(SHARD)
-
-
 def _scan(folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     """Names and paths of the images below a folder, those in tar files too, or in a tar file; names begin at the folder."""
     if os.path.isfile(folder):
@@ -133,7 +130,9 @@ def _scan(folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     images: list[tuple[str, str]] = []
     for name in files:
         path = os.path.join(folder, name)
-        if _is_shard(name):
+        if not is_shard(name) and name.lower().endswith(SHARD):
+            ignored['.pth.tar'] += 1
+        elif is_shard(name):
             inside = scan_shard(path, image_endings(), ignored)
             images += [(os.path.join(name, image[len(path) + 1 :]), image) for image in inside]
         else:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .reopen import OpenRun
+from .reopen import OpenRun, mixed_order
 
 # images that are shown
 SHOWN = 6
@@ -39,11 +39,13 @@ def compare_maps(run: OpenRun) -> list[MapComparison]:
     aims = [] if run.task is None else [(i, aim) for i, aim in enumerate(run.task.aims) if aim.tapped == 'map']
     if run.task is None or not aims:
         return []
-    shown = dict.fromkeys(i for i, _ in run.samples[:SHOWN])
+    loader = run.loaders['mixed']  # what normalizes over a batch needs one as those of training
+    order = mixed_order(len(loader.dataset)).tolist()
+    shown = [order.index(i) for i, _ in run.samples[:SHOWN]]
     total, number = torch.zeros(len(aims), dtype=torch.float64), 0
     images: list[torch.Tensor] = []
     pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in aims]
-    for input, target in tqdm(run.loaders['validation'], desc='maps', leave=False, disable=None):
+    for input, target in tqdm(loader, desc='maps', leave=False, disable=None):
         with run.runtime.autocast():
             outputs = [teacher(input) for teacher in run.teachers]
             grids = [aim.value(outputs[aim.teacher]).shape[2:] for _, aim in aims]

@@ -1,17 +1,14 @@
 """Measures of what a student has learned, computed from features, logits and projectors, whatever their origin."""
 
 import math
-import warnings
-from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import accuracy
 
-from ..method.losses import normalize_teacher
+from ..method.losses import normalize_teacher, shuffled_batches
 from ..method.projectors import ProjectorEnsemble
 
 # the same for each run, whatever it was trained with
@@ -70,18 +67,12 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor, batch_size: int = CKA_BATCH) ->
         return math.nan
     mean_x, mean_y = (f.mean(0, dtype=torch.float64) for f in (x, y))  # changes nothing but the rounding
     sums = torch.zeros(3, dtype=torch.float64)
-    for rows in _shuffled(len(x), batch_size):
+    for rows in shuffled_batches(len(x), batch_size):
         a, b = x[rows] - mean_x, y[rows] - mean_y
         a, b = a @ a.T, b @ b.T
         sums += torch.stack([hsic1(a, b), hsic1(a, a), hsic1(b, b)])
     cross, own_x, own_y = sums.tolist()
     return cross / math.sqrt(own_x * own_y) if own_x > 0 and own_y > 0 else math.nan
-
-
-def _shuffled(n: int, batch_size: int) -> Sequence[torch.Tensor]:
-    """Row numbers in a fixed random order, in batches of almost equal size, `batch_size` or a little more."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order.tensor_split(max(1, n // batch_size))
 
 
 def class_statistics(feature: torch.Tensor, labels: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
@@ -126,37 +117,6 @@ def mean_off_diagonal(matrix: torch.Tensor) -> float:
     """Mean of a square matrix without its diagonal; NaN for a single row."""
     q = len(matrix)
     return ((matrix.sum() - matrix.trace()) / (q * (q - 1))).item() if q > 1 else math.nan
-
-
-def probe(
-    train: tuple[torch.Tensor, torch.Tensor], validation: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, float | None]:
-    """Accuracy of simple classifiers on frozen features: fitted on `train`, top-1 in percent on `validation`.
-
-    Args:
-        train: Features `[n, d]` and labels `[n]`.
-        validation: The same of other images.
-
-    Returns:
-        nearest_centroid_top1 and linear_probe_top1 (multinomial logistic regression on standardized features); None if
-        `train` has a single class.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import NearestCentroid
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    (x, y), (x_val, y_val) = ([t.numpy() for t in split] for split in (train, validation))
-    if len(np.unique(y)) < 2:
-        return {'nearest_centroid_top1': None, 'linear_probe_top1': None}
-    # features the student has trained on separate their classes without bound: keep the weights small
-    linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # constant channels; a fit that has not converged
-        return {
-            'nearest_centroid_top1': 100 * float(NearestCentroid().fit(x, y).score(x_val, y_val)),
-            'linear_probe_top1': 100 * float(linear.fit(x, y).score(x_val, y_val)),
-        }
 
 
 def calibration(logits: torch.Tensor, labels: torch.Tensor, num_bins: int = ECE_BINS) -> dict[str, Any]:
@@ -222,7 +182,7 @@ def projector_cosines(
     device = next((p.device for p in projection.parameters()), feature.device)
     q, ensemble = projection.num_projectors, 0.0
     between, single = torch.zeros(q, q), torch.zeros(q)
-    for rows in _shuffled(len(feature), batch_size):
+    for rows in shuffled_batches(len(feature), batch_size):
         outputs = projection.project(feature[rows].to(device)).float()
         target = F.normalize(normalize_teacher(aim[rows].to(device), teacher_norm), dim=1)
         units = F.normalize(outputs, dim=2)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,8 @@ class OpenRun:
         teachers: The teachers that it is compared with.
         teacher_names: Names of their models.
         task: The task with its projectors; None for a run without them.
-        loaders: 'train' and 'validation', both with the transforms of validation.
+        loaders: 'train' and 'validation', both with the transforms of validation. For a run that was taught on maps also
+            'mixed': the validation images as `mixed_order` has them, in batches of the size of training.
         class_names: One per class.
         samples: Indices of some validation images, and their pictures as data URIs.
         runtime: Device and precision.
@@ -232,6 +234,9 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         teacher.needs_logits = True  # the run may not have needed them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
     epoch = _load_checkpoint(checkpoint, student, task)
+    loaders = {'train': train.eval, 'validation': parts.data.eval}
+    if task is not None and task.map_weight:
+        loaders['mixed'] = _mixed_loader(config, parts.datasets[1], student, parts.runtime)
     return OpenRun(
         config=config,
         epoch=epoch,
@@ -240,7 +245,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         teachers=teachers,
         teacher_names=[flags.name for flags in teachers_of(teacher_config)] if teacher_config else [],
         task=task.eval() if task else None,
-        loaders={'train': train.eval, 'validation': parts.data.eval},
+        loaders=loaders,
         class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),
         samples=_draw_samples(parts.datasets[1]),
         runtime=parts.runtime,
@@ -299,6 +304,19 @@ def _fixed_subset(dataset: Dataset[Any], size: int) -> Dataset[Any]:
     if number <= size:
         return dataset
     return _FixedSubset(dataset, np.sort(np.random.default_rng(0).permutation(number)[:size]).tolist())
+
+
+def mixed_order(number: int) -> np.ndarray:
+    """A fixed random order of images that lie class by class."""
+    return np.random.default_rng(0).permutation(number)
+
+
+def _mixed_loader(config: RunConfig, dataset: Dataset[Any], student: nn.Module, runtime: Runtime) -> Any:
+    """The images in `mixed_order`, in batches of almost equal size, that of training or a little more."""
+    number = len(cast(Sized, dataset))
+    mixed = _FixedSubset(dataset, mixed_order(number).tolist())
+    size = math.ceil(number / max(1, number // config.batch_size))
+    return create_data(replace(config, validation_batch_size=size), (None, mixed), student, runtime).eval
 
 
 def _draw_samples(dataset: Dataset[Any]) -> list[tuple[int, str]]:

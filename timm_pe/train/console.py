@@ -272,11 +272,11 @@ def _suggest_schedule(config: RunConfig, images: int, start_epoch: int) -> list[
     """A row with flags to start a pretraining from, in place of those of timm's defaults that the run has."""
     epochs = min(300, max(10, round(_PRETRAINING_IMAGES / images, -1)))
     flags = {
-        'opt': '--opt adamw --lr 1e-3 --weight-decay 0.05',
-        'sched_on_updates': '--sched-on-updates',
-        'epochs': f'--epochs {epochs:.0f}',
+        ('opt', 'lr', 'weight_decay'): '--opt adamw --lr 1e-3 --weight-decay 0.05',
+        ('sched_on_updates',): '--sched-on-updates',
+        ('epochs',): f'--epochs {epochs:.0f}',
     }
-    said = [text for name, text in flags.items() if not config.is_given(name)]
+    said = [text for names, text in flags.items() if not any(map(config.is_given, names))]
     if start_epoch or not said:
         return []
     return [('to start from', f'{" ".join(said)} (a pretraining of {images:,} images)')]

@@ -33,6 +33,7 @@ METRIC_NAMES = {
     'map': 'mAP',
     'loss': 'val loss',
     'knn': 'kNN',
+    'linear': 'linear probe',
     'effective_rank': 'effective rank',
 }
 # metrics that are no percentages, and beginnings of their names

@@ -1,11 +1,10 @@
-"""Weighted k-nearest-neighbour top-1 of features on labelled images: how well they tell classes apart, without training.
+"""How well features tell the classes of labelled images apart: by their nearest neighbours, and by a linear probe."""
 
-As in Wu et al., CVPR 2018 (arXiv 1805.01978): the neighbours among the training images vote with exp(cosine / 0.07).
-"""
-
+import importlib.util
 from collections.abc import Callable, Iterator, Sized
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,21 +16,22 @@ from ..data.loaders import check_ranks, create_eval_loader
 from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, say_unreadable
+from .probes import NEIGHBOURS, predict, probe
 
-NEIGHBOURS = 20
-TEMPERATURE = 0.07
-
+# training images that a linear probe is fitted on, at most
+_PROBED = 5000
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Knn:
-    """The kNN top-1 of a network's features on the images of --knn-data.
+    """The kNN top-1 of a network's features on the images of --knn-data, and that of a linear probe.
 
     Args:
         parts: The run's parts.
 
     Attributes:
         neighbours: k, 20 or the number of training images.
+        probes: Whether scikit-learn is there, which fits a linear probe.
         num_classes: Classes of the images.
 
     Raises:
@@ -49,28 +49,51 @@ class Knn:
             'validation': create_eval_loader(config, evaluation, data.config, runtime),
         }
         self.neighbours = min(NEIGHBOURS, len(cast(Sized, train)))
+        self.probes = importlib.util.find_spec('sklearn') is not None
 
     @torch.no_grad()
-    def __call__(self, forward: Forward, what: str, after_batch: Callable[[], None] = lambda: None) -> float:
+    def __call__(
+        self, forward: Forward, what: str, after_batch: Callable[[], None] = lambda: None, linear: bool = False
+    ) -> dict[str, float]:
         """Top-1 in percent, over all ranks.
 
         Args:
             forward: Batch `[b, ch, h, w]` -> features `[b, d]`.
             what: Whose features they are, for the progress.
             after_batch: Called after each batch.
+            linear: Fit a linear probe too, on up to 5,000 training images, if `probes`.
+
+        Returns:
+            'knn', and 'linear' if it was fitted.
         """
         found = list(self._features(forward, 'train', what, after_batch))
-        bank, labels = (self._of_all_ranks(torch.cat(parts)) for parts in zip(*found, strict=True))
+        raw, labels = (self._of_all_ranks(torch.cat(parts)) for parts in zip(*found, strict=True))
+        bank = F.normalize(raw, dim=1)
         counts, images = torch.zeros(2, device=self.runtime.device), 0
+        queries = []
         for feature, target in self._features(forward, 'validation', what, after_batch):
-            predicted = predict(feature, bank, labels, self.num_classes, self.neighbours)
+            predicted = predict(F.normalize(feature, dim=1), bank, labels, self.num_classes, self.neighbours)
             counts[0] += (predicted == target).sum()
             images += len(target)
+            queries.append((feature, target) if linear else (feature[:0], target[:0]))
         counts[1] = images
         if self.runtime.distributed:
             dist.all_reduce(counts)
         right, of_all = counts.tolist()
-        return 100 * right / of_all
+        scores = {'knn': 100 * right / of_all}
+        if linear and self.probes:
+            asked = [self._of_all_ranks(torch.cat(parts)).cpu() for parts in zip(*queries, strict=True)]
+            scores['linear'] = self._probe((raw.cpu(), labels.cpu()), (asked[0], asked[1]))
+        return scores
+
+    def _probe(self, train: tuple[torch.Tensor, torch.Tensor], queries: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """Top-1 of a linear probe, which rank 0 fits."""
+        top1 = 0.0
+        if self.runtime.is_primary:
+            number = len(train[1])
+            chosen = np.sort(np.random.default_rng(0).permutation(number)[:_PROBED])
+            top1 = cast(float, probe((train[0][chosen], train[1][chosen]), queries)['linear_probe_top1'])
+        return self.runtime.share(top1)
 
     def describe(self) -> str:
         """k and the images, in words."""
@@ -80,7 +103,7 @@ class Knn:
     def _features(
         self, forward: Forward, split: str, what: str, after_batch: Callable[[], None]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Normalized features `[b, d]` and labels `[b]` of this rank's share of a split, without what only pads it."""
+        """Features `[b, d]` in float32 and labels `[b]` of this rank's share of a split, without what only pads it."""
         loader = self.loaders[split]
         left = evaluation_sample_limit(loader)
         progress = Progress(f'{what} kNN {split}', len(loader), self.runtime.is_primary)
@@ -91,7 +114,7 @@ class Knn:
                     feature = forward(input)
                 size = len(target) if left is None else min(len(target), left)
                 left = None if left is None else left - size
-                yield F.normalize(feature[:size].float(), dim=1), target[:size]
+                yield feature[:size].float(), target[:size]
                 progress.update(i + 1)
                 after_batch()
         finally:
@@ -108,20 +131,3 @@ class Knn:
         ranks = [torch.empty_like(padded) for _ in numbers]
         dist.all_gather(ranks, padded)
         return torch.cat([rows[:number] for rows, number in zip(ranks, numbers, strict=True)])
-
-
-def predict(
-    query: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, num_classes: int, neighbours: int
-) -> torch.Tensor:
-    """Classes `[b]` that the neighbours of each feature vote for.
-
-    Args:
-        query: Features `[b, d]` of length 1.
-        bank: Features `[n, d]` of length 1 with known labels.
-        labels: These labels `[n]`.
-        num_classes: c.
-        neighbours: k, at most n.
-    """
-    cosines, nearest = (query @ bank.T).topk(neighbours, dim=1)
-    votes = torch.zeros(len(query), num_classes, device=query.device)
-    return votes.scatter_add_(1, labels[nearest], (cosines / TEMPERATURE).exp()).argmax(1)

@@ -340,7 +340,8 @@ class Trainer:
         with_average = self.task.has_ema() and not self.config.model_ema_force_cpu
         for ema in (False, True) if with_average else (False,):
             what = 'Test (EMA)' if ema else 'Test'
-            metrics = self.validation(ema, what, lambda: self._stop_if_asked(state))
+            is_last = state.epoch + 1 == self.span.schedule
+            metrics = self.validation(ema, what, lambda: self._stop_if_asked(state), is_last)
             if with_average and not ema:
                 said = format_metrics(metrics, self.num_classes)
                 _logger.info(f'Epoch {state.epoch + 1}/{self.span.schedule} without the average: {said}')
@@ -425,7 +426,7 @@ class Trainer:
             nonlocal best
             assert self.saver is not None
             without = dict.fromkeys(self.validation.metric_names, '')
-            self.folder.append_row(number, state.train_metrics, eval_metrics or without, lr)
+            self.folder.append_row(number, state.train_metrics, {**without, **(eval_metrics or {})}, lr)
             if self.trackers:
                 agreement = self.validation.agreement if eval_metrics else None
                 row = flat_metrics(number, state.train_metrics, eval_metrics or {}, lr)

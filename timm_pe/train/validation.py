@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 
 from ..config.teachers import teachers_of
 from ..data.knn_data import warn_of_trained
-from ..method.losses import normalize_teacher
+from ..method.losses import normalize_as_trained
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime, ranks_together
@@ -50,13 +50,16 @@ class Validation(Protocol):
     def agreement(self) -> float | None:
         """See the class."""
 
-    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+    def __call__(
+        self, ema: bool, what: str, after_batch: Callable[[], None], is_last: bool = False
+    ) -> OrderedDict[str, float]:
         """The metrics by name.
 
         Args:
             ema: Whether to measure the moving average.
             what: Name of the pass, for its progress.
             after_batch: Called after each batch.
+            is_last: Whether it is the last validation of the run, which may measure more.
         """
 
 
@@ -76,8 +79,13 @@ def create_validation(parts: Parts) -> Validation:
     if knn is None:
         return validation
     for flags, teacher in zip(teachers_of(parts.config), parts.teachers, strict=True):
-        score = knn(partial(_feature_of, teacher), flags.title)
-        _logger.info(f'{flags.title}: {knn.describe()} {score:.3f} %.')
+        scores = knn(partial(_feature_of, teacher), flags.title, linear=True)
+        linear = f'; linear probe {scores["linear"]:.3f} %' if 'linear' in scores else ''
+        _logger.info(f'{flags.title}: {knn.describe()} {scores["knn"]:.3f} %{linear}.')
+    if not knn.probes:
+        _logger.warning(
+            "No linear probe at the end of the run: it needs scikit-learn (pip install 'timm_pe[analysis]')."
+        )
     return WithKnn(validation, knn, cast(ProjectorEnsembleTask, parts.task))
 
 
@@ -87,7 +95,9 @@ def _feature_of(teacher: Teacher, input: torch.Tensor) -> torch.Tensor:
 
 
 class WithKnn:
-    """A validation that also measures the kNN top-1 of the student's features; see `Validation`.
+    """A validation that also measures the kNN top-1 of the student's features, at last that of a linear probe.
+
+    See `Validation`.
 
     Args:
         validation: What else is measured.
@@ -97,23 +107,25 @@ class WithKnn:
 
     def __init__(self, validation: Validation, knn: Knn, task: ProjectorEnsembleTask):
         self.validation, self.knn, self.task = validation, knn, task
-        self.metric_names = (*validation.metric_names, 'knn')
+        self.metric_names = (*validation.metric_names, 'knn', 'linear')
 
     @property
     def agreement(self) -> float | None:
         """See `Validation`."""
         return self.validation.agreement
 
-    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+    def __call__(
+        self, ema: bool, what: str, after_batch: Callable[[], None], is_last: bool = False
+    ) -> OrderedDict[str, float]:
         """See `Validation`."""
-        metrics = self.validation(ema, what, after_batch)
+        metrics = self.validation(ema, what, after_batch, is_last)
         module = _measured_module(self.task, ema)
 
         def forward(input: torch.Tensor) -> torch.Tensor:
             module.student(input)
             return module.tap.pop()
 
-        metrics['knn'] = self.knn(forward, what, after_batch)
+        metrics.update(self.knn(forward, what, after_batch, linear=is_last))
         return metrics
 
 
@@ -141,7 +153,9 @@ class LabelValidation:
         """See `Validation`."""
         return self.measured.percent if self.measured else None
 
-    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+    def __call__(
+        self, ema: bool, what: str, after_batch: Callable[[], None], is_last: bool = False
+    ) -> OrderedDict[str, float]:
         """See `Validation`."""
         model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
         forward = model if self.measured is None else self.measured.compare(model)
@@ -156,7 +170,7 @@ class TeacherValidation:
 
     - loss: the feature loss, without that of maps.
     - cosine: the mean over images of the cosine, from -1 to 1, between the mean of the projectors' outputs and the
-      teacher's feature, as the loss compares them. Of several teachers it is the weighted mean, and cosine_NAME is that
+      teacher's feature, as the loss compares them: normalized over random batches of the size of training. Of several teachers it is the weighted mean, and cosine_NAME is that
       of each.
     - effective_rank: how many directions the student's features fill, see `Moments`.
 
@@ -175,25 +189,27 @@ class TeacherValidation:
         self.warned = False
         self.names = [f'cosine_{name}' for name in self.task.teacher_names] if len(parts.teachers) > 1 else []
         self.metric_names = ('loss', 'cosine', *self.names, 'effective_rank')
-        # of each teacher its features, batch by batch
-        self.features: list[list[torch.Tensor]] = []
+        # of each teacher what its features ask for, batch by batch, of the images that count
+        self.aims: list[list[torch.Tensor]] = []
         self.teacher_ranks: list[float] = []
         for flags, teacher in zip(teachers_of(self.config), parts.teachers, strict=True):
             self._see(flags.title, teacher)
 
     def _see(self, who: str, teacher: Teacher) -> None:
-        """Keep the features of a teacher, and log what a student could reach."""
+        """Keep what the features of a teacher ask for, and log what a student could reach."""
         moments, features = Moments(teacher.width, self.runtime), []
-        directions = torch.zeros_like(moments.sums)
         for input, size in self._batches(who, lambda: None):
             with self.runtime.autocast():
-                feature = _feature_of(teacher, input)
+                feature = _feature_of(teacher, input)[:size]
             features.append(feature.float().cpu())
-            moments.add(feature[:size])
-            directions += F.normalize(self._aim(feature)[:size], dim=1).sum(0)
+            moments.add(feature)
+        # the images lie class by class in many folders: a batch of neighbours has other statistics than one of training
+        norm, batch_size = self.task.teacher_norm, self.config.batch_size
+        aims = normalize_as_trained(torch.cat(features), norm, batch_size, self.runtime.device).float()
+        directions = F.normalize(aims, dim=1).sum(0).to(moments.sums)
         moments.share()
         self._share(directions)
-        self.features.append(features)
+        self.aims.append(list(aims.split([len(feature) for feature in features])))
         self.teacher_ranks.append(moments.effective_rank)
         # the best constant is the mean direction, so its mean cosine is the length of that mean
         constant = float(directions.norm() / moments.images)
@@ -208,29 +224,27 @@ class TeacherValidation:
         if self.runtime.distributed:
             dist.all_reduce(sums)
 
-    def _aim(self, feature: torch.Tensor) -> torch.Tensor:
-        """A feature of a teacher `[b, m]` as the loss takes it, in float32."""
-        return normalize_teacher(feature, self.task.teacher_norm).float()
-
     @torch.no_grad()
-    def __call__(self, ema: bool, what: str, after_batch: Callable[[], None]) -> OrderedDict[str, float]:
+    def __call__(
+        self, ema: bool, what: str, after_batch: Callable[[], None], is_last: bool = False
+    ) -> OrderedDict[str, float]:
         """See `Validation`."""
         module = _measured_module(self.task, ema)
         moments = Moments(module.tap.width, self.runtime)
         # projectors of features come first, in the order of the teachers
-        projectors = module.projectors[: len(self.features)]
+        projectors = module.projectors[: len(self.aims)]
         # of each teacher loss and cosine
         sums = torch.zeros(len(projectors), 2, dtype=moments.sums.dtype, device=self.runtime.device)
-        known = zip(*self.features, strict=True)
-        for (input, size), features in zip(self._batches(what, after_batch), known, strict=True):
+        known = zip(*self.aims, strict=True)
+        for (input, size), aims in zip(self._batches(what, after_batch), known, strict=True):
             with self.runtime.autocast():
                 module.student(input)
                 feature = module.tap.pop()
                 projected = [projector(feature) for projector in projectors]
             moments.add(feature[:size])
             if size:
-                pairs = zip(projected, features, strict=True)
-                sums += torch.stack([self._measure(p, f.to(p.device), size) * size for p, f in pairs])
+                pairs = zip(projected, aims, strict=True)
+                sums += torch.stack([self._measure(p[:size].float(), aim.to(p.device)) * size for p, aim in pairs])
         moments.share()
         self._share(sums)
         self._warn_of_collapse(moments)
@@ -239,10 +253,8 @@ class TeacherValidation:
         each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
         return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)
 
-    def _measure(self, projected: torch.Tensor, feature: torch.Tensor, size: int) -> torch.Tensor:
-        """Feature loss and mean cosine of projections and a teacher's features `[b, m]`, of the first `size` images."""
-        # normalized as the batch that it is, also by statistics over its images
-        projected, aim = projected[:size].float(), self._aim(feature)[:size]
+    def _measure(self, projected: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+        """Feature loss and mean cosine of projections and what they should be `[b, m]`."""
         return torch.stack([self.task.feature_loss(projected, aim), F.cosine_similarity(projected, aim, dim=1).mean()])
 
     def _batches(self, what: str, after_batch: Callable[[], None]) -> Iterator[tuple[torch.Tensor, int]]:
