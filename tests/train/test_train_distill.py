@@ -688,7 +688,7 @@ def test_device_cuda_falls_back_to_the_cpu_and_says_so(small_run, tmp_path, caps
     if torch.cuda.is_available():
         pytest.skip('a CUDA device is here')
     said = run([*small_run, *PAIR, '--device', 'cuda', '--epochs', '1'], capsys)
-    assert "No CUDA device here: '--device cuda' falls back to the CPU" in said
+    assert "No CUDA device here: '--device cuda', here and in timm the default, falls back to the CPU" in said
     assert 'cpu, world size 1' in said
 
 

@@ -30,6 +30,8 @@ _GIVE = 'give folders that hold images, at any depth, or tar files of images'
 NO_LABEL = -1
 # images are held out at least, where there are twice as many
 _LEAST_HELD_OUT = 16
+# the start table says of fewer that which epoch is best among them is partly chance
+_FEW_HELD_OUT = 100
 # of a file that is larger than all of them, the number of blocks whose hash decides whether it is held out, and their
 # bytes: reading all of large files would take hours
 _BLOCKS, _BLOCK = 16, 2**16
@@ -259,6 +261,8 @@ def describe_unlabeled(train: Any, evaluation: Any, fraction: float) -> list[tup
         ('data', f'{len(train)} images without labels, of {found.root}'),
         ('held out', f'{len(evaluation)} more, chosen by their content (--val-fraction {fraction:g})'),
     ]
+    if len(evaluation) < _FEW_HELD_OUT:
+        rows.append(('', 'so few that the best epoch is partly chance; the last one is in last.pth.tar'))
     if found.ignored:
         rows.append(('left out', describe_ignored(found.ignored)))
     return [*rows, *describe_repeated(found)]

@@ -98,7 +98,8 @@ def setup_runtime(config: RunConfig) -> Runtime:
                 f"--device: no CUDA device for this rank, '{name}' needs one on each: --device cpu needs none"
             )
         if not config.evaluate:  # an evaluation is often of a run of this machine
-            _logger.warning(f"No CUDA device here: '--device {name}' falls back to the CPU.")
+            asked = f"'--device {name}', here and in timm the default," if name == 'cuda' else f"'--device {name}'"
+            _logger.warning(f'No CUDA device here: {asked} falls back to the CPU.')
         name = 'cpu'
     try:
         torch.device(name)

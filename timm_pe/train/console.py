@@ -272,7 +272,7 @@ def _suggest_schedule(config: RunConfig, images: int, start_epoch: int) -> list[
     """A row with flags to start a pretraining from, in place of those of timm's defaults that the run has."""
     epochs = min(300, max(10, round(_PRETRAINING_IMAGES / images, -1)))
     flags = {
-        ('opt', 'lr', 'weight_decay'): '--opt adamw --lr 1e-3 --weight-decay 0.05',
+        ('opt', 'lr', 'weight_decay'): '--opt adamw --lr 4e-3 --weight-decay 0.02',
         ('sched_on_updates',): '--sched-on-updates',
         ('epochs',): f'--epochs {epochs:.0f}',
     }
