@@ -68,9 +68,8 @@ def run(command: list[str], threads: int) -> float:
         command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, check=False
     )
     if done.returncode:
-        raise RuntimeError(
-            f'{command[1]} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}'
-        )
+        said = done.stderr.strip().rpartition('\n')[2] or 'it said nothing'
+        raise RuntimeError(f'{command[1]} ended with exit code {done.returncode}: {said}')
     return time.perf_counter() - begin
 
 
@@ -109,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
                     flush=True,
                 )
         except RuntimeError as e:
-            parser.error(str(e))
+            print(f'script_time.py: error: {e}', file=sys.stderr)
+            sys.exit(2)
     ratios = [ours / timms for ours, timms in zip(*seconds.values(), strict=True)]
     interval = confidence_interval(ratios)
     result = {

@@ -106,8 +106,9 @@ def measure(
     apart, class_matrix = class_statistics(validation.feature, validation.labels)
     pairs = [_compare(run, splits, i) for i in range(len(run.teachers))]
     compared, matrices = [c for c, _ in pairs], [m for _, m in pairs]
-    for found, of_map in zip(compared, maps, strict=False):  # all teachers have one, or none
-        found['map_cosine'] = {'validation': of_map.cosine}
+    if maps:
+        for found, of_map in zip(compared, maps, strict=True):
+            found['map_cosine'] = {'validation': of_map.cosine}
     one = compared[0] if len(compared) == 1 else {}
     result = {
         'model': run.config.model,
@@ -314,7 +315,7 @@ _LEGEND = (
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table with one row per run: the numbers that show what a teacher and its projectors do; some run has each."""
+    """A table with one row per run: the numbers that show what a teacher and its projectors do, without what no run has."""
     found = [(head, *(_cell(result, path, form) for result in results)) for head, path, form in _COLUMNS]
     columns = [('run', *(result['run'] for result in results)), *(c for c in found if set(c[1:]) != {'-'})]
     rows = list(zip(*columns, strict=True))

@@ -84,7 +84,7 @@ def served(site):
 @pytest.mark.parametrize('page', [(390, 844, 'light')], indirect=True)
 @pytest.mark.parametrize(
     ('words', 'found'),
-    [('--teacher-cache', 'Teacher cache'), ('--resume auto', 'Stopping and resuming'), ('create_model', '')],
+    [('--teacher-cache', 'Teacher cache'), ('--resume auto', 'Stopping and resuming'), ('create_model', 'In Python')],
 )
 def test_the_search_finds_flags_as_they_are_written(page, served, words, found):
     page.goto(served)

@@ -16,7 +16,7 @@ from timm_pe.config.run_config import RunConfig
 from timm_pe.data.fingerprint import hash_files, list_files, stat_files
 from timm_pe.data.same_files import find_same
 from timm_pe.data.shards import PathInShard, open_image
-from timm_pe.data.unlabeled import create_unlabeled, find_images, hold_out
+from timm_pe.data.unlabeled import create_unlabeled, describe_unlabeled, find_images, hold_out
 from timm_pe.errors import UsageError
 
 
@@ -128,12 +128,22 @@ def test_links_hidden_and_replaced_members_are_as_when_the_shard_is_unpacked(tmp
     assert found.ignored == {'hidden': 2, 'link': 2, 'without ending': 1}
 
 
-def test_checkpoints_are_no_shards(tmp_path):
+def test_a_tar_file_that_is_none_is_left_out_of_a_folder_and_counted(tmp_path):
     (tmp_path / 'a.png').write_bytes(png(0))
     torch.save({'a': 1}, tmp_path / 'checkpoint-0.pth.tar')
+    with tarfile.open(tmp_path / 'backup.tar', 'w:gz') as tar:
+        add(tar, 'a.png', png(0))
     found = find_images([str(tmp_path)])
     assert len(found.paths) == 1
-    assert found.ignored == {'.pth.tar': 1}
+    assert found.ignored == {'.tar that is none or is compressed': 2}
+
+
+def test_images_beside_the_shard_that_holds_them_are_told_to_be_copies(shards, tmp_path, images):
+    for name, content in images.items():
+        (shards / name.replace('/', '-')).write_bytes(content)
+    flags = RunConfig(unlabeled=[str(shards)], teacher='t', model='m')
+    rows = describe_unlabeled(*create_unlabeled(flags, 'RGB'), 0.05)
+    assert ('copies', '40 of the images have the content of another one, and are used as well') in rows
 
 
 @pytest.mark.parametrize('damage', ['checksum', 'hole', 'cut in a header', 'two in one', 'unfinished'])
@@ -173,7 +183,7 @@ def test_a_tar_file_that_cannot_be_read_is_named(tmp_path, kind):
     elif kind == 'empty':
         shard.write_bytes(b'')
     with pytest.raises(UsageError, match=r"cannot read '.*x.tar' as a tar file without compression"):
-        find_images([str(tmp_path)])
+        find_images([str(shard)])  # by name: it is meant
 
 
 def test_a_shard_of_no_images_is_named(tmp_path):

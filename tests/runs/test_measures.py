@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from timm_pe.method.losses import shuffled_batches
 from timm_pe.method.projectors import ProjectorEnsemble
 from timm_pe.runs import measures
 from timm_pe.train import probes
@@ -45,7 +44,7 @@ def test_cka_averages_numerator_and_denominators_over_its_batches():
     x[:, 0] = y[:, 0]
     sums = np.zeros(3)
     seen = []
-    for rows in shuffled_batches(13, 6):
+    for rows in probes.shuffled_batches(13, 6):
         seen += rows.tolist()
         a, b = x[rows].double().numpy(), y[rows].double().numpy()
         k, l = a @ a.T, b @ b.T  # noqa: E741

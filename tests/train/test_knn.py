@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import make_trainer, refused, run, summary, tensorboard_curves
 from PIL import Image
 
+import timm_pe.train.knn as module
 from timm_pe.analysis import analyze
 from timm_pe.data.unlabeled import find_images, hold_out
 from timm_pe.runs.reopen import Options
@@ -86,8 +87,23 @@ def test_without_scikit_learn_there_is_no_linear_probe_and_the_run_says_so(argv,
     monkeypatch.setattr(
         importlib.util, 'find_spec', lambda name, *more: None if name == 'sklearn' else find(name, *more)
     )
-    assert 'No linear probe at the end of the run: it needs scikit-learn' in run(argv, capsys)
-    assert [row['eval_linear'] for row in summary(tmp_path / 'run')] == ['', '']
+    assert 'No linear probe on --knn-data: it needs scikit-learn' in run(argv, capsys)
+    assert 'eval_linear' not in summary(tmp_path / 'run')[0]
+
+
+def test_features_that_are_not_finite_have_no_linear_probe(argv, monkeypatch, capsys):
+    knn = make_trainer(argv, monkeypatch).validation.knn
+    assert set(knn(lambda input: input.mean((2, 3)), 'Test', linear=True)) == {'knn', 'linear'}
+    assert set(knn(lambda input: input.mean((2, 3)) / 0, 'Test', linear=True)) == {'knn'}
+    assert 'No linear probe: there are features that are not finite' in capsys.readouterr().err
+
+
+def test_a_linear_probe_is_fitted_on_no_more_than_some_images(argv, monkeypatch):
+    sizes, fit = [], module.probe
+    monkeypatch.setattr(module, '_PROBED', 20)
+    monkeypatch.setattr(module, 'probe', lambda train, queries: (sizes.append(len(train[1])), fit(train, queries))[1])
+    make_trainer(argv, monkeypatch).validation.knn(lambda input: input.mean((2, 3)), 'Test', linear=True)
+    assert sizes == [20, 20]  # of the teacher at the start, and here
 
 
 def test_it_goes_beside_labels_too(image_folder, small_run, tmp_path):

@@ -61,8 +61,21 @@ def stat_image(path: str) -> tuple[int, int]:
 
 
 def is_shard(path: str) -> bool:
-    """Whether a file is a tar file by its name; `.pth.tar` is that of checkpoints."""
-    return path.lower().endswith(SHARD) and not path.lower().endswith(f'.pth{SHARD}')
+    """Whether a file is a tar file by its name."""
+    return path.lower().endswith(SHARD)
+
+
+def begins_as_shard(path: str) -> bool:
+    """Whether a file begins as a tar file without compression; those of PyTorch's checkpoints (`.pth.tar`) do not.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        with tarfile.open(path, 'r:'):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def scan_shard(shard: str, endings: frozenset[str], ignored: Counter[str]) -> list[PathInShard]:
@@ -74,7 +87,7 @@ def scan_shard(shard: str, endings: frozenset[str], ignored: Counter[str]) -> li
         ignored: Counts the files left out, by kind.
 
     Raises:
-        UsageError: It is no readable tar file, a compressed one, or one that does not end where a tar file ends.
+        UsageError: It is no tar file, a compressed one, or one that does not end where a tar file ends.
     """
     files: dict[str, tuple[int, int]] = {}  # all regular ones: place and size
     images: dict[str, PathInShard] = {}
@@ -103,7 +116,7 @@ def scan_shard(shard: str, endings: frozenset[str], ignored: Counter[str]) -> li
         _check_end(shard, end)
     except (OSError, tarfile.TarError) as e:
         raise UsageError(
-            f"cannot read '{shard}' as a tar file without compression ({one_line(e)}): mend it or move it elsewhere"
+            f"cannot read '{shard}' as a tar file without compression ({one_line(e)}): unpack it, mend it, or move it elsewhere"
         ) from e
     return list(images.values())
 

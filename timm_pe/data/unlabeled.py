@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..process.files import hash_content
 from .fingerprint import hash_files
 from .folders import describe_ignored, find_split, image_endings, natural_key, scan_folder
 from .same_files import identify_files
-from .shards import SHARD, is_shard, open_image, scan_shard
+from .shards import SHARD, begins_as_shard, is_shard, open_image, scan_shard
 from .unreadable import CountingImageDataset
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class ImagesFound:
         ignored: Number of files left out, by kind (see `FolderReader`).
         repeated: Number of further paths that lead to one of the images, by overlapping folders or links.
         first_repeated: One of these paths.
+        copies: Number of images with the content of another one, 0 if they were not compared.
     """
 
     root: str
@@ -54,6 +55,7 @@ class ImagesFound:
     ignored: Counter[str]
     repeated: int = 0
     first_repeated: str = ''
+    copies: int = 0
 
 
 def check_unlabeled(folders: Sequence[str]) -> None:
@@ -125,15 +127,16 @@ def find_images(folders: Sequence[str]) -> ImagesFound:
 
 def _scan(folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     """Names and paths of the images below a folder, those in tar files too, or in a tar file; names begin at the folder."""
-    if os.path.isfile(folder):
+    given = folder if os.path.isfile(folder) else None
+    if given:
         files, folder = [os.path.basename(folder)], os.path.dirname(folder)
     else:
         files = scan_folder(folder, image_endings() | {SHARD}, ignored)[0]
     images: list[tuple[str, str]] = []
     for name in files:
         path = os.path.join(folder, name)
-        if not is_shard(name) and name.lower().endswith(SHARD):
-            ignored['.pth.tar'] += 1
+        if is_shard(name) and path != given and not begins_as_shard(path):
+            ignored['.tar that is none or is compressed'] += 1
         elif is_shard(name):
             inside = scan_shard(path, image_endings(), ignored)
             images += [(os.path.join(name, image[len(path) + 1 :]), image) for image in inside]
@@ -152,8 +155,12 @@ def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
     A file that is renamed stays on its side. A file that is added moves no other one as long as the fraction alone holds
     out from 16 images to half of them: all but certain from 32 / fraction images on, unless the fraction is near 0.5.
     """
-    hashes = hash_files(paths, _hash_blocks)
-    below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(paths) // 2), len(paths) // 2
+    return _hold_out(hash_files(paths, _hash_blocks), fraction)
+
+
+def _hold_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """See `hold_out`; hashes of their contents, 0 for a file that cannot be read."""
+    below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(hashes) // 2), len(hashes) // 2
     taken, number = [], 0
     for hash, copies in zip(*np.unique(hashes[hashes > 0], return_counts=True), strict=True):
         if hash >= below and number >= least:
@@ -231,7 +238,10 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
         raise UsageError(
             f"--unlabeled: '{found.paths[0]}' is the only image: one to train on and one to hold out are needed"
         )
-    held_out = hold_out(found.paths, flags.val_fraction)
+    hashes = hash_files(found.paths, _hash_blocks)
+    held_out = _hold_out(hashes, flags.val_fraction)
+    readable = hashes[hashes > 0]
+    found = replace(found, copies=len(readable) - len(np.unique(readable)))
     if not held_out.any():
         raise UsageError(
             f'--unlabeled: none of the {len(found.paths)} images can be held out: more than half of them are copies of one '
@@ -263,6 +273,8 @@ def describe_unlabeled(train: Any, evaluation: Any, fraction: float) -> list[tup
     ]
     if len(evaluation) < _FEW_HELD_OUT:
         rows.append(('', 'so few that the best epoch is partly chance; the last one is in last.pth.tar'))
+    if found.copies:
+        rows.append(('copies', f'{found.copies} of the images have the content of another one, and are used as well'))
     if found.ignored:
         rows.append(('left out', describe_ignored(found.ignored)))
     return [*rows, *describe_repeated(found)]

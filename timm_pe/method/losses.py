@@ -201,36 +201,6 @@ def normalize_teacher(feature: torch.Tensor, norm: str) -> torch.Tensor:
         return TEACHER_NORMS[norm](*_full_precision(feature))
 
 
-def shuffled_batches(n: int, batch_size: int) -> Sequence[torch.Tensor]:
-    """Row numbers in a fixed random order, in batches of almost equal size, `batch_size` or a little more."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order.tensor_split(max(1, n // batch_size))
-
-
-def normalize_as_trained(
-    feature: torch.Tensor, norm: str, batch_size: int, device: torch.device | None = None
-) -> torch.Tensor:
-    """`normalize_teacher` of features that lie in any order, as of classes, over random batches as in training.
-
-    Args:
-        feature: `[n, m]`.
-        norm: See `normalize_teacher`.
-        batch_size: That of training.
-        device: Where to compute; None means where they are.
-
-    Returns:
-        `[n, m]`, where they are.
-    """
-    normalized = (
-        feature
-        if norm == 'none'
-        else torch.empty_like(feature, dtype=torch.promote_types(feature.dtype, torch.float32))
-    )
-    for rows in shuffled_batches(len(feature), batch_size) if norm != 'none' else ():
-        normalized[rows] = normalize_teacher(feature[rows].to(device or feature.device), norm).to(normalized)
-    return normalized
-
-
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logit distillation, T^2 KL(teacher || student), mean over the batch (Hinton et al., arXiv 1503.02531, sec. 2).
 

@@ -441,8 +441,9 @@ def create_teacher(
         load_weights(model, state_dict, what, str(checkpoint))
     else:
         model = create(pretrained=pretrained, num_classes=num_classes)
-    if checkpoint or not pretrained:  # the weights are not those that timm's tag names
-        cast(Any, model).pretrained_cfg = {**cast(Any, model).pretrained_cfg, 'tag': ''}
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if cfg and (checkpoint or not pretrained):  # the weights are not those that timm's tag names
+        cast(Any, model).pretrained_cfg = {**cfg, 'tag': ''}
     loaded = fingerprint(model, needs_logits) if checkpoint or pretrained else None
     built = resize_network(model, create, student_size, teacher_kwargs.get('input_size'))
     return Teacher(model, fingerprint=loaded, built_size=built, **teacher_kwargs)

@@ -94,7 +94,8 @@ def normalize_weights(weights: Sequence[float] | None, number: int) -> list[floa
 def name_teachers(teachers: Sequence[Teacher]) -> list[str]:
     """A name for each: its architecture, else its class: 'resnet34'.
 
-    Those of one architecture have timm's tag of their weights too, 'resnet50_a1_in1k', else a number: 'resnet34_2'.
+    Those of one architecture have timm's tag of the name that they were made with too, 'resnet50_a1_in1k', else a number:
+    'resnet34_2'. Weights of a file, and random ones, have no tag.
     """
     cfgs: list[Any] = [getattr(unwrap_model(teacher.model), 'pretrained_cfg', None) or {} for teacher in teachers]
     classes = [type(unwrap_model(teacher.model)).__name__.lower() for teacher in teachers]

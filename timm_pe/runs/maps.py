@@ -36,9 +36,9 @@ class MapComparison:
 @torch.inference_mode()
 def compare_maps(run: OpenRun) -> list[MapComparison]:
     """A comparison with each teacher whose map the student was aimed at; none if there is no such."""
-    aims = [] if run.task is None else [(i, aim) for i, aim in enumerate(run.task.aims) if aim.tapped == 'map']
-    if run.task is None or not aims:
+    if run.task is None or not run.task.map_weight:
         return []
+    aims = [(i, aim) for i, aim in enumerate(run.task.aims) if aim.tapped == 'map']
     loader = run.loaders['mixed']  # what normalizes over a batch needs one as those of training
     order = mixed_order(len(loader.dataset)).tolist()
     shown = [order.index(i) for i, _ in run.samples[:SHOWN]]
@@ -70,10 +70,10 @@ def compare_maps(run: OpenRun) -> list[MapComparison]:
 
 
 def _as_seen(input: torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor:
-    """Normalized images `[n, ch, h, w]` as RGB from 0 to 1 `[n, h, w, 3]`; one channel is grey, of others three are shown."""
+    """Normalized images `[n, ch, h, w]` as RGB from 0 to 1 `[n, h, w, 3]`; fewer than three channels: the first, as grey."""
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    pixels = (input.float().cpu() * std + mean).clamp(0, 1)[:, :3]
-    return pixels.expand(-1, 3, -1, -1).movedim(1, -1) if pixels.shape[1] != 2 else pixels[:, [0, 1, 1]].movedim(1, -1)
+    pixels = (input.float().cpu() * std + mean).clamp(0, 1)
+    return (pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)).movedim(1, -1)
 
 
 def paint(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:

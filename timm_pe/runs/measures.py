@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import accuracy
 
-from ..method.losses import normalize_teacher, shuffled_batches
 from ..method.projectors import ProjectorEnsemble
+from ..train.probes import normalize_in_batches, shuffled_batches
 
 # the same for each run, whatever it was trained with
 CKA_BATCH = 256
@@ -182,9 +182,10 @@ def projector_cosines(
     device = next((p.device for p in projection.parameters()), feature.device)
     q, ensemble = projection.num_projectors, 0.0
     between, single = torch.zeros(q, q), torch.zeros(q)
+    aim = normalize_in_batches(aim, teacher_norm, batch_size, device)
     for rows in shuffled_batches(len(feature), batch_size):
         outputs = projection.project(feature[rows].to(device)).float()
-        target = F.normalize(normalize_teacher(aim[rows].to(device), teacher_norm), dim=1)
+        target = F.normalize(aim[rows].to(device), dim=1)
         units = F.normalize(outputs, dim=2)
         between += torch.einsum('nqm,nrm->qr', units, units).cpu()
         single += torch.einsum('nqm,nm->q', units, target).cpu()

@@ -1,6 +1,7 @@
 """How well features tell the classes of labelled images apart: by their nearest neighbours, and by a linear probe."""
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Sized
 from typing import cast
 
@@ -17,6 +18,8 @@ from .build import Parts
 from .console import Progress
 from .evaluate import batch_to_device, say_unreadable
 from .probes import NEIGHBOURS, predict, probe
+
+_logger = logging.getLogger(__name__)
 
 # training images that a linear probe is fitted on, at most
 _PROBED = 5000
@@ -67,33 +70,40 @@ class Knn:
             'knn', and 'linear' if it was fitted.
         """
         found = list(self._features(forward, 'train', what, after_batch))
-        raw, labels = (self._of_all_ranks(torch.cat(parts)) for parts in zip(*found, strict=True))
-        bank = F.normalize(raw, dim=1)
+        bank, labels = (self._of_all_ranks(torch.cat(parts)) for parts in zip(*found, strict=True))
+        del found
+        linear = linear and self.probes
+        chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[: _PROBED if linear else 0])
+        fitted = bank[chosen].cpu(), labels[chosen].cpu()
+        bank = F.normalize(bank, dim=1, out=bank)
         counts, images = torch.zeros(2, device=self.runtime.device), 0
         queries = []
         for feature, target in self._features(forward, 'validation', what, after_batch):
             predicted = predict(F.normalize(feature, dim=1), bank, labels, self.num_classes, self.neighbours)
             counts[0] += (predicted == target).sum()
             images += len(target)
-            queries.append((feature, target) if linear else (feature[:0], target[:0]))
+            if linear:
+                queries.append((feature, target))
         counts[1] = images
         if self.runtime.distributed:
             dist.all_reduce(counts)
         right, of_all = counts.tolist()
         scores = {'knn': 100 * right / of_all}
-        if linear and self.probes:
+        if linear:
             asked = [self._of_all_ranks(torch.cat(parts)).cpu() for parts in zip(*queries, strict=True)]
-            scores['linear'] = self._probe((raw.cpu(), labels.cpu()), (asked[0], asked[1]))
+            top1 = self._probe(fitted, (asked[0], asked[1]))
+            scores |= {} if top1 is None else {'linear': top1}
         return scores
 
-    def _probe(self, train: tuple[torch.Tensor, torch.Tensor], queries: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """Top-1 of a linear probe, which rank 0 fits."""
-        top1 = 0.0
-        if self.runtime.is_primary:
-            number = len(train[1])
-            chosen = np.sort(np.random.default_rng(0).permutation(number)[:_PROBED])
-            top1 = cast(float, probe((train[0][chosen], train[1][chosen]), queries)['linear_probe_top1'])
-        return self.runtime.share(top1)
+    def _probe(
+        self, train: tuple[torch.Tensor, torch.Tensor], queries: tuple[torch.Tensor, torch.Tensor]
+    ) -> float | None:
+        """Top-1 of a linear probe, which rank 0 fits; None for features that are not finite."""
+        finite = bool(train[0].isfinite().all() and queries[0].isfinite().all())
+        if not finite and self.runtime.is_primary:
+            _logger.warning('No linear probe: there are features that are not finite.')
+        found = probe(train, queries)['linear_probe_top1'] if finite and self.runtime.is_primary else None
+        return self.runtime.share(found)
 
     def describe(self) -> str:
         """k and the images, in words."""

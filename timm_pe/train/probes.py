@@ -1,12 +1,15 @@
-"""Classifiers on frozen features: how well these tell classes apart.
+"""Measures of frozen features: how well they tell classes apart, and what a loss asks of them that sees them in batches.
 
 The votes of neighbours are those of Wu et al., CVPR 2018 (arXiv 1805.01978): exp(cosine / 0.07) each.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from ..method.losses import normalize_teacher
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -58,3 +61,31 @@ def probe(
             'nearest_centroid_top1': 100 * float(NearestCentroid().fit(x, y).score(x_val, y_val)),
             'linear_probe_top1': 100 * float(linear.fit(x, y).score(x_val, y_val)),
         }
+
+
+def shuffled_batches(n: int, batch_size: int) -> Sequence[torch.Tensor]:
+    """Row numbers in a fixed random order, in batches of almost equal size: at least `batch_size` where there are as many."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order.tensor_split(max(1, n // batch_size))
+
+
+def normalize_in_batches(
+    feature: torch.Tensor, norm: str, batch_size: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """`normalize_teacher` over random batches, as in training, of features that may lie class by class.
+
+    Args:
+        feature: `[n, m]`.
+        norm: See `normalize_teacher`.
+        batch_size: That of training.
+        device: Where to compute; None means where they are.
+
+    Returns:
+        `[n, m]`, where they are.
+    """
+    if norm == 'none':
+        return feature
+    normalized = torch.empty_like(feature, dtype=torch.promote_types(feature.dtype, torch.float32))
+    for rows in shuffled_batches(len(feature), batch_size):
+        normalized[rows] = normalize_teacher(feature[rows].to(device or feature.device), norm).to(normalized)
+    return normalized

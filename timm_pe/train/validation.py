@@ -15,7 +15,6 @@ from timm.utils import unwrap_model
 
 from ..config.teachers import teachers_of
 from ..data.knn_data import warn_of_trained
-from ..method.losses import normalize_as_trained
 from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime, ranks_together
@@ -24,6 +23,7 @@ from .console import Progress
 from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
 from .first_look import check_teachers
 from .knn import Knn
+from .probes import normalize_in_batches
 from .trackers import TeacherAgreement
 
 _logger = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ def create_validation(parts: Parts) -> Validation:
         linear = f'; linear probe {scores["linear"]:.3f} %' if 'linear' in scores else ''
         _logger.info(f'{flags.title}: {knn.describe()} {scores["knn"]:.3f} %{linear}.')
     if not knn.probes:
-        _logger.warning(
-            "No linear probe at the end of the run: it needs scikit-learn (pip install 'timm_pe[analysis]')."
-        )
+        _logger.info("No linear probe on --knn-data: it needs scikit-learn (pip install 'timm_pe[analysis]').")
     return WithKnn(validation, knn, cast(ProjectorEnsembleTask, parts.task))
 
 
@@ -107,7 +105,7 @@ class WithKnn:
 
     def __init__(self, validation: Validation, knn: Knn, task: ProjectorEnsembleTask):
         self.validation, self.knn, self.task = validation, knn, task
-        self.metric_names = (*validation.metric_names, 'knn', 'linear')
+        self.metric_names = (*validation.metric_names, 'knn', *(['linear'] if knn.probes else []))
 
     @property
     def agreement(self) -> float | None:
@@ -205,7 +203,7 @@ class TeacherValidation:
             moments.add(feature)
         # the images lie class by class in many folders: a batch of neighbours has other statistics than one of training
         norm, batch_size = self.task.teacher_norm, self.config.batch_size
-        aims = normalize_as_trained(torch.cat(features), norm, batch_size, self.runtime.device).float()
+        aims = normalize_in_batches(torch.cat(features), norm, batch_size, self.runtime.device).float()
         directions = F.normalize(aims, dim=1).sum(0).to(moments.sums)
         moments.share()
         self._share(directions)
