@@ -89,7 +89,7 @@ data: $(VENV)/.bench
 bench-accuracy: data
 	$(BIN)/python benchmarks/accuracy.py fashion fashion_mobilenetv2 emoji fashion_long
 
-# half a day likewise: what backbones know that were pretrained without labels
+# two hours likewise: what backbones know that were pretrained without labels
 bench-backbones: data
 	$(BIN)/python benchmarks/backbones.py teachers maps
 

@@ -1,6 +1,6 @@
 """What does a backbone know that was pretrained without labels? A grid of variants x seeds, resumable run by run.
 
-    python benchmarks/backbones.py SUITE [SUITE ...]      # benchmarks/backbones/SUITE.yaml
+    python benchmarks/backbones.py SUITE [SUITE ...]      # benchmarks/backbone_suites/SUITE.yaml
 
 A suite names flags, variants (a few flags each) and seeds. Each run is one `train_distill --unlabeled` and leaves
 OUTPUT/SUITE/VARIANT-SEED/; a finished run is not repeated, an interrupted one is resumed. Of each backbone: the weighted kNN top-1
@@ -42,7 +42,7 @@ BATCH = 128
 
 @dataclass
 class Suite:
-    """Variants of one pretraining; see benchmarks/backbones/."""
+    """Variants of one pretraining; see benchmarks/backbone_suites/."""
 
     name: str
     title: str
@@ -70,7 +70,7 @@ class Suite:
 
 def load_suite(name: str, output: Path) -> Suite:
     """A suite by its name."""
-    content = yaml.safe_load((ROOT / 'backbones' / f'{name}.yaml').read_text())
+    content = yaml.safe_load((ROOT / 'backbone_suites' / f'{name}.yaml').read_text())
     return Suite(name=name, folder=output / name, **content)
 
 
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command line; None takes that of the process.
     """
-    suites = sorted(p.stem for p in (ROOT / 'backbones').glob('*.yaml'))
+    suites = sorted(p.stem for p in (ROOT / 'backbone_suites').glob('*.yaml'))
     parser = argparse.ArgumentParser(prog='backbones.py', description=__doc__.splitlines()[0])
     parser.add_argument('suites', metavar='SUITE', nargs='+', choices=suites, help=f'some of {", ".join(suites)}')
     parser.add_argument('--seeds', type=int, nargs='+', help="these, not the suite's")

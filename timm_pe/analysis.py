@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -307,11 +308,16 @@ _COLUMNS = (
     ('proj cos', ('projectors', 'output_cosine'), '{:.3f}'),
     ('ens gain', ('projectors', 'ensemble_gain'), '{:+.4f}'),
 )
-_LEGEND = (
-    'train, val, centroid, probe: top-1 %; gap: train - val; agree: % same class as the teacher; cosine: projection and '
-    "teacher's feature;\nmap cos: the same of feature maps; proj cos: between the projectors' outputs; ens gain: cosine of their mean over that of the best "
-    'one. All but train and gap on validation images.'
-)
+# what is explained below the table, of the columns that it shows
+_LEGEND = {
+    ('train', 'val', 'centroid', 'probe'): 'top-1 %',
+    ('gap',): 'train - val',
+    ('agree',): '% same class as the teacher',
+    ('cosine',): "projection and teacher's feature",
+    ('map cos',): 'the same of feature maps',
+    ('proj cos',): "between the projectors' outputs",
+    ('ens gain',): 'cosine of their mean over that of the best one',
+}
 
 
 def format_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -324,7 +330,11 @@ def format_table(results: Sequence[Mapping[str, Any]]) -> str:
         '  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return '\n'.join([*lines, '', _LEGEND])
+    shown = [head for head, *_ in columns]
+    said = [(', '.join(h for h in heads if h in shown), meaning) for heads, meaning in _LEGEND.items()]
+    legend = '; '.join(f'{heads}: {meaning}' for heads, meaning in said if heads)
+    note = ' All but train and gap on validation images.'
+    return '\n'.join([*lines, '', textwrap.fill(f'{legend}.{note}', 120)])
 
 
 def _cell(result: Mapping[str, Any], path: Sequence[str], form: str) -> str:

@@ -11,7 +11,7 @@ import train_distill
 from timm_pe.config.run_config import parse_config
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
-SUITES = sorted(p.stem for p in (BENCHMARKS / 'backbones').glob('*.yaml'))
+SUITES = sorted(p.stem for p in (BENCHMARKS / 'backbone_suites').glob('*.yaml'))
 
 
 @pytest.fixture(scope='module')
@@ -85,8 +85,8 @@ def test_a_grid_of_backbones_is_run_measured_and_not_run_again(backbones, square
         'minus': [['map', 'vector']],
         'seeds': [1, 2],
     }  # fmt: skip
-    (tmp_path / 'backbones').mkdir()
-    (tmp_path / 'backbones' / 'tiny.yaml').write_text(yaml.safe_dump(suite))
+    (tmp_path / 'backbone_suites').mkdir()
+    (tmp_path / 'backbone_suites' / 'tiny.yaml').write_text(yaml.safe_dump(suite))
     monkeypatch.setattr(backbones, 'ROOT', tmp_path)
     create = backbones.timm.create_model
     monkeypatch.setattr(

@@ -187,7 +187,7 @@ def test_validation_images_that_the_student_trains_on_are_warned_about_once(
     first = data / names[0].replace('-', '/')
     assert (
         f"{len(names)} of the 12 validation images of --knn-data are also images to train on, the first is '{first}': "
-        f'the kNN top-1 is measured on images that the student has seen' in said
+        f'the top-1 of neighbours and linear probe is measured on images that the student has seen' in said
     )
 
 

@@ -105,13 +105,13 @@ def without(argv, flag):
 
 def test_the_start_gives_flags_to_start_from_in_place_of_defaults_alone(argv, tmp_path, capsys):
     bare = [*without(without(argv, '--epochs'), '--lr'), '--stop-epoch', '1']
-    start = 'to start from   --opt adamw --lr 4e-3 --weight-decay 0.02 --sched-on-updates --epochs 300 ('
+    start = 'suggested       --opt adamw --lr 4e-3 --weight-decay 0.02 --sched-on-updates --epochs 300 ('
     assert f'{start}a pretraining of 24 images)' in run(bare, capsys)
-    assert 'to start from   --sched-on-updates --epochs 300 (' in run(
+    assert 'suggested       --sched-on-updates --epochs 300 (' in run(
         [*bare, '--lr', '0.1', '--experiment', 'lr'], capsys
     )
     given = ['--sched-on-updates', '--epochs', '2', '--weight-decay', '0.1', '--experiment', 'given']
-    assert 'to start from' not in run([*bare, *given], capsys)
+    assert 'suggested  ' not in run([*bare, *given], capsys)
 
 
 def test_the_student_is_a_backbone_that_plain_timm_loads(finished):

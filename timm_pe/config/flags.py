@@ -88,10 +88,10 @@ class DataFlags:
     target_key: str | None = flag(None, 'name of the label column of the data set', unset='by the type of the data set')
     target_format: str | None = flag(None, 'multi-label targets of the data set: lists of class indices or 0/1 vectors', choices=['indices', 'multihot'])
     dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import')
-    unlabeled: list[str] = flag([], 'train on images without labels too: all that lie in these folders, at any depth, and in tar files (there, or given themselves). Without a data folder the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
+    unlabeled: list[str] = flag([], 'train on images without labels too: all images in these folders, at any depth, and in .tar files within them or named here. Without a data folder the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
     val_fraction: float = flag(0.05, 'without a data folder: share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
     unlabeled_ratio: float | None = flag(None, 'with a data folder: number of images without labels per labelled image in an epoch', metavar='R', above=0, unset='an epoch goes once through both', needs='unlabeled', added=True)
-    knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), and at the start the teacher's", metavar='DIR', needs='teacher', added=True)
+    knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), at the end how well a linear probe does, and both of the teacher at the start", metavar='DIR', needs='teacher', added=True)
 
     @property
     def root(self) -> str:

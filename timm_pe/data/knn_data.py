@@ -74,5 +74,5 @@ def warn_of_trained(evaluation: Dataset[Any], train: Dataset[Any] | None) -> Non
     if len(same):
         _logger.warning(
             f'{len(same)} of the {len(paths)} validation images of --knn-data are also images to train on, the first is '
-            f"'{paths[same[0]]}': the kNN top-1 is measured on images that the student has seen."
+            f"'{paths[same[0]]}': the top-1 of neighbours and linear probe is measured on images that the student has seen."
         )

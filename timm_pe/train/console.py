@@ -1,6 +1,7 @@
 """What a run prints: warnings, the start table, progress, a line per epoch."""
 
 import logging
+import math
 import platform
 import shutil
 import sys
@@ -34,7 +35,7 @@ from .run_task import LabeledLoss
 
 _logger = logging.getLogger(__name__)
 
-# images that a pretraining without labels sees at least, of a set of up to 200,000: a starting point
+# images that the suggested epochs of a pretraining without labels see, where those are from 10 to 300; not tuned
 _PRETRAINING_IMAGES = 2_000_000
 
 
@@ -270,16 +271,16 @@ def _run_rows(
 
 def _suggest_schedule(config: RunConfig, images: int, start_epoch: int) -> list[tuple[str, str]]:
     """A row with flags to start a pretraining from, in place of those of timm's defaults that the run has."""
-    epochs = min(300, max(10, round(_PRETRAINING_IMAGES / images, -1)))
+    epochs = min(300, max(10, 10 * math.ceil(_PRETRAINING_IMAGES / images / 10)))
     flags = {
         ('opt', 'lr', 'weight_decay'): '--opt adamw --lr 4e-3 --weight-decay 0.02',
         ('sched_on_updates',): '--sched-on-updates',
-        ('epochs',): f'--epochs {epochs:.0f}',
+        ('epochs',): f'--epochs {epochs}',
     }
     said = [text for names, text in flags.items() if not any(map(config.is_given, names))]
     if start_epoch or not said:
         return []
-    return [('to start from', f'{" ".join(said)} (a pretraining of {images:,} images)')]
+    return [('suggested', f'{" ".join(said)} (a pretraining of {images:,} images)')]
 
 
 class Progress:
