@@ -70,9 +70,9 @@ def list_files(dataset: Dataset[Any]) -> list[str] | None:
     root = getattr(getattr(images, 'reader', None), 'root', None)
     if not root or not hasattr(images, 'filenames') or not os.path.isdir(root):
         return None
-    first = images.filename(0, absolute=True)  # asking for all names may read the whole data set
+    first = images.filename(0, absolute=True) or ''  # asking for all names may read the whole data set
     # names inside timm's tar files do not begin with its folder; a broken link counts as an unreadable file
-    if not first.startswith(str(root)) or not os.path.lexists(getattr(first, 'shard', first)):
+    if not str(first).startswith(str(root)) or not os.path.lexists(getattr(first, 'shard', first)):
         return None
     return list(images.filenames(absolute=True))
 
