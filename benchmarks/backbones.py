@@ -10,6 +10,7 @@ training images, of the teachers, and (of the map) of a probe that knows the pos
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -231,27 +232,19 @@ def measure_suite(suite: Suite) -> dict[str, Any]:
     """Measure what is finished, each network once, and summarize it."""
     size = suite.common['img_size']
     on = {'data': suite.data, 'masks': suite.masks, 'size': size}
-    pictures: list[Pictures] = []  # read when something is to be measured
+    pictures = functools.cache(lambda: Pictures(Path(suite.data), size))  # read when something is to be measured
 
-    def measured(model: Callable[[], nn.Module], size_of_it: int | None = None, is_student: bool = True) -> Any:
-        def now() -> dict[str, float]:
-            pictures.extend([] if pictures else [Pictures(Path(suite.data), size)])
-            network = model()
-            found = measure_features(network, pictures[0], size_of_it)
-            return {
-                **found,
-                **(measure_map(network, pictures[0], Path(suite.masks)) if suite.masks and is_student else {}),
-            }
-
-        return now
+    def measure_student(model: nn.Module) -> dict[str, float]:
+        found = measure_features(model, pictures())
+        return {**found, **(measure_map(model, pictures(), Path(suite.masks)) if suite.masks else {})}
 
     variants = {}
     for variant in suite.variants:
         runs = {seed: run for seed in suite.seeds if (run := suite.run(variant, seed)).result()}
-        found = {
-            seed: cached(run.folder / 'features.json', on, measured(lambda run=run: student_of(suite, run)))
-            for seed, run in runs.items()
-        }
+        found = {}
+        for seed, run in runs.items():
+            network = functools.partial(student_of, suite, run)
+            found[seed] = cached(run.folder / 'features.json', on, lambda make=network: measure_student(make()))
         if found:
             variants[variant] = {
                 'label': suite.variants[variant]['label'],
@@ -260,15 +253,19 @@ def measure_suite(suite: Suite) -> dict[str, Any]:
                 'seconds': statistics.mean(run.result()['seconds'] for run in runs.values()),
             }
     suite.folder.mkdir(parents=True, exist_ok=True)
-    random = measured(lambda: calibrate(student_of(suite, None), pictures[0]))
-    references = {'random weights': cached(suite.folder / 'random.json', on, random)}
+    random = suite.folder / 'random.json'
+    references = {
+        'random weights': cached(random, on, lambda: measure_student(calibrate(student_of(suite, None), pictures())))
+    }
     teacher_size = suite.common.get('teacher_input_size') or size
     for name in suite.teachers():
-        file = suite.folder / f'teacher_{name.rpartition("/")[2]}.json'
-        teacher = measured(
-            lambda name=name: timm.create_model(name, pretrained=True, num_classes=0), teacher_size, False
+        short = name.rpartition('/')[2]
+        create = functools.partial(timm.create_model, name, pretrained=True, num_classes=0)
+        references[f'teacher {short}'] = cached(
+            suite.folder / f'teacher_{short}.json',
+            {**on, 'size': teacher_size},
+            lambda make=create: measure_features(make(), pictures(), teacher_size),
         )
-        references[f'teacher {name.rpartition("/")[2]}'] = cached(file, {**on, 'size': teacher_size}, teacher)
     return {
         'title': suite.title,
         'common': suite.common,

@@ -1,7 +1,6 @@
 """Hooks of the docs build: they draw the figures and leave out pages that do not exist."""
 
 import csv
-import io
 import json
 import os
 import re
@@ -11,8 +10,9 @@ from textwrap import fill
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
+
+from timm_pe.runs import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -84,8 +84,8 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
-# method of the suite -> its label and its line in the plot
-CURVES = {'alone': ('student alone', LINE), 'pe_q3': ('with a teacher', DOT)}
+# method of the suite -> its label, its place in the palette, and where the label stands beside the curve
+CURVES = {'alone': ('student alone', plots.ALONE, (10, -24)), 'pe_q3': ('with a teacher', plots.TAUGHT, (-80, 14))}
 
 
 def draw_curves(archive: Path, path: Path) -> None:
@@ -95,51 +95,25 @@ def draw_curves(archive: Path, path: Path) -> None:
         archive: Kept runs of benchmarks/accuracy.py.
         path: The SVG to write.
     """
-    runs: dict[str, list[list[float]]] = {method: [] for method in CURVES}
+    runs: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in CURVES}
     with tarfile.open(archive) as tar:
         for member in tar:
             run, name = member.name.split('/')[-2:]
-            method = run.rpartition('-')[0]
-            if name == 'summary.csv' and method in runs:
-                rows = csv.DictReader(io.TextIOWrapper(tar.extractfile(member)))  # type: ignore[arg-type]
-                runs[method].append([float(row['eval_top1']) for row in rows])
-    figure = Figure(figsize=(4.4, 2.9), layout='constrained')
-    axes = figure.subplots()
-    for method, (label, color) in CURVES.items():
-        curves = np.array(runs[method])
-        epochs = np.arange(1, curves.shape[1] + 1)
-        axes.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.25, linewidth=0)
-        axes.plot(epochs, curves.mean(0), color=color, linewidth=1.8)
-        end = f'{curves[:, -1].mean():.1f} %'
-        axes.annotate(
-            end,
-            (epochs[-1], curves[:, -1].mean()),
-            (4, 0),
-            textcoords='offset points',
-            color=INK,
-            fontsize=9,
-            va='center',
-            annotation_clip=False,
-        )
-        place = int(0.4 * len(epochs))
-        below = method == 'alone'
-        axes.annotate(
-            label,
-            (epochs[place], curves[:, place].mean()),
-            (10, -24) if below else (-8, 14),
-            textcoords='offset points',
-            color=INK,
-            fontsize=9,
-            ha='left' if below else 'right',
-        )
-    axes.set_xlim(1, len(epochs) * 1.12)
-    axes.set_xticks([1, 10, 20, 30])
-    axes.set_xlabel('epoch', color=INK, fontsize=9)
-    axes.set_title(f'validation top-1 in %, mean and range of {len(curves)} seeds', color=INK, fontsize=9, loc='left')
-    axes.tick_params(colors=INK, labelsize=8)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ('left', 'bottom'))
-        spine.set_color(INK)
+            method, file = run.rpartition('-')[0], tar.extractfile(member)
+            if name == 'summary.csv' and method in runs and file:
+                runs[method].append(list(csv.DictReader(file.read().decode().splitlines())))
+    figure = plots.mean_curves(list(runs.values()), 'eval_top1', [color for _, color, _ in CURVES.values()])
+    figure.set_size_inches(4.4, 2.9)
+    (axes,) = figure.axes
+    text = {'textcoords': 'offset points', 'color': INK, 'fontsize': 9, 'annotation_clip': False}
+    for (label, _, place), line in zip(CURVES.values(), axes.lines, strict=True):
+        points = line.get_xydata()
+        axes.annotate(label, points[int(0.4 * len(points))], place, **text)
+        axes.annotate(f'{points[-1][1]:.1f} %', points[-1], (4, -3), **text)
+    axes.set_xlim(1, len(points) * 1.12)
+    axes.set_title(
+        f'validation top-1 in %, mean and range of {len(runs["alone"])} seeds', color=INK, fontsize=9, loc='left'
+    )
     _write(figure, path)
 
 
@@ -194,7 +168,7 @@ def _write(figure: Figure, path: Path) -> None:
     partial = path.with_suffix('.tmp')
     with matplotlib.rc_context({'svg.hashsalt': 'timm_pe', 'svg.fonttype': 'none'}):
         figure.savefig(partial, format='svg', transparent=True, metadata={'Date': None})
-    text = partial.read_text()
+    text = partial.read_text().replace(plots.INK, INK)  # that of figures which the report draws too
     partial.write_text(text.replace('<defs>', DARK.format(ink=DARK_INK, was=INK) + '<defs>', 1))
     if path.exists() and path.read_bytes() == partial.read_bytes():
         partial.unlink()  # rewriting it would make `mkdocs serve` rebuild endlessly

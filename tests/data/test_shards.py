@@ -16,7 +16,7 @@ from timm_pe.config.run_config import RunConfig
 from timm_pe.data.fingerprint import hash_files, list_files, stat_files
 from timm_pe.data.same_files import find_same
 from timm_pe.data.shards import PathInShard, open_image
-from timm_pe.data.unlabeled import create_unlabeled, describe_unlabeled, find_images, hold_out
+from timm_pe.data.unlabeled import create_unlabeled, describe_unlabeled, find_images, hash_images, hold_out
 from timm_pe.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def test_shards_are_the_folders_that_they_would_unpack_to(shards, unpacked):
     assert [os.path.relpath(p, shards) for p in packed.paths] == [os.path.relpath(p, unpacked) for p in files.paths]
     assert packed.ignored == {'.cls': 40}
     assert hash_files(packed.paths).tolist() == hash_files(files.paths).tolist()
-    assert hold_out(packed.paths, 0.3).tolist() == hold_out(files.paths, 0.3).tolist()
+    assert hold_out(hash_images(packed.paths), 0.3).tolist() == hold_out(hash_images(files.paths), 0.3).tolist()
     assert stat_files(packed.paths)[:, 0].tolist() == stat_files(files.paths)[:, 0].tolist()
     assert [open_image(a).read() == Path(b).read_bytes() for a, b in zip(packed.paths, files.paths, strict=True)]
 
@@ -191,3 +191,10 @@ def test_a_shard_of_no_images_is_named(tmp_path):
         add(tar, 'a.txt', b'')
     with pytest.raises(UsageError, match=r"no images in '.*x.tar' \(1 file ignored: 1 .txt\)"):
         find_images([str(tmp_path / 'x.tar')])
+
+
+def test_a_tar_file_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / 'a.png').write_bytes(png(0))
+    (tmp_path / 'x.tar').symlink_to(tmp_path / 'gone.tar')
+    with pytest.raises(UsageError, match=r"cannot read '.*x.tar' .*No such file"):
+        find_images([str(tmp_path)])

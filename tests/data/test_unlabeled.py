@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from timm_pe.config.run_config import RunConfig
-from timm_pe.data.unlabeled import _hash_blocks, create_unlabeled, find_images, hold_out
+from timm_pe.data.unlabeled import _hash_blocks, create_unlabeled, find_images, hash_images, hold_out
 from timm_pe.errors import UsageError
 
 
@@ -100,12 +100,12 @@ def test_files_that_are_added_or_renamed_change_nothing_for_the_others(tmp_path)
     for i in range(400):
         paths.append(str(tmp_path / f'{i}'))
         (tmp_path / f'{i}').write_bytes(b'%d' % i * 50)
-    held_out = hold_out(paths, 0.2)
+    held_out = hold_out(hash_images(paths), 0.2)
     assert 50 < held_out.sum() < 110
     for some in (slice(300), slice(3, None)):
-        assert (hold_out(paths[some], 0.2) == held_out[some]).all()
+        assert (hold_out(hash_images(paths[some]), 0.2) == held_out[some]).all()
     os.rename(paths[0], tmp_path / 'renamed')
-    assert hold_out([str(tmp_path / 'renamed'), *paths[1:]], 0.2).tolist() == held_out.tolist()
+    assert hold_out(hash_images([str(tmp_path / 'renamed'), *paths[1:]]), 0.2).tolist() == held_out.tolist()
 
 
 def test_images_are_added_to_32_over_the_fraction_without_moving_any(tmp_path):
@@ -113,12 +113,12 @@ def test_images_are_added_to_32_over_the_fraction_without_moving_any(tmp_path):
         paths = [str(tmp_path / f'{i}') for i in range(2 * 160)]
         for i, path in enumerate(paths):
             Path(path).write_text(f'{salt} {i}')
-        assert (hold_out(paths[:160], 0.2) == hold_out(paths, 0.2)[:160]).all()
+        assert (hold_out(hash_images(paths[:160]), 0.2) == hold_out(hash_images(paths), 0.2)[:160]).all()
 
 
 def test_of_few_images_some_are_held_out_but_never_more_than_half(folder):
     paths = find_images([str(folder)]).paths
-    assert [int(hold_out(paths[:n], 0.01).sum()) for n in (2, 5, 24)] == [1, 2, 12]
+    assert [int(hold_out(hash_images(paths[:n]), 0.01).sum()) for n in (2, 5, 24)] == [1, 2, 12]
 
 
 def test_images_that_begin_alike_are_held_out_one_by_one(tmp_path):
@@ -128,7 +128,7 @@ def test_images_that_begin_alike_are_held_out_one_by_one(tmp_path):
         pixels = np.zeros((200, 200, 3), np.uint8)
         pixels[50, 50] = i, 255 - i, 7
         Image.fromarray(pixels).save(path)
-    assert 20 < hold_out(paths, 0.2).sum() < 60
+    assert 20 < hold_out(hash_images(paths), 0.2).sum() < 60
 
 
 @pytest.mark.parametrize('place', [0, -1, 2**20, 2**21], ids=['first', 'last', 'a fifteenth', 'two fifteenths'])
@@ -159,7 +159,7 @@ def test_copies_are_on_one_side_and_never_more_than_half_is_held_out(copies, fra
         paths = [str(tmp_path / f'{n}') for n in range(len(contents))]
         for path, content in zip(paths, contents, strict=True):
             Path(path).write_text(content)
-        held_out = hold_out(paths, fraction)
+        held_out = hold_out(hash_images(paths), fraction)
         assert 1 <= held_out.sum() <= len(paths) / 2
         assert not {c for c, held in zip(contents, held_out, strict=True) if held} & {
             c for c, held in zip(contents, held_out, strict=True) if not held
@@ -177,7 +177,7 @@ def test_images_that_are_copies_of_one_alone_are_refused_with_the_reason(tmp_pat
 def test_an_image_that_cannot_be_read_is_not_held_out(folder):
     paths = find_images([str(folder)]).paths
     gone = [f'{path}.gone' for path in paths[:4]]
-    held_out = hold_out([*gone, *paths], 0.5)
+    held_out = hold_out(hash_images([*gone, *paths]), 0.5)
     assert not held_out[:4].any()
     assert held_out.any()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import timm_pe.train.knn as module
 from timm_pe.analysis import analyze
-from timm_pe.data.unlabeled import find_images, hold_out
+from timm_pe.data.unlabeled import find_images, hash_images, hold_out
 from timm_pe.runs.reopen import Options
 from timm_pe.train.probes import TEMPERATURE, predict
 
@@ -171,7 +171,7 @@ def test_validation_images_that_the_student_trains_on_are_warned_about_once(
     images = tmp_path / 'images'
     for name in ('val/bee/0', 'val/bee/2', 'val/cat/3', 'train/ant/1'):
         place(data / f'{name}.png', images / f'{name.replace("/", "-")}.png')
-    held_out = hold_out(find_images([str(images)]).paths, 0.05)
+    held_out = hold_out(hash_images(find_images([str(images)]).paths), 0.05)
     trained = [
         path for path, held in zip(find_images([str(images)]).paths, held_out, strict=True) if beside or not held
     ]

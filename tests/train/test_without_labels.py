@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.analysis import analyze
 from timm_pe.analysis import main as analysis_main
-from timm_pe.data.unlabeled import find_images, hold_out
+from timm_pe.data.unlabeled import find_images, hash_images, hold_out
 from timm_pe.errors import UsageError
 from timm_pe.export import main as export
 from timm_pe.method.losses import normalize_teacher
@@ -281,7 +281,7 @@ def test_a_cache_of_a_shard_knows_when_an_image_in_it_has_changed(argv, shard, i
     content = shard.read_bytes()
     os.utime(shard, (1, 1))  # another time, the same images
     assert '24 of 24 rows there' in run([*argv, '--experiment', 'touched'], capsys)
-    trained = np.flatnonzero(~hold_out(find_images([str(shard)]).paths, 0.05))[0]
+    trained = np.flatnonzero(~hold_out(hash_images(find_images([str(shard)]).paths), 0.05))[0]
     image = find_images([str(shard)]).paths[trained]
     shard.write_bytes(content[: image.offset + image.size - 20] + b'x' + content[image.offset + image.size - 19 :])
     assert '23 of 24 rows there' in run([*argv, '--experiment', 'changed'], capsys)

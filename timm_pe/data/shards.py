@@ -5,7 +5,7 @@ import os
 import posixpath
 import tarfile
 from collections import Counter
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import UsageError, one_line
 
@@ -33,8 +33,8 @@ class PathInShard(str):
         path.shard, path.offset, path.size = shard, offset, size
         return path
 
-    def __getnewargs__(self) -> tuple[str, str, int, int]:  # type: ignore[override]
-        return self.shard, self[len(self.shard) + 1 :], self.offset, self.size
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PathInShard, (self.shard, self[len(self.shard) + 1 :], self.offset, self.size)
 
 
 def open_image(path: str) -> BinaryIO:
@@ -68,12 +68,13 @@ def is_shard(path: str) -> bool:
 def begins_as_shard(path: str) -> bool:
     """Whether a file begins as a tar file without compression; those of PyTorch's checkpoints (`.pth.tar`) do not.
 
-    Raises:
-        OSError: It cannot be read.
+    True if it cannot be read: `scan_shard` says why.
     """
     try:
         with tarfile.open(path, 'r:'):
             return True
+    except OSError:
+        return True
     except tarfile.TarError:
         return False
 

@@ -145,8 +145,13 @@ def _scan(folder: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     return images
 
 
-def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
-    """Which images are held out, bool [n].
+def hash_images(paths: Sequence[str]) -> np.ndarray:
+    """Hashes of their contents, uint64 [n]; see `_hash_blocks`."""
+    return hash_files(paths, _hash_blocks)
+
+
+def hold_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Which images are held out, by the hashes of their contents, bool [n].
 
     Those whose hash of their content is below the fraction. If these are fewer than 16, the images of the lowest hashes
     are held out, up to 16. Copies have the same hash, so they are on one side. Images that would make it more than half
@@ -155,11 +160,6 @@ def hold_out(paths: Sequence[str], fraction: float) -> np.ndarray:
     A file that is renamed stays on its side. A file that is added moves no other one as long as the fraction alone holds
     out from 16 images to half of them: all but certain from 32 / fraction images on, unless the fraction is near 0.5.
     """
-    return _hold_out(hash_files(paths, _hash_blocks), fraction)
-
-
-def _hold_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """See `hold_out`; hashes of their contents, 0 for a file that cannot be read."""
     below, least, most = np.uint64(int(fraction * 2**64)), min(_LEAST_HELD_OUT, len(hashes) // 2), len(hashes) // 2
     taken, number = [], 0
     for hash, copies in zip(*np.unique(hashes[hashes > 0], return_counts=True), strict=True):
@@ -238,8 +238,8 @@ def create_unlabeled(flags: DataFlags, mode: str) -> tuple[Dataset[Any], Dataset
         raise UsageError(
             f"--unlabeled: '{found.paths[0]}' is the only image: one to train on and one to hold out are needed"
         )
-    hashes = hash_files(found.paths, _hash_blocks)
-    held_out = _hold_out(hashes, flags.val_fraction)
+    hashes = hash_images(found.paths)
+    held_out = hold_out(hashes, flags.val_fraction)
     readable = hashes[hashes > 0]
     found = replace(found, copies=len(readable) - len(np.unique(readable)))
     if not held_out.any():

@@ -303,7 +303,7 @@ def _fixed_subset(dataset: Dataset[Any], size: int) -> Dataset[Any]:
     number = len(cast(Sized, dataset))
     if number <= size:
         return dataset
-    return _FixedSubset(dataset, np.sort(np.random.default_rng(0).permutation(number)[:size]).tolist())
+    return _FixedSubset(dataset, np.sort(mixed_order(number)[:size]).tolist())
 
 
 def mixed_order(number: int) -> np.ndarray:
@@ -322,7 +322,7 @@ def _mixed_loader(config: RunConfig, dataset: Dataset[Any], student: nn.Module, 
 def _draw_samples(dataset: Dataset[Any]) -> list[tuple[int, str]]:
     """Indices of some images of a data set, and their pictures before any transform as data URIs."""
     images = cast(Any, dataset)
-    indices = np.sort(np.random.default_rng(0).permutation(len(images))[:NUM_SAMPLES]).tolist()
+    indices = np.sort(mixed_order(len(images))[:NUM_SAMPLES]).tolist()
     transform, images.transform = images.transform, None
     try:
         return [(i, _data_uri(images[i][0])) for i in indices]

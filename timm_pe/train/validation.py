@@ -168,8 +168,8 @@ class TeacherValidation:
 
     - loss: the feature loss, without that of maps.
     - cosine: the mean over images of the cosine, from -1 to 1, between the mean of the projectors' outputs and the
-      teacher's feature, as the loss compares them: normalized over random batches of the size of training. Of several teachers it is the weighted mean, and cosine_NAME is that
-      of each.
+      teacher's feature, as the loss compares them: normalized over random batches of the size of training. Of several
+      teachers it is the weighted mean, and cosine_NAME is that of each.
     - effective_rank: how many directions the student's features fill, see `Moments`.
 
     The teachers see the images once, before the first epoch: their features are kept in memory.
