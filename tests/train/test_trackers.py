@@ -6,6 +6,7 @@ import importlib.util
 import os
 import struct
 import sys
+import time
 import types
 from collections import defaultdict
 from pathlib import Path
@@ -167,6 +168,8 @@ def test_a_run_that_starts_anew_in_its_folder_leaves_no_old_point_in_tensorboard
 
 def test_a_resumed_tensorboard_drops_what_it_is_going_to_write_again(tmp_path):
     for resumed, steps in ((False, range(1, 8)), (True, range(5, 10))):
+        # files are read by their names: second, host, process, number of the file; of one second .10 is before .9
+        time.sleep(1.01)
         tracker = TensorBoardTracker(SimpleNamespace(), str(tmp_path), resumed)
         for step in steps:
             tracker.scalars(step, {'x': step + 100 * resumed})
