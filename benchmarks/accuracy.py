@@ -4,7 +4,8 @@
 
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
 a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
-`backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. Each run
+`backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. One with `cache_views` keeps
+the teacher's outputs for so many views in a cache for each seed. One with `like: OTHER` is the other with changes. Each run
 is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
 one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
 """
@@ -32,6 +33,9 @@ from timm_pe.runs.compare import confidence_interval
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = ROOT.parent / 'train_distill.py'
+# methods to which the others are compared: `minus_NAME` in the results
+BASELINES = {'alone': 'student alone', 'kd': 'KD', 'no_projector': 'no projector'}
+POWER = 0.8
 # numbers of an analysis about the paper's claims, and their column headings
 ANALYSIS = {
     'gap_top1': 'train - val',
@@ -52,11 +56,13 @@ class Run:
         name: METHOD-SEED, or 'teacher'.
         folder: Its run folder.
         flags: The content of its YAML.
+        script: What runs it: train_distill.py, or ablations.py, which knows more projectors.
     """
 
     name: str
     folder: Path
     flags: dict[str, Any]
+    script: Path = SCRIPT
 
     @property
     def result_file(self) -> Path:
@@ -85,6 +91,7 @@ class Suite:
     overrides: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     backbone: dict[str, Any] = field(default_factory=dict)
+    cache_views: int | None = None
     of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -139,7 +146,13 @@ class Suite:
         kind = load_method(method)['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
-        return self._run(self.folder, f'{method}-{seed}', flags)
+        if kind == 'timm_pe' and self.cache_views:
+            # what the teacher says depends on the seed by the augmentation, and not on the method
+            cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}'
+            flags |= {'teacher_cache': str(cache), 'teacher_cache_views': self.cache_views}
+        run = self._run(self.folder, f'{method}-{seed}', flags)
+        run.script = SCRIPT.parent / load_method(method).get('script', SCRIPT.name)
+        return run
 
     def _teacher_flags(self, for_timm: bool) -> dict[str, Any]:
         made = self.teacher_run()
@@ -161,14 +174,19 @@ def load_method(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / 'methods' / f'{name}.yaml').read_text())
 
 
+def read_suite(name: str) -> dict[str, Any]:
+    """The content of a suite's file; of one that is `like` another, that one's with its changes."""
+    suite = yaml.safe_load((ROOT / 'suites' / f'{name}.yaml').read_text())
+    if 'like' not in suite:
+        return suite
+    other = read_suite(suite.pop('like'))
+    merged = {k: {**other[k], **v} for k, v in suite.items() if isinstance(v, dict) and k in other}
+    return {**other, **suite, **merged}
+
+
 def load_suite(name: str, output: Path, overrides: dict[str, Any]) -> Suite:
     """A suite by its name."""
-    return Suite(
-        name=name,
-        folder=output / name,
-        overrides=overrides,
-        **yaml.safe_load((ROOT / 'suites' / f'{name}.yaml').read_text()),
-    )
+    return Suite(name=name, folder=output / name, overrides=overrides, **read_suite(name))
 
 
 def execute(run: Run, threads: int) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if 'teacher' in run.flags and 'teacher_dtype' not in run.flags:
         # that of timm's own tasks and of the runs that are kept, on any machine
         given += ['--teacher-dtype', 'float32']
-    command = [sys.executable, str(SCRIPT), *given]
+    command = [sys.executable, str(run.script), *given]
     start = time.perf_counter()
     with open(log, 'a') as f:
         code = subprocess.run(
@@ -198,7 +216,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if code:
         raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
     result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
-    result |= {'command': ' '.join(['train-distill', *given]), 'flags': run.flags}
+    result |= {'command': ' '.join(['python', str(run.script.relative_to(SCRIPT.parent)), *given]), 'flags': run.flags}
     write(run.result_file, json.dumps(result, indent=2) + '\n')
     return result
 
@@ -239,8 +257,9 @@ def export_for_timm(suite: Suite) -> None:
 
 
 def analyse(runs: list[Run], threads: int) -> None:
-    """Look inside finished runs that have no analysis yet (python -m timm_pe.analysis)."""
-    missing = [run for run in runs if run.result() and not (run.folder / 'analysis.json').exists()]
+    """Look inside finished runs of train_distill that have no analysis yet (python -m timm_pe.analysis)."""
+    done = [run for run in runs if run.result() and run.script == SCRIPT]
+    missing = [run for run in done if not (run.folder / 'analysis.json').exists()]
     if missing:
         command = [sys.executable, '-m', 'timm_pe.analysis', *(str(run.folder) for run in missing)]
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
@@ -248,14 +267,39 @@ def analyse(runs: list[Run], threads: int) -> None:
 
 
 def compare(values: dict[int, float], baseline: dict[int, float]) -> dict[str, Any] | None:
-    """The paired difference to a baseline over the seeds that both have, with a 95 % t interval of its mean."""
+    """The paired difference to a baseline over the seeds that both have, with a 95 % t interval of its mean.
+
+    `detectable` is the true difference that so many seeds with this spread would tell from nothing in POWER of all cases.
+    """
     seeds = sorted(set(values) & set(baseline))
     if not seeds:
         return None
     differences = [values[s] - baseline[s] for s in seeds]
     mean = statistics.mean(differences)
     low, high = confidence_interval(differences) or (None, None)
-    return {'mean': mean, 'low': low, 'high': high, 'of_seeds': differences}
+    found = {'mean': mean, 'low': low, 'high': high, 'of_seeds': differences}
+    return found | {'detectable': detectable(statistics.stdev(differences), len(seeds)) if len(seeds) > 1 else None}
+
+
+def detectable(spread: float, seeds: int) -> float:
+    """The smallest true difference whose 95 % t interval leaves out 0 with a probability of POWER.
+
+    Args:
+        spread: Standard deviation of the differences paired by seed.
+        seeds: How many pairs, at least 2.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    bound, root = t.ppf(0.975, seeds - 1), seeds**0.5
+    return spread / root * float(brentq(lambda shift: nct.sf(bound, seeds - 1, shift) - POWER, 0, 2 * bound + 5))
+
+
+def epochs_to_reach(folder: Path, top1: float) -> int | None:
+    """After how many epochs a run's top-1 first was as high as this; None if it never was."""
+    with open(folder / 'summary.csv', newline='') as f:
+        reached = (int(row['epoch']) + 1 for row in csv.DictReader(f) if float(row['eval_top1'] or '-inf') >= top1)
+        return next(reached, None)
 
 
 def summarize(suite: Suite) -> dict[str, Any]:
@@ -278,8 +322,15 @@ def summarize(suite: Suite) -> dict[str, Any]:
             'top1': statistics.mean(values),
             'std': statistics.stdev(values) if len(values) > 1 else None,
             'best_top1': statistics.mean(r['best_top1'] for r in of_seed.values()),
-            'minus_alone': compare(top1[method], top1.get('alone', {})) if method != 'alone' else None,
-            'minus_kd': compare(top1[method], top1.get('kd', {})) if method not in ('alone', 'kd') else None,
+            **{
+                f'minus_{b}': compare(top1[method], top1.get(b, {})) if method not in ('alone', b) else None
+                for b in BASELINES
+            },
+            'epochs_to_alone': [
+                epochs_to_reach(suite.run(method, s).folder, results['alone'][s]['top1'])
+                for s in of_seed
+                if method != 'alone' and s in results.get('alone', {})
+            ],
             'seconds': statistics.mean(r['seconds'] for r in of_seed.values()),
             'analysis': mean_analysis([suite.run(method, s).folder for s in of_seed]),
             'flags': load_method(method)['flags'],
@@ -327,6 +378,14 @@ def format_difference(difference: dict[str, Any] | None) -> str:
     return f'{difference["mean"]:+.2f}{interval}'
 
 
+def format_epochs(epochs: list[int | None] | None) -> str:
+    """The mean of the epochs; of how many, if some never came there."""
+    came = [e for e in epochs or () if e is not None]
+    if not came:
+        return 'never' if epochs else ''
+    return f'{statistics.mean(came):.1f}' + (f' ({len(came)} of {len(epochs)})' if len(came) < len(epochs) else '')
+
+
 def format_table(summary: dict[str, Any]) -> str:
     """The Markdown tables of one suite: accuracy and analysis."""
     teacher = summary['teacher']
@@ -338,11 +397,17 @@ def format_table(summary: dict[str, Any]) -> str:
     alone = summary['methods'].get('alone')
     if alone and teacher['top1'] and teacher['top1'] <= alone['top1']:
         lines += ['**The teacher is no better than the student alone: it has nothing to teach.**', '']
-    lines += ['| method | seeds | top-1 % | minus student alone | minus KD |', '|---|---|---|---|---|']
-    for row in summary['methods'].values():
+    rows = list(summary['methods'].values())
+    baselines = [b for b in BASELINES if any(row.get(f'minus_{b}') for row in rows)]
+    lines += [
+        f'| {" | ".join(["method", "seeds", "top-1 %", *(f"minus {BASELINES[b]}" for b in baselines)])} | epochs |'
+    ]
+    lines += ['|---' * (4 + len(baselines)) + '|']
+    for row in rows:
         spread = f' +- {row["std"]:.2f}' if row['std'] is not None else ''
-        cells = [row['label'], str(len(row['seeds'])), f'{row["top1"]:.2f}{spread}']
-        lines.append(f'| {" | ".join([*cells, *(format_difference(row[k]) for k in ("minus_alone", "minus_kd"))])} |')
+        differences = [format_difference(row.get(f'minus_{b}')) for b in baselines]
+        cells = [row['label'], str(len(row['seeds'])), f'{row["top1"]:.2f}{spread}', *differences]
+        lines.append(f'| {" | ".join([*cells, format_epochs(row.get("epochs_to_alone"))])} |')
     analysed = [row for row in summary['methods'].values() if row['analysis']]
     if analysed:
         lines += ['', f'| method | {" | ".join(ANALYSIS.values())} |', '|---' * (len(ANALYSIS) + 1) + '|']
@@ -365,7 +430,8 @@ def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, 
     write(results, json.dumps(known, indent=2) + '\n')
     tables = '\n\n'.join(format_table(s) for s in known['suites'].values())
     note = (
-        'Top-1 after the last epoch, mean +- standard deviation; differences are paired by seed, with 95 % t intervals.'
+        'Top-1 after the last epoch, mean +- standard deviation; differences are paired by seed, with 95 % t intervals. '
+        'Epochs: after how many a run first had the final top-1 of the student alone of its seed, where it was validated.'
     )
     write(results.with_suffix('.md'), f'# Accuracy\n\n{note}\n\n{tables}\n')
     return known

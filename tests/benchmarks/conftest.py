@@ -27,4 +27,4 @@ def load_script() -> Iterator[Callable[[str], ModuleType]]:
     yield load
     sys.path.remove(str(BENCHMARKS))
     for name in loaded:
-        del sys.modules[name]
+        sys.modules.pop(name, None)

@@ -2,11 +2,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
 import yaml
 
 import train_distill
+from timm_pe import ProjectorEnsemble
 from timm_pe.config.run_config import parse_config
+from timm_pe.method import projectors
+from timm_pe.method.names import PROJECTOR_NAMES
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
 METHODS = sorted(p.stem for p in (BENCHMARKS / 'methods').glob('*.yaml'))
@@ -16,6 +23,14 @@ SUITES = sorted(p.stem for p in (BENCHMARKS / 'suites').glob('*.yaml'))
 @pytest.fixture(scope='module')
 def accuracy(load_script):
     return load_script('accuracy')
+
+
+@pytest.fixture
+def ablations(load_script, monkeypatch):
+    """Registers the projectors of benchmarks/ablations.py for one test."""
+    monkeypatch.setattr(PROJECTOR_NAMES, 'registry', PROJECTOR_NAMES.registry.copy())
+    monkeypatch.setattr(projectors, '_PROJECTORS', PROJECTOR_NAMES.registry)
+    load_script('ablations')
 
 
 @pytest.fixture
@@ -136,9 +151,75 @@ def test_differences_are_paired_by_seed_with_a_t_interval(accuracy):
     assert accuracy.compare({1: 2.0}, {2: 1.5}) is None
 
 
+@pytest.mark.parametrize(('spread', 'seeds'), [(1.1, 8), (0.5, 3)])
+def test_a_detectable_difference_leaves_zero_out_of_its_interval_in_four_of_five_cases(accuracy, spread, seeds):
+    true = accuracy.detectable(spread, seeds)
+    draws = np.random.default_rng(0).normal(true, spread, (20_000, seeds))
+    half = scipy.stats.t.ppf(0.975, seeds - 1) * draws.std(1, ddof=1) / seeds**0.5
+    assert np.mean(draws.mean(1) - half > 0) == pytest.approx(0.8, abs=0.02)
+
+
+def test_epochs_to_reach_counts_from_one_and_skips_epochs_without_validation(accuracy, tmp_path):
+    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n0,10\n1,\n2,30\n3,20\n')
+    assert accuracy.epochs_to_reach(tmp_path, 20) == 3
+    assert accuracy.epochs_to_reach(tmp_path, 10) == 1
+    assert accuracy.epochs_to_reach(tmp_path, 31) is None
+    assert accuracy.format_epochs([3, 4, None]) == '3.5 (2 of 3)'
+    assert accuracy.format_epochs([None]) == 'never'
+
+
+def test_a_suite_like_another_changes_what_it_names_and_keeps_the_rest(accuracy, tiny, tmp_path):
+    (tmp_path / 'suites' / 'longer.yaml').write_text('{like: tiny, title: longer, student: {epochs: 9}}')
+    suite, other = (accuracy.load_suite(name, tmp_path, {}) for name in ('longer', 'tiny'))
+    assert (suite.title, suite.student) == ('longer', {**other.student, 'epochs': 9})
+    assert (suite.teacher, suite.methods, suite.seeds) == (other.teacher, other.methods, other.seeds)
+
+
+def test_methods_of_one_seed_share_a_cache_and_no_two_seeds_do(accuracy, tiny, tmp_path):
+    suite = accuracy.load_suite('tiny', tmp_path, {})
+    assert 'teacher_cache' not in suite.run('pe_q3', 1).flags
+    suite.cache_views = 4
+    caches = {(m, s): suite.run(m, s).flags.get('teacher_cache') for m in ('alone', 'pe_q1', 'pe_q3') for s in (1, 2)}
+    assert caches['pe_q1', 1] == caches['pe_q3', 1] != caches['pe_q3', 2]
+    assert caches['alone', 1] is None
+
+
+def test_ablated_projectors_start_and_learn_as_they_are_named(ablations):
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+
+    def trained(name, q=1):
+        torch.manual_seed(0)
+        ensemble = ProjectorEnsemble(4, 4, q, name)
+        before = [p.clone() for p in ensemble.parameters()]
+        (ensemble(x.clone().requires_grad_()) * y).sum().backward()
+        for p in ensemble.parameters():
+            if p.grad is not None:
+                p.data -= 0.01 * p.grad
+        return ensemble, before
+
+    frozen, before = trained('frozen', 3)
+    assert all(torch.equal(p, b) for p, b in zip(frozen.parameters(), before, strict=True))
+    torch.testing.assert_close(ProjectorEnsemble(4, 4, 1, 'identity_init')(x), x.relu())
+    third, start = trained('third_gradient')
+    whole, same_start = trained('linear')
+    for p, b, q, c in zip(third.parameters(), start, whole.parameters(), same_start, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(3 * (p - b), q - c)
+    # three with three times the gradient each move as one projector does
+    triple, start = trained('triple_gradient', 3)
+    w, b = triple.projectors[0].weight, triple.projectors[0].bias
+    alone = F.linear(x, start[0], start[1]).detach().requires_grad_()
+    (alone.relu() * y).sum().backward()
+    torch.testing.assert_close(w - start[0], -0.01 * alone.grad.T @ x)
+    torch.testing.assert_close(b - start[1], -0.01 * alone.grad.sum(0))
+    assert ProjectorEnsemble(4, 4, 1, 'wide').projectors[0][0].out_features == 12
+
+
 @pytest.mark.parametrize('name', METHODS)
-def test_a_method_is_flags_that_train_distill_takes(accuracy, tmp_path, name):
+def test_a_method_is_flags_that_train_distill_takes(accuracy, ablations, tmp_path, name):
     method = accuracy.load_method(name)
+    if 'script' in method:
+        assert (BENCHMARKS.parent / method['script']).is_file()
     teacher = {'none': {}, 'timm_pe': {'teacher': 'resnet34'}, 'timm': {'kd_model_name': 'resnet34'}}[method['teacher']]
     config = tmp_path / 'c.yaml'
     config.write_text(yaml.safe_dump({**method['flags'], **teacher}))
