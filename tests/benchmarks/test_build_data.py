@@ -412,7 +412,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys):
 
 
 def test_everything_is_built_unless_something_is_named(tmp_path):
-    assert build_data.parse_args([str(tmp_path)]).what == ['emoji', 'fashion', 'weights']
+    assert build_data.parse_args([str(tmp_path)]).what == ['emoji', 'fashion', 'cifar10', 'weights']
     assert build_data.parse_args([str(tmp_path), 'weights', '--force']).what == ['weights']
 
 
