@@ -801,9 +801,7 @@ def main(argv: list[str] | None = None) -> None:
         if 'cifar10' in args.what:
             cifar10 = root / 'cifar10'
             build(cifar10, partial(build_cifar10, downloads=downloads), args.force)
-            build(
-                root / 'cifar10-10k', partial(build_subset, whole=cifar10, per_class=CIFAR10_PER_CLASS), args.force
-            )
+            build(root / 'cifar10-10k', partial(build_subset, whole=cifar10, per_class=CIFAR10_PER_CLASS), args.force)
         if 'weights' in args.what:
             for name in WEIGHTS:
                 build(root / name, partial(build_weights, downloads=downloads, name=name), args.force)

