@@ -29,7 +29,9 @@ import torch
 import yaml
 from environment import environment, write
 
+from timm_pe.run_folder import RunFolder
 from timm_pe.runs.compare import confidence_interval
+from timm_pe.runs.finished import read_run
 
 ROOT = Path(__file__).resolve().parent
 SCRIPT = ROOT.parent / 'train_distill.py'
@@ -295,13 +297,6 @@ def detectable(spread: float, seeds: int) -> float:
     return spread / root * float(brentq(lambda shift: nct.sf(bound, seeds - 1, shift) - POWER, 0, 2 * bound + 5))
 
 
-def epochs_to_reach(folder: Path, top1: float) -> int | None:
-    """After how many epochs a run's top-1 first was as high as this; None if it never was."""
-    with open(folder / 'summary.csv', newline='') as f:
-        reached = (int(row['epoch']) + 1 for row in csv.DictReader(f) if float(row['eval_top1'] or '-inf') >= top1)
-        return next(reached, None)
-
-
 def summarize(suite: Suite) -> dict[str, Any]:
     """The results of the finished runs of a suite."""
     teacher_run = suite.teacher_run()
@@ -327,7 +322,7 @@ def summarize(suite: Suite) -> dict[str, Any]:
                 for b in BASELINES
             },
             'epochs_to_alone': [
-                epochs_to_reach(suite.run(method, s).folder, results['alone'][s]['top1'])
+                read_run(RunFolder(suite.run(method, s).folder), method).epochs_to(results['alone'][s]['top1'])
                 for s in of_seed
                 if method != 'alone' and s in results.get('alone', {})
             ],

@@ -16,7 +16,8 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.errors import UsageError
 from timm_pe.report import write_report
 from timm_pe.runs import compare, plots, report_bars
-from timm_pe.runs.compare import command, confidence_interval, describe_method, format_command, group_seeds, read_runs
+from timm_pe.runs.compare import command, confidence_interval, describe_method, format_command, group_seeds
+from timm_pe.runs.finished import read_runs
 
 NAME = f'{HOSTILE} & "b" \'c\' $x_$'
 
@@ -115,9 +116,9 @@ def test_a_difference_is_to_the_same_model_without_a_teacher_and_of_the_same_see
     alone = ['–'] * 4  # the teacher and the students alone
     assert seeds.column('runs', 'Difference') == [
         *alone,
-        '+6.00 to student-1',
-        '+7.00 to student-2',
-        '+8.00 to student-3',
+        '+6.00 to student-1, as good after 3 epochs',
+        '+7.00 to student-2, as good after 3 epochs',
+        '+8.00 to student-3, as good after 3 epochs',
     ]
 
 
@@ -195,11 +196,12 @@ def test_a_mean_of_differences_needs_a_counterpart_for_each_seed(tmp_path):
     page = make(folders, tmp_path)
     assert page.column('means', 'Difference')[-1] == '– none to student-1: seed 2 and 1'
     assert page.column('runs', 'Difference')[-3:] == [
-        '+6.00 to student-1',
+        '+6.00 to student-1, as good after 3 epochs',
         '– none to student-1: seed 2 and 1',
-        '+8.00 to student-3',
+        '+8.00 to student-3, as good after 3 epochs',
     ]
     assert 'better in' not in page.text
+    assert 'of 4 epochs' not in page.text
 
 
 def test_runs_of_one_method_are_shown_as_mean_and_standard_deviation(seeds):
@@ -219,6 +221,17 @@ def test_a_difference_over_seeds_has_its_interval_in_the_first_tiles(tmp_path):
     # +6, +7 and +8: 7 ± 4.303 · 1 / √3
     assert '+7.00 points' in tile
     assert '95 % interval +4.52 to +9.48, better in 3 of 3' in tile
+    # the first epoch is worse, the second was not validated
+    assert 'as good after 3 of 4 epochs' in tile
+
+
+def test_a_run_counts_the_epochs_to_a_top1_from_one_and_may_never_have_it(tmp_path):
+    run, worse = (read_runs([make_run(tmp_path, name, top1)])[0] for name, top1 in (('a', 80.0), ('b', 70.0)))
+    assert [run.epochs_to(top1) for top1 in (50.0, 80.0, 80.5, 80.6)] == [1, 3, 3, None]
+    taught = read_runs([make_run(tmp_path, 'taught', 79.0, teacher='test_resnet')])[0]
+    assert compare.epochs_to_baseline(taught, [taught, run]) is None  # 79.5 at best, and 80 alone
+    assert compare.epochs_to_baseline(taught, [taught, worse]) == 3
+    assert compare.epochs_to_baseline(run, [run, taught]) is None
 
 
 def test_one_seed_has_no_interval(tmp_path):

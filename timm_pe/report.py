@@ -28,19 +28,19 @@ from .config.cli import Parser
 from .errors import UsageError
 from .runs.compare import (
     Group,
-    Run,
     baseline,
     command,
     confidence_interval,
     describe_method,
     difference,
+    epochs_to_baseline,
     format_command,
     group_seeds,
-    read_runs,
     shown_epoch,
     teaches,
     why_no_difference,
 )
+from .runs.finished import Run, read_runs
 from .runs.report_bars import dig, draw_measures
 from .version import __version__
 
@@ -251,6 +251,7 @@ def result_row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         'shown': shown_epoch(run, runs),
         'difference': difference(run, runs),
         'baseline': other.name if other else None,
+        'as_good_after': epochs_to_baseline(run, runs),
         'why': why_no_difference(run, runs),
     }
 
@@ -259,6 +260,7 @@ def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
     """A group's values in the tiles and the table of means; numbers are (mean, standard deviation)."""
     differences = [d for d in (difference(run, runs) for run in group.runs) if d is not None]
     paired = len(differences) == len(group.runs)  # else the mean would be over other seeds than its top-1
+    reached = [e for e in (epochs_to_baseline(run, runs) for run in group.runs) if e is not None]
     return {
         'group': group,
         'method': describe_method(group.runs[0]),
@@ -270,6 +272,7 @@ def result_of_group(group: Group, runs: Sequence[Run]) -> dict[str, Any]:
         'seconds': group.mean(lambda run: run.seconds)[0],
         'difference': group.mean(lambda run: difference(run, runs) if paired else None),
         'interval': confidence_interval(differences) if paired else None,
+        'as_good_after': sum(reached) / len(reached) if len(reached) == len(group.runs) else None,
         'why': '; '.join(filter(None, (why_no_difference(run, runs) for run in group.runs))),
         'better': sum(d > 0 for d in differences),
         'compared': len(differences),

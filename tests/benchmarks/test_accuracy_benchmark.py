@@ -159,11 +159,7 @@ def test_a_detectable_difference_leaves_zero_out_of_its_interval_in_four_of_five
     assert np.mean(draws.mean(1) - half > 0) == pytest.approx(0.8, abs=0.02)
 
 
-def test_epochs_to_reach_counts_from_one_and_skips_epochs_without_validation(accuracy, tmp_path):
-    (tmp_path / 'summary.csv').write_text('epoch,eval_top1\n0,10\n1,\n2,30\n3,20\n')
-    assert accuracy.epochs_to_reach(tmp_path, 20) == 3
-    assert accuracy.epochs_to_reach(tmp_path, 10) == 1
-    assert accuracy.epochs_to_reach(tmp_path, 31) is None
+def test_epochs_are_averaged_over_the_runs_that_came_there(accuracy):
     assert accuracy.format_epochs([3, 4, None]) == '3.5 (2 of 3)'
     assert accuracy.format_epochs([None]) == 'never'
 

@@ -17,7 +17,8 @@ from ..train.checkpoints import best_epoch
 from ..train.console import count_params
 from ..train.evaluate import format_metrics
 from ..version import __version__
-from .compare import Run, baseline, command, describe_method, difference, format_command, read_runs
+from .compare import baseline, command, describe_method, difference, format_command
+from .finished import Run, read_runs
 from .student import Student
 
 _CITATION = """\

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .compare import Group, Run, teaches
+from .compare import Group, teaches
+from .finished import Run
 
 # heading, path in analysis.json, digits, unit, end of the scale (None: the highest value), meaning, and what is better:
 # more ('↑'), less ('↓'), or neither ('')

@@ -19,7 +19,7 @@ from ..method.weight_files import classes_in_checkpoint, load_weights, read_stat
 from ..run_folder import RunFolder
 from ..train.checkpoints import saved_classes
 from ..train.student import create_student
-from .compare import Run
+from .finished import Run
 from .reopen import read_class_names, without_weights
 
 _logger = logging.getLogger(__name__)

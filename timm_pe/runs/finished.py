@@ -1,0 +1,177 @@
+"""Finished runs, as the report, the model card and the benchmarks read them."""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UsageError, one_line
+from ..run_folder import RunFolder
+
+# keys of an analysis.json that the report reads
+_KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
+
+
+@dataclass
+class Run:
+    """A run folder of train_distill, as the report needs it.
+
+    Attributes:
+        folder: Where it is.
+        name: Its name in the report: the folder's name, with its parents' if two have the same.
+        args: args.yaml.
+        rows: summary.csv, one dict of numbers per epoch; None for a missing value.
+        analysis: analysis.json, or None.
+    """
+
+    folder: RunFolder
+    name: str
+    args: dict[str, Any]
+    rows: list[dict[str, float | None]]
+    analysis: dict[str, Any] | None = None
+
+    @property
+    def validated(self) -> list[dict[str, float | None]]:
+        """The rows of epochs that were validated."""
+        return [row for row in self.rows if row.get('eval_top1') is not None]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it was trained with labels."""
+        return not self.args.get('unlabeled') or any(self.args.get(k) for k in ('data', 'data_dir', 'dataset'))
+
+    @property
+    def final(self) -> dict[str, float | None]:
+        """The last validated row; empty if there is none."""
+        return self.validated[-1] if self.validated else {}
+
+    @property
+    def best(self) -> dict[str, float | None]:
+        """The first row of the highest top-1; empty if none was validated."""
+        return max(self.validated, key=lambda row: cast(float, row['eval_top1']), default={})
+
+    def epochs_to(self, top1: float) -> int | None:
+        """After how many epochs its top-1 was first as high as this, of those that were validated; None if it never was."""
+        reached = (row for row in self.validated if cast(float, row['eval_top1']) >= top1)
+        return next((int(cast(float, row['epoch'])) + 1 for row in reached), None)
+
+    @property
+    def exported(self) -> dict[str, float | None]:
+        """The row of student.safetensors and model_best: the first best by --eval-metric; empty without one."""
+        metric = f'eval_{self.args.get("eval_metric") or "top1"}'
+        sign = -1 if metric == 'eval_loss' else 1
+        return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
+
+    @property
+    def unfinished(self) -> str:
+        """How far an unfinished run has come; '' for a finished run."""
+        planned = self.args.get('stop_epoch') or self.args.get('epochs')
+        done = int(cast(float, self.rows[-1]['epoch'])) + 1 if self.rows else 0
+        return f'{done} of {planned} epochs' if planned and done < planned else ''
+
+    @property
+    def teacher(self) -> str | None:
+        """Name of its teacher's model, of several 'resnet34 + resnet50'; None for a run without one."""
+        given = self.args.get('teacher') or self.args.get('kd_model_name')
+        return ' + '.join(map(str, given)) if isinstance(given, list) else given
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Duration by the files' times: args.yaml is written at the start, summary.csv at the end.
+
+        None for a resumed run, and if the times can't be those of the run (a copy, or a clone).
+        """
+        if self.args.get('resume'):
+            return None
+        seconds = self.folder.summary_file.stat().st_mtime - self.folder.args_file.stat().st_mtime
+        speeds = [row.get('train_images_per_s') or math.inf for row in self.rows]
+        return seconds if seconds > sum(self.args.get('batch_size', 1) / speed for speed in speeds) else None
+
+    @cached_property
+    def params(self) -> int | None:
+        """Parameters of the student, as the analysis counted them, else counted in student.safetensors."""
+        if self.analysis and self.analysis.get('params'):
+            return self.analysis['params']
+        try:
+            with safe_open(self.folder.student_file, 'pt') as f:
+                names = [n for n in f.keys() if 'running_' not in n and 'num_batches_tracked' not in n]  # noqa: SIM118
+                return sum(math.prod(f.get_slice(n).get_shape()) for n in names)
+        except (OSError, SafetensorError):
+            return None
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs in `folders`, in that order.
+
+    Raises:
+        UsageError: No folder given, one given twice, or one that is no run folder (see `read_run`).
+    """
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UsageError(f"RUN '{folders[i]}' is given twice: give each run once")
+    return [read_run(RunFolder(path), name) for path, name in zip(paths, _distinct_names(paths), strict=True)]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that distinguishes it from the others."""
+    names = []
+    for path in paths:
+        others = [p for p in paths if p != path]
+        depth = next(n for n in range(1, len(path.parts) + 1) if all(p.parts[-n:] != path.parts[-n:] for p in others))
+        names.append(''.join(c if c.isprintable() else '\ufffd' for c in '/'.join(path.parts[-depth:])))
+    return names
+
+
+def read_run(folder: RunFolder, name: str) -> Run:
+    """A run folder's args.yaml, summary.csv and, if it is there, analysis.json.
+
+    Raises:
+        UsageError: Not a run folder, files that can't be read, a run without epochs or of multi-label data.
+    """
+    missing = folder.missing(folder.args_file, folder.summary_file)
+    if not folder.path.is_dir():
+        beside = [path.name for path in folder.path.parent.glob('*') if path.is_dir()]
+        near = difflib.get_close_matches(folder.path.name, beside, n=3)
+        raise UsageError(
+            f"RUN '{folder.path}': no such folder{', did you mean ' + ' or '.join(near) + '?' if near else ''}"
+        )
+    if missing:
+        raise UsageError(f"RUN '{folder.path}' is no run folder of train_distill: it has no {' and no '.join(missing)}")
+    try:
+        args, rows = folder.args(), folder.rows()
+        analysis = _read_analysis(folder, rows) if rows else None
+    except (OSError, ValueError, TypeError) as e:
+        raise UsageError(f"RUN '{folder.path}' cannot be read: {one_line(e, 160)}") from e
+    if args.get('task') == 'multilabel':
+        raise UsageError(
+            f"RUN '{folder.path}' is of --task multilabel: the report compares top-1, which it does not have"
+        )
+    if not rows:
+        raise UsageError(f"RUN '{folder.path}': {folder.summary_file.name} holds no epoch yet, train at least one")
+    return Run(folder, name, args, rows, analysis)
+
+
+def _read_analysis(folder: RunFolder, rows: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
+    """analysis.json; None if it is missing, of another version, or of an earlier run in the folder."""
+    path = folder.analysis_file
+    if not path.is_file():
+        return None
+    analysis = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(analysis, dict) or not set(analysis) >= _KEYS:
+        return None
+    row = next((row for row in rows if row['epoch'] == analysis['epoch']), {})
+    if analysis['checkpoint'] == 'last' and row is not rows[-1]:
+        return None
+    if path.stat().st_mtime >= folder.summary_file.stat().st_mtime:
+        return analysis
+    # it is older, or both files were copied: then the times say nothing, but the numbers agree
+    top1, analysed = row.get('eval_top1'), analysis['validation']
+    return analysis if top1 is not None and analysed and abs(top1 - analysed['top1']) < 0.05 else None
