@@ -5,7 +5,7 @@
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
 a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
 `backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. One with `cache_views` keeps
-the teacher's outputs for so many views in a cache for each seed. One with `like: OTHER` is the other with changes. Each run
+the teacher's features for so many views in a cache for each seed. One with `like: OTHER` is the other with changes. Each run
 is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
 one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
 """
@@ -148,8 +148,9 @@ class Suite:
         kind = load_method(method)['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
-        if kind == 'timm_pe' and self.cache_views:
-            # what the teacher says depends on the seed by the augmentation, and not on the method
+        logits = flags.get('kd_loss_weight') or flags.get('pe_target') == 'logits'
+        if kind == 'timm_pe' and self.cache_views and not logits:
+            # the teacher's features depend on the seed by the augmentation, and not on the method
             cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}'
             flags |= {'teacher_cache': str(cache), 'teacher_cache_views': self.cache_views}
         run = self._run(self.folder, f'{method}-{seed}', flags)
