@@ -173,8 +173,34 @@ class Suite:
 
 
 def load_method(name: str) -> dict[str, Any]:
-    """A method's label, kind of teacher (none, timm_pe, timm) and flags."""
-    return yaml.safe_load((ROOT / 'methods' / f'{name}.yaml').read_text())
+    """A method's label, kind of teacher (none, timm_pe, timm) and flags; NAME@WEIGHT is NAME with another weight.
+
+    Raises:
+        ValueError: No such method, or a weight that is no number or has nothing to weigh.
+    """
+    base, at, weight = name.partition('@')
+    path = ROOT / 'methods' / f'{base}.yaml'
+    if not path.is_file():
+        raise ValueError(
+            f"unknown method '{base}': choose from {', '.join(sorted(p.stem for p in path.parent.iterdir()))}"
+        )
+    method = yaml.safe_load(path.read_text())
+    if at:
+        if method['teacher'] == 'none':
+            raise ValueError(f"'{name}': {base} has no teacher, so it has no weight")
+        weighed = 'kd_loss_weight' if method['flags'].get('kd_loss_weight') else 'distill_loss_weight'
+        method['flags'] |= {weighed: float(weight)}
+        method['label'] += f', weight {weight}'
+    return method
+
+
+def method_name(name: str) -> str:
+    """For argparse: a name that `load_method` takes."""
+    try:
+        load_method(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    return name
 
 
 def read_suite(name: str) -> dict[str, Any]:
@@ -497,13 +523,18 @@ def main(argv: list[str] | None = None) -> None:
         argv: Command line; None takes that of the process.
     """
     suites = sorted(p.stem for p in (ROOT / 'suites').glob('*.yaml'))
-    methods = sorted(p.stem for p in (ROOT / 'methods').glob('*.yaml'))
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog='accuracy.py', description=__doc__.splitlines()[0])
     parser.add_argument(
         'suites', metavar='SUITE', nargs='+', choices=suites, help=f'one or more of {", ".join(suites)}'
     )
-    parser.add_argument('--methods', nargs='+', choices=methods, metavar='METHOD', help="these alone, not the suite's")
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        type=method_name,
+        metavar='METHOD[@WEIGHT]',
+        help="these alone, not the suite's; with @ and a number the loss has another weight, as pe_q3@5",
+    )
     parser.add_argument('--seeds', type=int, nargs='+', help="these, not the suite's")
     parser.add_argument('--output', type=Path, default=Path('output/accuracy'), help='where runs go')
     parser.add_argument('--results', type=Path, help='summary, and a .md beside (accuracy.json in --output)')

@@ -212,6 +212,21 @@ def test_ablated_projectors_start_and_learn_as_they_are_named(ablations):
     assert ProjectorEnsemble(4, 4, 1, 'wide').projectors[0][0].out_features == 12
 
 
+def test_a_method_has_another_weight_after_its_name(accuracy, tiny, tmp_path, capsys):
+    suite = accuracy.load_suite('tiny', tmp_path, {})
+    run, as_it_comes = suite.run('pe_q3@5', 1), suite.run('pe_q3', 1)
+    changed = {k for k in run.flags if run.flags[k] != as_it_comes.flags.get(k)}
+    assert (run.name, run.flags['distill_loss_weight']) == ('pe_q3@5-1', 5.0)
+    assert changed == {'distill_loss_weight', 'experiment'}
+    assert suite.run('kd@0.5', 1).flags['kd_loss_weight'] == 0.5
+    assert accuracy.load_method('pe_q3@5')['label'] == '3 projectors, weight 5'
+    for name, said in (('pe_q9', "unknown method 'pe_q9': choose from alone"), ('alone@1', 'has no teacher'), ('pe_q3@x', "float: 'x'")):  # fmt: skip
+        with pytest.raises(SystemExit) as e:
+            accuracy.main([*tiny, '--methods', name])
+        assert e.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_a_method_is_flags_that_train_distill_takes(accuracy, ablations, tmp_path, name):
     method = accuracy.load_method(name)
