@@ -1,4 +1,4 @@
-"""train_distill with projectors that the literature argues about, each another answer to: why should one help?
+"""train_distill with projectors that the literature argues about, and with a later method's loss on logits.
 
     python benchmarks/ablations.py DATA --teacher NAME --pe-projector frozen ...
 
@@ -8,7 +8,7 @@ Methods of benchmarks/methods/ that need it say `script: ablations.py`.
 import torch
 import torch.nn as nn
 
-from timm_pe import register_projector
+from timm_pe import register_feature_loss, register_projector
 from timm_pe.train.main import main
 
 
@@ -62,6 +62,27 @@ class WideProjector(nn.Sequential):
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(nn.Linear(in_dim, 3 * out_dim), nn.ReLU(), nn.Linear(3 * out_dim, out_dim))
+
+
+@register_feature_loss('dist')
+class DistLoss(nn.Module):
+    """DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536) as torchdistill has it, with the authors' temperature for CIFAR.
+
+    Correlations of the two softmaxes, of each image over the classes and of each class over the batch; between logits:
+    `--pe-target logits --pe-projector identity --pe-projectors 1 --pe-loss dist --task-loss-weight 1`.
+
+    Shapes:
+        `([b, c], [b, c]) -> []`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchdistill.losses.mid_level import DISTLoss  # not in the extra 'bench': it asks for a newer torch
+
+        self.dist = DISTLoss('student', 'logits', 'teacher', 'logits', tau=4.0)
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return self.dist({'student': {'logits': student}}, {'teacher': {'logits': teacher}})
 
 
 if __name__ == '__main__':

@@ -12,8 +12,8 @@ import yaml
 import train_distill
 from timm_pe import ProjectorEnsemble
 from timm_pe.config.run_config import parse_config
-from timm_pe.method import projectors
-from timm_pe.method.names import PROJECTOR_NAMES
+from timm_pe.method import losses, projectors
+from timm_pe.method.names import FEATURE_LOSS_NAMES, PROJECTOR_NAMES
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
 METHODS = sorted(p.stem for p in (BENCHMARKS / 'methods').glob('*.yaml'))
@@ -30,6 +30,8 @@ def ablations(load_script, monkeypatch):
     """Registers the projectors of benchmarks/ablations.py for one test."""
     monkeypatch.setattr(PROJECTOR_NAMES, 'registry', PROJECTOR_NAMES.registry.copy())
     monkeypatch.setattr(projectors, '_PROJECTORS', PROJECTOR_NAMES.registry)
+    monkeypatch.setattr(FEATURE_LOSS_NAMES, 'registry', FEATURE_LOSS_NAMES.registry.copy())
+    monkeypatch.setattr(losses, '_FEATURE_LOSSES', FEATURE_LOSS_NAMES.registry)
     load_script('ablations')
 
 
@@ -225,6 +227,17 @@ def test_a_method_has_another_weight_after_its_name(accuracy, tiny, tmp_path, ca
             accuracy.main([*tiny, '--methods', name])
         assert e.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_dist_is_one_minus_correlation_over_classes_and_over_the_batch(ablations):
+    pytest.importorskip('torchdistill')
+    logits = torch.randn(2, 7, 5)
+    student, teacher = np.exp(logits.double().numpy() / 4)
+    student, teacher = (x / x.sum(1, keepdims=True) for x in (student, teacher))
+    over_classes = [np.corrcoef(s, t)[0, 1] for s, t in zip(student, teacher, strict=True)]
+    over_batch = [np.corrcoef(s, t)[0, 1] for s, t in zip(student.T, teacher.T, strict=True)]
+    expected = 16 * (1 - np.mean(over_classes) + 1 - np.mean(over_batch))
+    assert losses.create_feature_loss('dist')(*logits).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize('name', METHODS)
