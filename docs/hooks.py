@@ -27,6 +27,7 @@ def on_config(config: Any) -> Any:
     config['nav'] = _without_missing(docs, config['nav'])
     draw_accuracy(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'accuracy.svg')
     draw_step_time(json.loads((RESULTS / 'step_time.json').read_text()), docs / 'figures' / 'step_time.svg')
+    draw_projectors(json.loads((RESULTS / 'accuracy.json').read_text()), docs / 'figures' / 'projectors.svg')
     draw_curves(RESULTS / 'runs' / 'emoji_equal.tar.xz', docs / 'figures' / 'curves.svg')
     return config
 
@@ -114,6 +115,55 @@ def draw_curves(archive: Path, path: Path) -> None:
     axes.set_title(
         f'validation top-1 in %, mean and range of {len(runs["alone"])} seeds', color=INK, fontsize=9, loc='left'
     )
+    _write(figure, path)
+
+
+# method with projectors -> its label, colour, and how far its points stand beside the number of epochs
+WITH_PROJECTORS = {'pe_q1': ('one projector', DOT, 0.96), 'pe_q3': ('three', LINE, 1.04)}
+
+
+def draw_projectors(results: dict[str, Any], path: Path) -> None:
+    """Draw what projectors add to a student that is taught without one, by the number of epochs: a panel for each pair.
+
+    Args:
+        results: The content of benchmarks/results/accuracy.json. Suites of one pair are called NAME and NAME_EPOCHS.
+        path: The SVG to write.
+    """
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for name, suite in results['suites'].items():
+        if any(suite['methods'].get(m, {}).get('minus_no_projector') for m in WITH_PROJECTORS):
+            pairs.setdefault(re.sub(r'_\d+$', '', name), []).append(suite)
+    of_several = [sorted(suites, key=lambda s: s['common']['epochs']) for suites in pairs.values() if len(suites) > 1]
+    figure = Figure(figsize=(4.4, 2.3 * len(of_several)), layout='constrained')
+    for axes, suites in zip(figure.subplots(len(of_several), 1, squeeze=False)[:, 0], of_several, strict=True):
+        epochs = [suite['common']['epochs'] for suite in suites]
+        for method, (label, color, aside) in WITH_PROJECTORS.items():
+            for suite in suites:
+                difference = suite['methods'].get(method, {}).get('minus_no_projector')
+                if difference:
+                    x = suite['common']['epochs'] * aside
+                    axes.plot([x] * len(difference['of_seeds']), difference['of_seeds'], '.', color=color, markersize=4)
+                    axes.plot([x], [difference['mean']], 'o', color=color, markersize=6, label=label)
+                    if difference['low'] is not None:
+                        axes.plot([x, x], [difference['low'], difference['high']], color=color, linewidth=2)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_xscale('log')
+        axes.set_xticks(epochs, [f'{e} epochs' for e in epochs])
+        axes.minorticks_off()
+        axes.set_xlim(epochs[0] / 1.5, epochs[-1] * 1.5)
+        axes.set_title(
+            fill(re.sub(r', \d+ epochs.*', '', suites[0]['title']), 52),
+            fontsize=9,
+            color=INK,
+            loc='left',
+            fontweight='bold',
+        )
+        axes.tick_params(colors=INK, labelsize=8)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        shown = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        axes.legend(shown.values(), shown.keys(), fontsize=8, labelcolor=INK, frameon=False, loc='upper left')
+    figure.supylabel('points of top-1 over no projector', color=INK, fontsize=9)
     _write(figure, path)
 
 
