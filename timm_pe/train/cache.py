@@ -34,6 +34,7 @@ from ..data.fingerprint import hash_files, stat_files
 from ..errors import UsageError, one_line
 from ..method.teacher import TeacherOutput
 from ..process.array_files import Mode, create_array, locked, open_array, write_whole
+from .cache_manifest import FILE, check_manifest
 
 _logger = logging.getLogger(__name__)
 
@@ -123,14 +124,22 @@ class TeacherCache:
         """Read the state of the folder; nothing is written.
 
         Raises:
-            UsageError: A folder that is not a cache, one of another run (each difference is named), or damaged files.
+            UsageError: A folder that is not a cache, one of another run (each difference is named), damaged files, or
+                missing rows of a cache whose rows have more than this run computes.
         """
-        self._check_manifest()
+        beyond = check_manifest(self.folder, self.manifest)
         self.counts = [self._count(view) - len(self.stale.get(view, ())) for view in range(self.num_views)]
         if self.is_complete:
             self._mode = 'r'
         elif self._mode == 'r':
             self._mode = None
+        if beyond and not self.is_complete:  # a row that this run adds would have zeros for the rest
+            number = self.num_views * self.num_images
+            raise UsageError(
+                f"--teacher-cache: '{self.folder}' keeps {' and '.join(beyond)} too, which this run does not compute, and "
+                f'{number - sum(self.counts):,} of {number:,} rows are missing: fill it first with the flags that made it '
+                f'(timm-pe precompute), or give another folder'
+            )
 
     def find_changed(self) -> None:
         """Set `stale` by comparing the contents of files whose sizes or times have changed; nothing is written.
@@ -182,39 +191,6 @@ class TeacherCache:
         since = 'since their rows were computed' if len(images) > 1 else 'since its rows were computed'
         return f'{len(images):,} of {self.num_images:,} images {have} changed {since}, {first}'
 
-    def _check_manifest(self) -> None:
-        path = self.folder / 'manifest.json'
-        try:
-            there = json.loads(path.read_text(encoding='utf-8'))
-        except FileNotFoundError:
-            others = [p.name for p in sorted(self.folder.glob('[!.]*'))]
-            if others:
-                what = f'{others[0]} and no manifest.json, so it is no teacher cache: give another folder'
-                if (self.folder / others[0] / 'manifest.json').exists():
-                    what = f'the caches of several teachers, {", ".join(others)}: give one of them'
-                raise UsageError(f"--teacher-cache: '{self.folder}' holds {what}") from None
-            return
-        except (OSError, ValueError) as e:
-            raise UsageError(
-                f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
-            ) from e
-        there = there if isinstance(there, dict) else {}
-        if 'format' in there and 'format' in self.manifest and there['format'] != self.manifest['format']:
-            raise UsageError(
-                f"--teacher-cache: '{self.folder}' was made by another version of timm_pe (format {there['format']}, this one: "
-                f'{self.manifest["format"]}): give another folder, or delete it'
-            )
-        differences = [
-            f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
-            for name, value in self.manifest.items()
-            if name not in there or _differs(name, there[name], value)
-        ]
-        if differences:
-            raise UsageError(
-                f"--teacher-cache: '{self.folder}' was filled by a run that differs from this one: "
-                f'{"; ".join(differences)}: give another folder, or delete it'
-            )
-
     def _arrays(self, view: int) -> dict[str, tuple[Path, tuple[int, ...], np.dtype]]:
         """Path, shape and dtype of each file of a view, the flags last."""
         n = self.num_images
@@ -259,8 +235,8 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder, made):
                 self.look()  # another run may have been faster
-                if not (self.folder / 'manifest.json').exists():
-                    write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+                if not (self.folder / FILE).exists():
+                    write_whole(self.folder / FILE, json.dumps(self.manifest, indent=2).encode(), made)
                 for view in range(self.num_views):
                     if not self._has_files(view):
                         self._create_files(view, made)
@@ -295,7 +271,7 @@ class TeacherCache:
             done[rows] = 0
             done.flush()
         if self.stale:  # it has hashes of some of these images
-            write_whole(self.folder / 'manifest.json', json.dumps(self.manifest, indent=2).encode(), made)
+            write_whole(self.folder / FILE, json.dumps(self.manifest, indent=2).encode(), made)
             _logger.warning(f'Teacher cache: {self.describe_stale()}: they are computed again.')
         self.keep_stats(made)
         self.stale = {}
@@ -418,21 +394,6 @@ class TeacherCache:
         self._view.done[np.concatenate(self._pending)] = 1
         self._view.done.flush()
         self._pending.clear()
-
-
-def _differs(name: str, there: Any, here: Any) -> bool:
-    """Whether two values of a manifest are incompatible; pixels are only compared for files of the same bytes."""
-    if name == 'pixels' and isinstance(there, list) and len(there) == len(here):
-        return any(str(t).split()[:1] == h.split()[:1] and t != h for t, h in zip(there, here, strict=True))
-    return there != here
-
-
-def _show(value: Any, other: Any) -> str:
-    """A value of a manifest for a message; of a transform only the lines that the other one lacks."""
-    lines = isinstance(value, list) and isinstance(other, list) and all(isinstance(v, str) for v in [*value, *other])
-    if lines and sorted(value) != sorted(other):
-        return ' '.join(v for v in value if v not in other) or 'nothing'
-    return str(value)
 
 
 def _format_bytes(number: float) -> str:

@@ -1,0 +1,68 @@
+"""What the rows of a teacher cache depend on, and which fields they have: runs share a cache only where these agree."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, one_line
+
+FILE = 'manifest.json'
+# entries that name a field of the rows: a run may read a cache that has more of them than it needs
+_FIELDS = {'feature width': 'features', 'logits': 'logits', 'map': 'maps'}
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The fields that the rows in `folder` have beyond those of `manifest`, in words; nothing is written.
+
+    Raises:
+        UsageError: A folder that is not a cache, or one of another run (each difference is named).
+    """
+    path = folder / FILE
+    try:
+        there = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        others = [p.name for p in sorted(folder.glob('[!.]*'))]
+        if others:
+            what = f'{others[0]} and no {FILE}, so it is no teacher cache: give another folder'
+            if (folder / others[0] / FILE).exists():
+                what = f'the caches of several teachers, {", ".join(others)}: give one of them'
+            raise UsageError(f"--teacher-cache: '{folder}' holds {what}") from None
+        return []
+    except (OSError, ValueError) as e:
+        raise UsageError(
+            f"--teacher-cache: cannot read '{path}' ({one_line(e)}): give another folder, or delete it"
+        ) from e
+    there = there if isinstance(there, dict) else {}
+    if 'format' in there and 'format' in manifest and there['format'] != manifest['format']:
+        raise UsageError(
+            f"--teacher-cache: '{folder}' was made by another version of timm_pe (format {there['format']}, this one: "
+            f'{manifest["format"]}): give another folder, or delete it'
+        )
+    beyond = [name for name in _FIELDS if there.get(name) and not manifest.get(name)]
+    differences = [
+        f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
+        for name, value in manifest.items()
+        if name not in beyond and (name not in there or _differs(name, there[name], value))
+    ]
+    if differences:
+        raise UsageError(
+            f"--teacher-cache: '{folder}' was filled by a run that differs from this one: "
+            f'{"; ".join(differences)}: give another folder, or delete it'
+        )
+    return [_FIELDS[name] for name in beyond]
+
+
+def _differs(name: str, there: Any, here: Any) -> bool:
+    """Whether two values of a manifest are incompatible; pixels are only compared for files of the same bytes."""
+    if name == 'pixels' and isinstance(there, list) and len(there) == len(here):
+        return any(str(t).split()[:1] == h.split()[:1] and t != h for t, h in zip(there, here, strict=True))
+    return there != here
+
+
+def _show(value: Any, other: Any) -> str:
+    """A value of a manifest for a message; of a transform only the lines that the other one lacks."""
+    lines = isinstance(value, list) and isinstance(other, list) and all(isinstance(v, str) for v in [*value, *other])
+    if lines and sorted(value) != sorted(other):
+        return ' '.join(v for v in value if v not in other) or 'nothing'
+    return str(value)
