@@ -96,9 +96,34 @@ class Suite:
     cache_views: int | None = None
     of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def choose(self, methods: list[str] | None, seeds: list[int] | None) -> None:
+        """Run these alone; the results still have all that is there.
+
+        Raises:
+            ValueError: A method that does nothing under the suite's optimizer.
+        """
+        self.known_methods = list(dict.fromkeys([*self.methods, *(methods or ())]))
+        self.known_seeds = sorted({*self.seeds, *(seeds or ())})
+        self.methods, self.seeds = methods or self.methods, seeds or self.seeds
+        opt = {'opt': 'sgd', **self.common, **self.student, **self.overrides}['opt']
+        for method in self.methods:
+            needed = load_method(method).get('optimizers')
+            if needed and opt not in needed:
+                raise ValueError(
+                    f'{method} does nothing under --opt {opt} of {self.name}: it is for {", ".join(needed)}'
+                )
+
+    def finished(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The results that are there, by method and seed; empty before the learning rate is tuned."""
+        if self.tuned() is None:
+            return {}
+        found = {m: {s: r for s in self.known_seeds if (r := self.run(m, s).result())} for m in self.known_methods}
+        return {method: of_seed for method, of_seed in found.items() if of_seed}
+
     def __post_init__(self) -> None:
         # no method has it, and it stays when fewer seeds are asked for
         self.tuning_seed = max(self.seeds) + 1000
+        self.choose(None, None)
 
     def tuning_runs(self) -> dict[float, Run]:
         """The student alone at each of `rates`, with a seed that no method has. Empty if the suite fixes the rate."""
@@ -137,15 +162,17 @@ class Suite:
 
     def run(self, method: str, seed: int) -> Run:
         """The run of one method and seed."""
-        flags = {**self.student, **load_method(method)['flags'], **self.of_methods.get(method, {}), 'seed': seed}
+        loaded = load_method(method)
+        own = self.of_methods.get(method.partition('@')[0], {})
+        flags = {**self.student, **loaded['flags'], **own, **loaded.get('weight', {}), 'seed': seed}
         tuned = self.tuned()
         if tuned is None:
             raise RuntimeError(f'{self.name}: the learning rate is not tuned yet')
         if tuned:
             flags['lr'] = next(iter(tuned))
-        if load_method(method).get('starts') == 'backbone':
+        if loaded.get('starts') == 'backbone':
             flags['pretrained_path'] = str(self.backbone_run(seed).folder)
-        kind = load_method(method)['teacher']
+        kind = loaded['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
         logits = flags.get('kd_loss_weight') or flags.get('pe_target') == 'logits'
@@ -154,7 +181,7 @@ class Suite:
             cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}'
             flags |= {'teacher_cache': str(cache), 'teacher_cache_views': self.cache_views}
         run = self._run(self.folder, f'{method}-{seed}', flags)
-        run.script = SCRIPT.parent / load_method(method).get('script', SCRIPT.name)
+        run.script = SCRIPT.parent / loaded.get('script', SCRIPT.name)
         return run
 
     def _teacher_flags(self, for_timm: bool) -> dict[str, Any]:
@@ -188,8 +215,8 @@ def load_method(name: str) -> dict[str, Any]:
     if at:
         if method['teacher'] == 'none':
             raise ValueError(f"'{name}': {base} has no teacher, so it has no weight")
-        weighed = 'kd_loss_weight' if method['flags'].get('kd_loss_weight') else 'distill_loss_weight'
-        method['flags'] |= {weighed: float(weight)}
+        weighed = 'kd_loss_weight' if method['flags'].get('distill_loss_weight') == 0 else 'distill_loss_weight'
+        method['weight'] = {weighed: float(weight)}
         method['label'] += f', weight {weight}'
     return method
 
@@ -245,6 +272,7 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if code:
         raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
     result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
+    result['ran'] = {'date': f'{date.today()}', 'environment': environment(run.flags.get('device', 'cuda'))}
     result |= {'command': ' '.join(['python', str(run.script.relative_to(SCRIPT.parent)), *given]), 'flags': run.flags}
     write(run.result_file, json.dumps(result, indent=2) + '\n')
     return result
@@ -328,14 +356,10 @@ def summarize(suite: Suite) -> dict[str, Any]:
     """The results of the finished runs of a suite."""
     teacher_run = suite.teacher_run()
     teacher = teacher_run.result() if teacher_run else None
-    tuned = suite.tuned()
-    methods_known = suite.methods if tuned is not None else []
-    results = {m: {s: r for s in suite.seeds if (r := suite.run(m, s).result())} for m in methods_known}
+    results = suite.finished()
     top1 = {m: {s: r['top1'] for s, r in of_seed.items()} for m, of_seed in results.items()}
     methods = {}
     for method, of_seed in results.items():
-        if not of_seed:
-            continue
         values = list(top1[method].values())
         methods[method] = {
             'label': load_method(method)['label'],
@@ -355,7 +379,7 @@ def summarize(suite: Suite) -> dict[str, Any]:
             ],
             'seconds': statistics.mean(r['seconds'] for r in of_seed.values()),
             'analysis': mean_analysis([suite.run(method, s).folder for s in of_seed]),
-            'flags': load_method(method)['flags'],
+            'flags': load_method(method)['flags'] | load_method(method).get('weight', {}),
         }
     return {
         'title': suite.title,
@@ -439,16 +463,37 @@ def format_table(summary: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def would_lose(suites: list[Suite], results: Path) -> str:
+    """What RESULTS has of these suites and the folders of runs have not, in words; '' if there is nothing.
+
+    The suites will show what RESULTS has, as far as it is there.
+    """
+    known = json.loads(results.read_text())['suites'] if results.exists() else {}
+    for suite in suites:
+        there = known.get(suite.name, {}).get('methods', {})
+        methods = (m for m in there if (ROOT / 'methods' / f'{m.partition("@")[0]}.yaml').is_file())
+        suite.known_methods += [m for m in methods if m not in suite.known_methods]
+        suite.known_seeds = sorted({*suite.known_seeds, *(s for row in there.values() for s in row['seeds'])})
+        here = suite.finished()
+        lost = [f'{m}-{s}' for m, row in there.items() for s in row['seeds'] if s not in here.get(m, {})]
+        if lost:
+            return (
+                f'{results} has {len(lost)} results of {suite.name} whose runs are not in {suite.folder} with these flags, as '
+                f'{lost[0]}: give another --results, unpack the runs, or --replace to drop them'
+            )
+    return ''
+
+
 def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:
     """Write the results of these suites into RESULTS; other suites there are kept."""
     known = json.loads(results.read_text()) if results.exists() else {}
     known.setdefault('suites', {})
     for suite in suites:
-        known['suites'][suite.name] = {
-            'date': f'{date.today()}',
-            'environment': environment(device),
-            **summarize(suite),
-        }
+        ran = [result['ran'] for of_seed in suite.finished().values() for result in of_seed.values() if 'ran' in result]
+        # that of the newest run; runs of before do not say it
+        there = known['suites'].get(suite.name) or {'date': f'{date.today()}', 'environment': environment(device)}
+        newest = max(ran, key=lambda r: r['date'], default={k: there[k] for k in ('date', 'environment')})
+        known['suites'][suite.name] = {**newest, **summarize(suite)}
     write(results, json.dumps(known, indent=2) + '\n')
     tables = '\n\n'.join(format_table(s) for s in known['suites'].values())
     note = (
@@ -544,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--set', nargs='+', default=[], metavar='FLAG=VALUE', help='flags of train_distill for every run'
     )
+    parser.add_argument('--replace', action='store_true', help='drop what RESULTS has of these suites and is not here')
     parser.add_argument('--no-run', action='store_true', help='run nothing, summarize what is there')
     parser.add_argument('--no-analysis', action='store_true', help='do not look inside the runs')
     args = parser.parse_args(argv)
@@ -553,7 +599,12 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {k.replace('-', '_'): yaml.safe_load(v) for k, v in (s.split('=', 1) for s in args.set)}
     chosen = [load_suite(name, args.output, {**overrides, 'device': args.device}) for name in args.suites]
     for suite in chosen:
-        suite.methods, suite.seeds = args.methods or suite.methods, args.seeds or suite.seeds
+        try:
+            suite.choose(args.methods, args.seeds)
+        except ValueError as e:
+            parser.error(str(e))
+    if not args.replace and (lost := would_lose(chosen, results)):
+        parser.error(lost)
 
     writing = threading.Lock()
 

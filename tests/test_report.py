@@ -225,6 +225,53 @@ def test_a_difference_over_seeds_has_its_interval_in_the_first_tiles(tmp_path):
     assert 'as good after 3 of 4 epochs' in tile
 
 
+def test_the_student_alone_starts_from_the_same_weights(tmp_path):
+    taught, alone, finetuned, again = (
+        read_runs([make_run(tmp_path, name, top1, **args)])[0]
+        for name, top1, args in (
+            ('taught', 80.0, {'teacher': 'test_resnet'}),
+            ('alone', 70.0, {}),
+            ('finetuned', 90.0, {'pretrained_path': 'backbone/student.safetensors'}),
+            ('again', 91.0, {'teacher': 'test_resnet', 'pretrained_path': 'backbone/student.safetensors'}),
+        )
+    )
+    runs = [finetuned, alone, taught, again]
+    assert compare.baseline(taught, runs) is alone
+    assert compare.baseline(again, runs) is finetuned
+    assert compare.differing(taught, finetuned) == ['pretrained path none and backbone/student.safetensors']
+
+
+@pytest.mark.parametrize('flag', ['teacher_cache', 'pretrained_path', 'initial_checkpoint'])
+def test_seeds_with_a_path_of_their_own_are_one_group(tmp_path, flag):
+    paths = ['other/of-1/x3', 'other/of-2/x3']
+    runs = read_runs([make_run(tmp_path, f'a-{i + 1}', seed=i + 1, **{flag: path}) for i, path in enumerate(paths)])
+    assert [group.name for group in group_seeds(runs)] == ['a']
+    other = read_runs([make_run(tmp_path, 'a-3', seed=3, **{flag: 'elsewhere/of-3/x3'})])
+    assert len(group_seeds([*runs, *other])) == 2
+
+
+def test_the_epochs_of_a_run_whose_columns_changed_are_all_read(tmp_path):
+    folder = make_run(tmp_path, 'resumed', 80.0)
+    lines = (folder / 'summary.csv').read_text().splitlines()
+    (folder / 'summary.csv.until-3').write_text('\n'.join(lines[:4]) + '\n')
+    (folder / 'summary.csv').write_text(f'{lines[0]},train_other\n{lines[4]},1\n')
+    run = read_runs([folder])[0]
+    assert [row['epoch'] for row in run.rows] == [0, 1, 2, 3]
+    assert (run.best['eval_top1'], run.final['eval_top1'], run.epochs_to(80.0)) == (80.5, 80.0, 3)
+
+
+def test_a_run_is_finished_after_cooldown_and_warmup_prefix(tmp_path):
+    for args, unfinished in (
+        ({}, ''),
+        ({'cooldown_epochs': 2}, '4 of 6 epochs'),
+        ({'cooldown_epochs': 2, 'sched': 'multistep'}, ''),
+        ({'warmup_prefix': True, 'warmup_epochs': 1, 'epochs': 3}, ''),
+        ({'cooldown_epochs': 2, 'stop_epoch': 4}, ''),
+    ):
+        run = read_runs([make_run(tmp_path / str(len(list(tmp_path.iterdir()))), 'run', 80.0, **args)])[0]
+        assert run.unfinished == unfinished, args
+
+
 def test_a_run_counts_the_epochs_to_a_top1_from_one_and_may_never_have_it(tmp_path):
     run, worse = (read_runs([make_run(tmp_path, name, top1)])[0] for name, top1 in (('a', 80.0), ('b', 70.0)))
     assert [run.epochs_to(top1) for top1 in (50.0, 80.0, 80.5, 80.6)] == [1, 3, 3, None]

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_a_grid_is_run_summarized_and_not_run_again(accuracy, tiny, tmp_path, ca
     accuracy.main(tiny)
     assert ' runs left' not in capsys.readouterr().out
     with pytest.raises(SystemExit):  # finished runs with other flags are not taken for these
-        accuracy.main([*tiny, '--set', 'lr=0.1'])
+        accuracy.main([*tiny, '--set', 'lr=0.1', '--replace'])
     assert 'holds a run with other flags' in capsys.readouterr().err
 
 
@@ -133,6 +134,51 @@ def test_runs_of_an_archive_are_never_written_into(accuracy, tiny, tmp_path, cap
             accuracy.main(tiny)
         assert said in capsys.readouterr().err
         assert [path.name for path in teacher.folder.iterdir()] == ['result.json']
+
+
+def finish(suite, methods, seeds, top1=50.0):
+    """Finished runs of a suite, without their training."""
+    for method in methods:
+        for seed in seeds:
+            run = suite.run(method, seed)
+            run.folder.mkdir(parents=True)
+            (run.folder / 'args.yaml').write_text('{epochs: 1}')
+            (run.folder / 'summary.csv').write_text(f'epoch,train_loss,eval_loss,eval_top1\n0,1,1,{top1 + seed}\n')
+            values = {'top1': top1 + seed, 'best_top1': top1 + seed, 'seconds': 1.0, 'flags': run.flags}
+            run.result_file.write_text(json.dumps(values))
+
+
+def test_known_results_whose_runs_are_not_here_are_not_dropped_in_silence(accuracy, tiny, tmp_path, capsys):
+    suite = accuracy.load_suite('tiny', tmp_path / 'out', {'device': 'cpu'})
+    finish(suite, ['alone', 'pe_q3'], [1, 2])
+    results = tmp_path / 'r' / 'accuracy.json'
+
+    def found():
+        rows = json.loads(results.read_text())['suites']['tiny']['methods']
+        return {method: row['seeds'] for method, row in rows.items()}
+
+    accuracy.main([*tiny, '--no-run', '--seeds', '1', '2'])
+    assert found() == {'alone': [1, 2], 'pe_q3': [1, 2]}
+    # fewer to run are no fewer to show
+    accuracy.main([*tiny, '--no-run', '--methods', 'pe_q3', '--seeds', '2'])
+    accuracy.main([*tiny, '--no-run'])
+    assert found() == {'alone': [1, 2], 'pe_q3': [1, 2]}
+    shutil.rmtree(tmp_path / 'out' / 'tiny' / 'pe_q3-2')
+    before = results.read_text()
+    with pytest.raises(SystemExit) as e:
+        accuracy.main([*tiny, '--no-run'])
+    assert e.value.code == 2
+    assert 'has 1 results of tiny whose runs are not in' in capsys.readouterr().err
+    assert results.read_text() == before
+    accuracy.main([*tiny, '--no-run', '--seeds', '1', '2', '--replace'])
+    assert found()['pe_q3'] == [1]
+
+
+def test_a_method_that_scales_gradients_is_refused_where_the_optimizer_scales_them_anew(accuracy, tiny, capsys):
+    with pytest.raises(SystemExit) as e:
+        accuracy.main([*tiny, '--methods', 'pe_q1_third', '--set', 'opt=adamw'])
+    assert e.value.code == 2
+    assert 'pe_q1_third does nothing under --opt adamw of tiny: it is for sgd, momentum' in capsys.readouterr().err
 
 
 def test_results_go_beside_the_runs_unless_said_otherwise(accuracy, tiny, tmp_path, capsys):
@@ -221,6 +267,12 @@ def test_a_method_has_another_weight_after_its_name(accuracy, tiny, tmp_path, ca
     assert (run.name, run.flags['distill_loss_weight']) == ('pe_q3@5-1', 5.0)
     assert changed == {'distill_loss_weight', 'experiment'}
     assert suite.run('kd@0.5', 1).flags['kd_loss_weight'] == 0.5
+    assert suite.run('pe_kd@5', 1).flags['distill_loss_weight'] == 5.0
+    suite.of_methods = {
+        'pe_q3': {'epochs': 7, 'distill_loss_weight': 1}
+    }  # the suite's flags for a method are for it at any weight
+    of_suite = suite.run('pe_q3@5', 1).flags
+    assert (of_suite['epochs'], of_suite['distill_loss_weight']) == (7, 5.0)
     assert accuracy.load_method('pe_q3@5')['label'] == '3 projectors, weight 5'
     for name, said in (('pe_q9', "unknown method 'pe_q9': choose from alone"), ('alone@1', 'has no teacher'), ('pe_q3@x', "float: 'x'")):  # fmt: skip
         with pytest.raises(SystemExit) as e:

@@ -21,6 +21,8 @@ from .finished import Run
 
 # flags in which two runs of one method may differ, besides the number in their name
 _OF_A_SEED = ('seed', 'experiment')
+# flags whose path may have the number of the run in it
+_PATHS_OF_A_SEED = ('teacher_cache', 'pretrained_path', 'initial_checkpoint')
 # flags that identify a student, whether it is trained with a teacher or without
 _OF_A_STUDENT = ('model', 'model_kwargs')
 # flags that two of them must share, besides the data folder, for their difference to be due to the teacher
@@ -39,6 +41,7 @@ _OF_A_PAIR = (
         'class_depth',
         'seed',
     ),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint'),
 )
 
 
@@ -69,14 +72,22 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
     """Group runs whose names end in -1, -2, ... and whose arguments are equal except for seed and name."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        match = re.fullmatch(r'(.+)-\d+', run.name)
-        settings = {k: v for k, v in run.args.items() if k not in _OF_A_SEED}
-        key = (match[1], json.dumps(settings, sort_keys=True, default=str)) if match else (run.name, '')
+        match = re.fullmatch(r'(.+)-(\d+)', run.name)
+        key = (match[1], _settings_of_all_seeds(run, match[2])) if match else (run.name, '')
         groups.setdefault(key, []).append(run)
     return [
         Group(name if len(members) > 1 else members[0].name, members, color)
         for color, ((name, _), members) in enumerate(groups.items())
     ]
+
+
+def _settings_of_all_seeds(run: Run, number: str) -> str:
+    """A run's settings but for its seed and name; a path of its own ends in its number, as `cache-1`."""
+    settings = {k: v for k, v in run.args.items() if k not in _OF_A_SEED}
+    for name in _PATHS_OF_A_SEED:
+        if isinstance(settings.get(name), str):
+            settings[name] = re.sub(rf'(?<!\d){number}(?!\d)', '#', settings[name])
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def baseline(run: Run, runs: Sequence[Run]) -> Run | None:

@@ -70,9 +70,17 @@ class Run:
         return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
 
     @property
+    def planned(self) -> int:
+        """Number of epochs that it is to have; 0 if it does not say."""
+        # timm's other schedules end with their epochs
+        more = [self.args.get('cooldown_epochs'), self.args.get('warmup_prefix') and self.args.get('warmup_epochs')]
+        beyond = sum(filter(None, more)) if self.args.get('sched', 'cosine') in ('cosine', 'tanh', 'poly') else 0
+        return self.args.get('stop_epoch') or (self.args.get('epochs') or 0) + beyond
+
+    @property
     def unfinished(self) -> str:
         """How far an unfinished run has come; '' for a finished run."""
-        planned = self.args.get('stop_epoch') or self.args.get('epochs')
+        planned = self.planned
         done = int(cast(float, self.rows[-1]['epoch'])) + 1 if self.rows else 0
         return f'{done} of {planned} epochs' if planned and done < planned else ''
 
@@ -146,7 +154,7 @@ def read_run(folder: RunFolder, name: str) -> Run:
     if missing:
         raise UsageError(f"RUN '{folder.path}' is no run folder of train_distill: it has no {' and no '.join(missing)}")
     try:
-        args, rows = folder.args(), folder.rows()
+        args, rows = folder.args(), list(folder.rows_by_epoch().values())
         analysis = _read_analysis(folder, rows) if rows else None
     except (OSError, ValueError, TypeError) as e:
         raise UsageError(f"RUN '{folder.path}' cannot be read: {one_line(e, 160)}") from e
