@@ -69,6 +69,7 @@ def analysis(name: str, top1: float, teacher: str | None, class_names: tuple[str
         'epoch': EPOCHS - 1,
         'params': 1234567,
         'compared_with': 'cifar_resnet20',
+        'teacher_weights': ['6a1f'],
         'class_names': list(class_names),
         'validation': {'top1': top1},
         'gap_top1': 100 - top1,

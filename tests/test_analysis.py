@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import load, run, summary
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from timm_pe import analysis
 from timm_pe.run_folder import RunFolder
@@ -21,7 +22,7 @@ from timm_pe.runs.reopen import Options, open_run
 from timm_pe.train import build
 
 KEYS = {
-    '': 'run model teacher compared_with checkpoint epoch seed params num_classes class_names images train validation '
+    '': 'run model teacher compared_with teacher_weights checkpoint epoch seed params num_classes class_names images train validation '
     'gap_top1 teacher_validation agreement cosine cosine_raw cka map_cosine discriminability calibration projectors samples',
     'images': 'train validation',
     'train': 'top1 top5 loss',
@@ -334,6 +335,19 @@ def test_moved_data_and_teacher_are_named_on_the_command_line(runs, image_folder
     assert not (folder / 'analysis.json').exists()
     analysis.main([str(folder), '--data-dir', str(image_folder), '--teacher-checkpoint', str(runs[0] / 'teacher')])
     assert (folder / 'analysis.json').exists()
+
+
+def test_a_teacher_with_other_weights_than_those_that_taught_is_refused(runs, tmp_path, capsys):
+    folder = copy(runs, 'distilled', tmp_path)
+    student = runs[0] / 'teacher' / 'student.safetensors'
+    weights = load_file(student)
+    save_file({k: v * 2 if v.is_floating_point() else v for k, v in weights.items()}, tmp_path / 'other.safetensors')
+    error = refused([folder, '--teacher-checkpoint', tmp_path / 'other.safetensors'], capsys)
+    assert 'its teacher has other weights than when it taught (teacher test_resnet (' in error
+    assert not (folder / 'analysis.json').exists()
+    shutil.copy(student, tmp_path / 'moved.safetensors')
+    analysis.main([str(folder), '--teacher-checkpoint', str(tmp_path / 'moved.safetensors')])
+    assert json.loads((folder / 'analysis.json').read_text())['teacher_weights'][0]
 
 
 def test_what_cannot_be_analysed_is_said_in_one_line_before_anything_is_written(runs, tmp_path, capsys, monkeypatch):

@@ -625,6 +625,20 @@ def test_an_analysis_of_another_run_in_the_folder_is_made_anew(what, tmp_path, a
     assert analysed == ['b']
 
 
+def test_a_student_alone_that_was_compared_with_another_teacher_is_analysed_anew(tmp_path, analysed, monkeypatch):
+    folders = [make_run(tmp_path, 'alone', 80.0), make_run(tmp_path, 'taught', 81.0, teacher='cifar_resnet20')]
+    report.analyse_missing(read_runs(folders))
+    assert analysed == []
+    path = folders[0] / 'analysis.json'
+    path.write_text(path.read_text().replace('6a1f', 'b0b0'))
+    kept = read_runs(folders)
+    report.write_report(folders, tmp_path / 'r.html', analysis=False)
+    assert 'Not analysed: alone' in (tmp_path / 'r.html').read_text()
+    report.analyse_missing(kept)
+    assert analysed == ['alone']
+    assert [run.analysis['teacher_weights'] for run in kept] == [['6a1f']] * 2
+
+
 def test_an_analysis_whose_copy_is_the_older_file_still_counts(tmp_path, analysed):
     folder = make_run(tmp_path, 'a', 80.0)
     os.utime(folder / 'analysis.json', (1000, 1000))

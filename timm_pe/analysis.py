@@ -115,6 +115,7 @@ def measure(
         'model': run.config.model,
         'teacher': _joined(as_each(run.config.teacher or run.config.kd_model_name)),
         'compared_with': _joined(run.teacher_names),
+        'teacher_weights': [teacher.fingerprint.get('features') for teacher in run.teachers],
         'epoch': run.epoch,
         'seed': run.config.seed,
         'params': count_params(run.student),

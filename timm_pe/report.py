@@ -199,7 +199,8 @@ def collect_samples(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[s
         teacher), class, confidence in percent, right.
     """
     images: dict[str, dict[str, Any]] = {}
-    teachers = {run.analysis['compared_with'] for run in runs if run.analysis and not teaches(run, runs)}
+    analysed = [run.analysis for run in runs if run.analysis and not teaches(run, runs)]
+    teachers = {str(a['teacher_weights']): a['compared_with'] for a in analysed}
     for group in groups:
         run = group.runs[0]
         if run.analysis is None or teaches(run, runs):
@@ -210,7 +211,10 @@ def collect_samples(groups: Sequence[Group], runs: Sequence[Run]) -> list[dict[s
             entry = {'image': uri, 'small': _is_small(uri), 'label': names[label], 'teachers': {}, 'students': []}
             entry = images.setdefault(f'{label} {uri}', entry)
             if sample.get('teacher'):
-                who = f'teacher {run.analysis["compared_with"]}' if len(teachers) > 1 else 'teacher'
+                of, name = str(run.analysis['teacher_weights']), run.analysis['compared_with']
+                same_name = [weights for weights, other in teachers.items() if other == name]
+                number = f' {same_name.index(of) + 1}' if len(same_name) > 1 else ''
+                who = f'teacher {name}{number}' if len(teachers) > 1 else 'teacher'
                 entry['teachers'][who] = _answer(who, None, sample['teacher'], label, names)
             entry['students'].append(_answer(run.name, group.color, sample['student'], label, names))
     return [{**entry, 'answers': [*entry['teachers'].values(), *entry['students']]} for entry in images.values()]
@@ -332,18 +336,27 @@ def _data_name(run: Run) -> str:
     return run.args.get('dataset') or ', '.join(os.path.basename(os.path.normpath(path)) for path in folders)
 
 
+def has_other_teacher(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether the analysis of a run without a teacher compared it with one that has taught none of the others."""
+    of_others = [o.analysis['teacher_weights'] for o in runs if o.teacher and o.analysis]
+    alone = run.analysis if run.teacher is None else None
+    return bool(alone and alone['compared_with'] and of_others and alone['teacher_weights'] not in of_others)
+
+
 def analyse_missing(runs: Sequence[Run]) -> None:
-    """Analyse the runs that have no analysis yet; one without a teacher is compared with a teacher of the others.
+    """Analyse the runs that have no analysis yet, or one of another report with another teacher.
+
+    A run without a teacher is compared with a teacher of the others.
 
     Raises:
         UsageError: An analysis failed; the message says how to do without it.
     """
-    missing = [run for run in runs if run.analysis is None and (run.has_labels or run.args.get('knn_data'))]
-    if not missing:
-        return
-    from .analysis import analyze
+    # those with a teacher first: the others are compared with theirs
+    for run in sorted(runs, key=lambda run: run.teacher is None):
+        if (run.analysis and not has_other_teacher(run, runs)) or not (run.has_labels or run.args.get('knn_data')):
+            continue
+        from .analysis import analyze  # it imports torch
 
-    for run in missing:
         print(f'analysing {run.name}', file=sys.stderr, flush=True)
         try:
             run.analysis = analyze(run.folder.path, others=[other.folder.path for other in runs])
@@ -378,6 +391,9 @@ def write_report(
     try:
         if analysis:
             analyse_missing(runs)
+        for run in runs:
+            if has_other_teacher(run, runs):
+                run.analysis = None
         beside.write_text(render(runs), encoding='utf-8')
         os.replace(beside, path)
     finally:

@@ -528,6 +528,17 @@ def test_a_complete_cache_is_opened_to_read_alone(tmp_path):
     assert opened(tmp_path, views=1)._open(0).done.mode == 'r'
 
 
+def test_rows_that_another_run_clears_end_the_one_that_reads_with_one_line(tmp_path):
+    cache = opened(tmp_path, views=1)
+    cache(batch(range(10)), lambda: answers(range(10)))
+    cache.flush()
+    reading = opened(tmp_path, views=1)
+    cache._open(0).done[3] = 0
+    cache._open(0).done.flush()
+    with pytest.raises(UsageError, match='another run has cleared 1 rows of'):
+        reading(batch(range(10)), lambda: answers(range(10)))
+
+
 def test_nothing_is_written_before_the_files_are_allocated(tmp_path):
     cache = small_cache(tmp_path / 'cache')
     cache.look()
@@ -754,6 +765,27 @@ def test_an_image_that_changes_while_the_cache_is_filled_is_known_by_what_was_re
     assert_replays_the_online_teacher(argv)
 
 
+def test_a_run_of_fewer_views_leaves_it_known_that_another_view_is_stale(images, argv, tmp_path):
+    path = images / 'train' / 'bee' / '4.png'
+    original = path.read_bytes()
+    made = stages(argv)
+    cache = open_caches(made)[0]
+    allocate_caches([cache], [made[1]], made[3])
+    precompute.fill_view(made[0], [cache], [made[1]], *made[2:], view=0)
+    change(path)
+    precompute.fill_view(made[0], [cache], [made[1]], *made[2:], view=1)
+    path.write_bytes(original)  # the row of view 0 is right again, that of view 1 is of the other picture
+    os.utime(path, (2000, 2000))
+    assert open_caches(stages([*argv, '--teacher-cache-views', '1']))[0].is_complete
+    assert {view: rows.tolist() for view, rows in open_caches(made)[0].stale.items()} == {1: [16]}
+
+
+def test_a_cache_that_is_switched_on_at_a_resume_is_named(argv, small_run, tmp_path, capsys):
+    run([*small_run, *PAIR, '--epochs', '2', '--stop-epoch', '1'])
+    assert 'no --teacher-cache then' in run([*argv, '--epochs', '2', '--resume', 'auto'], capsys)
+    assert 'no --teacher-cache now' in run([*small_run, *PAIR, '--epochs', '3', '--resume', 'auto'], capsys)
+
+
 def test_a_changed_image_under_a_cache_that_cannot_be_written_is_refused_by_name(images, argv, capsys, monkeypatch):
     precompute.main(argv)
     change(images / 'train' / 'bee' / '4.png')
@@ -832,7 +864,7 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
             open_caches(made)[0]
         return str(e.value)
 
-    assert 'made by another version of timm_pe (format 7, this one: 2)' in message(format=7)
+    assert 'made by another version of timm_pe (format 7, this one: 3)' in message(format=7)
     for name, value in manifest.items():
         if name == 'format':
             continue

@@ -16,7 +16,16 @@ from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
 
 # keys of an analysis.json that the report reads
-_KEYS = {'checkpoint', 'epoch', 'validation', 'class_names', 'compared_with', 'calibration', 'samples'}
+_KEYS = {
+    'checkpoint',
+    'epoch',
+    'validation',
+    'class_names',
+    'compared_with',
+    'teacher_weights',
+    'calibration',
+    'samples',
+}
 
 
 @dataclass

@@ -31,6 +31,7 @@ from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
 from ..train.checkpoints import check_learnt_classes, saved_args, saved_precisions
+from ..train.position import changed_teacher, read_run_state
 from ..train.run_task import create_run_teachers
 from ..train.student import place_student
 
@@ -230,6 +231,11 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
     if not teachers and teacher_config is not None:
         with hint(HINTS['teacher']):
             teachers = create_run_teachers(teacher_config, parts.data, parts.runtime)
+    if config.teacher:
+        state = read_run_state(load_checkpoint_metadata(str(checkpoint)), str(checkpoint))
+        changed = changed_teacher(state, config.teacher, teachers)
+        if changed:
+            raise UsageError(f'its teacher has other weights than when it taught ({changed}; {HINTS["teacher"]})')
     for teacher in teachers:
         teacher.needs_logits = True  # the run may not have needed them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)

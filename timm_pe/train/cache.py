@@ -38,7 +38,7 @@ from .cache_manifest import FILE, check_manifest
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _FLUSH_EVERY_S = 30.0
 # the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
 _EXPONENT = 15
@@ -378,6 +378,11 @@ class TeacherCache:
         return rows
 
     def _keep(self, view: _View, index: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+        if self._mode == 'r':  # it was complete
+            raise UsageError(
+                f"--teacher-cache: another run has cleared {len(index)} rows of '{self.folder}' since this one began, as "
+                f'their images have changed: start this one again'
+            )
         for name, values in rows.items():
             view.rows[name][index] = values
         self._pending.append(index)

@@ -391,12 +391,11 @@ def describe_differences(config: RunConfig, path: str) -> str:
     saved, now = saved_args(path), config.as_dict()
     if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
         saved['teacher_dtype'] = 'auto'
-    # folders may have moved, and other images are reported elsewhere; whether there are some changes the loss
-    without = 'then' if not saved.get('unlabeled') else 'now'
-    changed = bool(saved.get('unlabeled')) != bool(config.unlabeled)
     names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
-    said += [f'no --unlabeled {without}'] if changed else []
+    # folders may have moved, and other images are reported elsewhere; whether there are some changes what is trained on
+    there = {name: (bool(saved.get(name)), bool(now[name])) for name in ('unlabeled', 'teacher_cache')}
+    said += [f'no {name_of(name)} {"now" if a else "then"}' for name, (a, b) in there.items() if a != b]
     return ', '.join(said)
 
 

@@ -110,13 +110,9 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
     """
     student, teacher = unwrap_model(task.get_eval_model()), getattr(task, 'teacher', None)
     teachers: Sequence[Teacher] = getattr(task, 'teachers', ())
-    hashes: dict[str, Any] = {}
+    hashes = hashes_of(teachers)
     if isinstance(teacher, DistillationTeacher):
         hashes = fingerprint(unwrap_model(teacher.model), config.kd_distill_type != 'feature')
-    elif len(teachers) > 1:
-        hashes = {str(number): teacher.fingerprint for number, teacher in enumerate(teachers, 1)}
-    elif teachers:
-        hashes = teachers[0].fingerprint
     target = config.pe_target if config.teacher else config.kd_distill_type if config.kd_model_name else None
     meaning = {
         'model': (getattr(student, 'pretrained_cfg', None) or {}).get('architecture', config.model),
@@ -131,6 +127,27 @@ def run_meaning(config: RunConfig, task: TrainingTask, data: Data, runtime: Runt
         sizes = [t.size_for(torch.empty(1, *data.config['input_size'], device=t.scale.device)) for t in teachers]
         meaning['teacher_input'] = ', '.join('x'.join(map(str, size)) for size in sizes)
     return runtime.share(meaning)  # random weights of timm's own teacher differ between ranks
+
+
+def hashes_of(teachers: Sequence[Teacher]) -> dict[str, Any]:
+    """Hashes of a teacher's weights, of several those of each by number; empty for random weights, and without one."""
+    if len(teachers) > 1:
+        return {str(number): teacher.fingerprint for number, teacher in enumerate(teachers, 1)}
+    return teachers[0].fingerprint if teachers else {}
+
+
+def changed_teacher(run: RunState | None, teacher: Any, teachers: Sequence[Teacher]) -> str:
+    """How the teachers differ from those that taught a run, in words; '' if they are the same, or it is not known.
+
+    Args:
+        run: The position in a checkpoint of the run.
+        teacher: --teacher of the run.
+        teachers: What was built of it now.
+    """
+    if run is None or 'teacher' not in run.meaning:
+        return ''
+    now = {**run.meaning, 'teacher': teacher, 'teacher_weights': hashes_of(teachers)}
+    return changes_of_meaning(run.meaning, now).get('teacher', '')
 
 
 def precisions_of(teachers: Sequence[Teacher]) -> str | list[str] | None:
