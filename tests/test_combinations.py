@@ -191,7 +191,6 @@ REFUSALS = [
     Refusal(
         {'target': ('logits',), 'teacher-norm': ('batch', 'layer', 'whiten')}, '--pe-teacher-norm is for features', ''
     ),
-    Refusal({'projector': ('identity',), 'projectors': ('3',)}, 'add --pe-projectors 1', 'three of nothing are one'),
     Refusal({'workers': ('kept',), 'sizes': _SIZES}, 'does not go with', 'its iterator has drawn the sizes already'),
     Refusal(
         {'teacher': ('own size',), 'teacher-size': ('40',)},

@@ -194,7 +194,7 @@ _FLAGS = [
     ('--pe-projectors -3', '--pe-projectors must be 1 or more'),
     ('--pe-projectors 100000000', '--pe-projectors must be'),
     ('--pe-projector nosuch', "invalid choice: 'nosuch'"),
-    ('--pe-projector identity', 'add --pe-projectors 1'),
+    ('--pe-projector identity --pe-projectors 5', 'leave --pe-projectors off'),
     ('--pe-act gelu', "invalid choice: 'gelu'"),
     ('--pe-loss l1', "invalid choice: 'l1'"),
     ('--pe-target head', "invalid choice: 'head'"),

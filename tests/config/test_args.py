@@ -60,7 +60,10 @@ def test_a_flag_is_marked_as_added_exactly_where_timm_has_none_of_its_name():
     [
         ([], 'no data'),
         ([*DATA, '--pe-projectors', '0', '--teacher', 'resnet18'], '--pe-projectors must be 1 or more, got 0'),
-        ([*DATA, '--teacher', 'resnet18', '--pe-projector', 'identity'], 'add --pe-projectors 1'),
+        (
+            [*DATA, '--teacher', 'resnet18', '--pe-projector', 'identity', '--pe-projectors', '5'],
+            'leave --pe-projectors off',
+        ),
         ([*DATA, '--teacher', 'resnet18', '--pe-projector', 'lin'], "invalid choice: 'lin' (choose from"),
         ([*DATA, '--teacher', 'resnet18', '--pe-loss', 'l1'], "invalid choice: 'l1' (choose from"),
         ([*DATA, '--pe-projectors', '2'], '--pe-projectors needs --teacher'),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .flags import AugmentationFlags, LoaderFlags, LossFlags, ModelFlags
+from .flags import AugmentationFlags, LoaderFlags, LossFlags, ModelFlags, ProjectorFlags
 from .rules import loss_type as loss_type
 from .run_config import RunConfig
 
@@ -26,6 +26,11 @@ def learning_rate(config: RunConfig, world_size: int) -> float:
 def given_classes(flags: ModelFlags) -> int | None:
     """Number of classes that the command line gives, as --num-classes or in --model-kwargs."""
     return flags.num_classes if flags.num_classes is not None else flags.model_kwargs.get('num_classes')
+
+
+def number_of_projectors(flags: ProjectorFlags) -> int:
+    """--pe-projectors; without any, of the kind identity, it is 1."""
+    return 1 if flags.pe_projector == 'identity' else flags.pe_projectors
 
 
 def label_smoothing(flags: LossFlags) -> float:

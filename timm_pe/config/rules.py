@@ -226,9 +226,9 @@ def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
     uses_temperature = config.kd_loss_weight or config.pe_target == 'logits' or config.pe_loss == 'kl'
     if config.is_given('kd_temperature') and not uses_temperature:
         refuse('--kd-temperature has no effect without --kd-loss-weight, --pe-target logits or --pe-loss kl')
-    if config.pe_projector == 'identity' and config.pe_projectors > 1:
+    if config.pe_projector == 'identity' and config.pe_projectors > 1 and config.is_given('pe_projectors'):
         refuse(
-            f'--pe-projector identity has nothing to train, {config.pe_projectors} of them are one: add --pe-projectors 1'
+            f'--pe-projector identity has nothing to train, {config.pe_projectors} of them are one: leave --pe-projectors off'
         )
     over_batch = '--pe-projector linear_bn' if config.pe_projector == 'linear_bn' else None
     if config.pe_teacher_norm in ('batch', 'whiten'):

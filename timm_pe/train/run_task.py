@@ -22,7 +22,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from ..config.derive import label_smoothing, mixing_active, torch_dtype
+from ..config.derive import label_smoothing, mixing_active, number_of_projectors, torch_dtype
 from ..config.flags import LossFlags
 from ..config.rules import loss_type
 from ..config.run_config import RunConfig
@@ -247,7 +247,7 @@ def _create_projector_task(
         student_model=student,
         teacher_model=teachers,
         criterion=criterion,
-        num_projectors=config.pe_projectors,
+        num_projectors=number_of_projectors(config),
         projector=config.pe_projector,
         act=config.pe_act,
         feature_loss=config.pe_loss,
