@@ -45,6 +45,7 @@ ANALYSIS = {
     'cka.validation': 'CKA',
     'discriminability.between_over_within': 'between / within',
     'discriminability.nearest_centroid_top1': 'centroid',
+    'discriminability.linear_probe_top1': 'probe',
     'calibration.ece': 'ECE',
     'projectors.ensemble_gain': 'ensemble gain',
 }
