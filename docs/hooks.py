@@ -133,10 +133,12 @@ def draw_projectors(results: dict[str, Any], path: Path) -> None:
     for name, suite in results['suites'].items():
         if any(suite['methods'].get(m, {}).get('minus_no_projector') for m in WITH_PROJECTORS):
             pairs.setdefault(re.sub(r'_\d+$', '', name), []).append(suite)
-    of_several = [sorted(suites, key=lambda s: s['common']['epochs']) for suites in pairs.values() if len(suites) > 1]
-    figure = Figure(figsize=(4.4, 2.3 * len(of_several)), layout='constrained')
-    for axes, suites in zip(figure.subplots(len(of_several), 1, squeeze=False)[:, 0], of_several, strict=True):
-        epochs = [suite['common']['epochs'] for suite in suites]
+    figure = Figure(figsize=(4.4, 2 * len(pairs) + 0.3), layout='constrained')
+    shown: dict[str, Any] = {}
+    ticks = sorted({suite['common']['epochs'] for suites in pairs.values() for suite in suites})
+    for axes, suites in zip(
+        figure.subplots(len(pairs), 1, squeeze=False, sharex=True, sharey=True)[:, 0], pairs.values(), strict=True
+    ):
         for method, (label, color, aside) in WITH_PROJECTORS.items():
             for suite in suites:
                 difference = suite['methods'].get(method, {}).get('minus_no_projector')
@@ -148,21 +150,18 @@ def draw_projectors(results: dict[str, Any], path: Path) -> None:
                         axes.plot([x, x], [difference['low'], difference['high']], color=color, linewidth=2)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xscale('log')
-        axes.set_xticks(epochs, [f'{e} epochs' for e in epochs])
+        axes.set_xticks(ticks, [f'{e} epochs' for e in ticks])
         axes.minorticks_off()
-        axes.set_xlim(epochs[0] / 1.5, epochs[-1] * 1.5)
-        axes.set_title(
-            fill(re.sub(r', \d+ epochs.*', '', suites[0]['title']), 52),
-            fontsize=9,
-            color=INK,
-            loc='left',
-            fontweight='bold',
-        )
-        axes.tick_params(colors=INK, labelsize=8)
+        axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
+        title = re.sub(r', \d+ epochs.*', '', suites[0]['title'])
+        axes.set_title(fill(title, 52), fontsize=9, color=INK, loc='left', fontweight='bold')
+        axes.tick_params(colors=INK, labelsize=8, labelbottom=True)
         for side in axes.spines.values():
             side.set_visible(False)
-        shown = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        axes.legend(shown.values(), shown.keys(), fontsize=8, labelcolor=INK, frameon=False, loc='upper left')
+        shown |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(
+        shown.values(), shown.keys(), fontsize=8, labelcolor=INK, frameon=False, loc='outside lower center', ncols=2
+    )
     figure.supylabel('points of top-1 over no projector', color=INK, fontsize=9)
     _write(figure, path)
 

@@ -323,6 +323,24 @@ def test_the_chart_of_the_results_page_shows_every_method_that_is_compared_with_
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_the_chart_of_projectors_has_each_pair_and_number_of_epochs_they_are_compared_at(hooks, tmp_path):
+    results = json.loads((hooks.RESULTS / 'accuracy.json').read_text())
+    compared = [s for s in results['suites'].values() if s['methods'].get('pe_q3', {}).get('minus_no_projector')]
+    assert len(compared) > 2
+    path = tmp_path / 'figures' / 'projectors.svg'
+    hooks.draw_projectors(results, path)
+    drawn = path.read_text()
+    for suite in compared:
+        assert f'{suite["common"]["epochs"]} epochs' in drawn
+        assert suite['student'] in drawn
+    assert drawn.count('one projector') == 1
+    # one of a pair is moved: so is its point, and nothing else of that size
+    moved = json.loads(json.dumps(results))
+    moved['suites']['cifar10_resnet']['methods']['pe_q3']['minus_no_projector']['mean'] += 0.5
+    hooks.draw_projectors(moved, path)
+    assert path.read_text() != drawn
+
+
 def test_the_chart_of_a_steps_cost_has_each_pair_and_comes_before_the_folded_tables(hooks, tmp_path):
     results = json.loads((hooks.RESULTS / 'step_time.json').read_text())
     hooks.draw_step_time(results, tmp_path / 'step_time.svg')
