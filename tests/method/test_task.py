@@ -104,6 +104,18 @@ def test_projectors_missing_from_the_optimizer_are_an_error():
         check_projectors_optimized(task.projection, optimizer)
 
 
+def test_a_projector_may_have_parameters_that_are_not_trained():
+    task = make_task().train()
+    frozen, *_ = parameters = list(task.projection.parameters())
+    frozen.requires_grad_(False)
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
+    check_projectors_optimized(task.projection, optimizer)
+    before = [p.clone() for p in parameters]
+    task(*batch(8))['loss'].backward()
+    optimizer.step()
+    assert [torch.equal(p, b) for p, b in zip(parameters, before, strict=True)] == [True, *[False] * (len(before) - 1)]
+
+
 def test_the_teacher_never_changes_neither_weights_nor_batch_norm_statistics():
     task = make_task(teacher='test_resnet').train()
     before = {k: v.clone() for k, v in task.teacher.state_dict().items()}

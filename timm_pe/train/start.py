@@ -142,14 +142,14 @@ def _create_optimizer(config: RunConfig, task: TrainingTask, lr: float) -> torch
 
 
 def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless each projector parameter is in exactly one group of the optimizer.
+    """Raise unless each projector parameter that is trained is in exactly one group of the optimizer.
 
     Raises:
         RuntimeError: A projector would silently not train, or train twice as fast.
     """
     grouped = [id(p) for group in optimizer.param_groups for p in group['params']]
     for name, param in projection.named_parameters():
-        if grouped.count(id(param)) != 1:
+        if param.requires_grad and grouped.count(id(param)) != 1:
             raise RuntimeError(
                 f'projector parameter {name} is in {grouped.count(id(param))} optimizer groups, not in 1'
             )
