@@ -69,7 +69,7 @@ class DistLoss(nn.Module):
     """DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536) as torchdistill has it, with the authors' temperature for CIFAR.
 
     Correlations of the two softmaxes, of each image over the classes and of each class over the batch; between logits:
-    `--pe-target logits --pe-projector identity --pe-projectors 1 --pe-loss dist --task-loss-weight 1`.
+    `--pe-target logits --pe-projector identity --pe-loss dist --task-loss-weight 1`.
 
     Shapes:
         `([b, c], [b, c]) -> []`.

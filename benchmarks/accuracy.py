@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
 
 A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
-a few flags. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
+a few flags; `pe_q3@5` is pe_q3 with a weight of 5. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
 `backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. One with `cache_views` keeps
 the teacher's features for so many views in a cache for each seed. One with `like: OTHER` is the other with changes. Each run
 is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
