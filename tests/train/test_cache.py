@@ -588,7 +588,7 @@ def test_a_cache_of_an_earlier_version_is_refused_as_one(argv, tmp_path, capsys)
     (tmp_path / 'cache' / 'manifest.json').write_text(json.dumps({'format': 1, 'seed': 7}))
     error = refused(argv, capsys)
     assert error.endswith(
-        'was made by another version of timm_pe (format 1, this one: 2): give another folder, or delete it'
+        'was made by another version of timm_pe (format 1, this one: 3): give another folder, or delete it'
     )
 
 
