@@ -273,7 +273,8 @@ def execute(run: Run, threads: int) -> dict[str, Any]:
     if code:
         raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
     result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
-    result['ran'] = {'date': f'{date.today()}', 'environment': environment(run.flags.get('device', 'cuda'))}
+    device = run.flags.get('device', 'cuda') if torch.cuda.is_available() else 'cpu'
+    result['ran'] = {'date': f'{date.today()}', 'environment': environment(device)}
     result |= {'command': ' '.join(['python', str(run.script.relative_to(SCRIPT.parent)), *given]), 'flags': run.flags}
     write(run.result_file, json.dumps(result, indent=2) + '\n')
     return result
