@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py DATA --teacher NAME --pe-projector frozen ...
 
-Methods of benchmarks/methods/ that need it say `script: ablations.py`.
+Methods of benchmarks/methods/ that need it say `script: benchmarks/ablations.py`.
 """
 
 import torch

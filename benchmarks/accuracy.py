@@ -2,25 +2,21 @@
 
     python benchmarks/accuracy.py SUITE [SUITE ...]       # benchmarks/suites/SUITE.yaml; `make bench-accuracy`
 
-A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; a method (benchmarks/methods/*.yaml) is
-a few flags; `pe_q3@5` is pe_q3 with a weight of 5. A suite with `rates` first trains the student alone at each, and every method takes the best one. A suite with a
-`backbone` pretrains one for each seed, from which the methods with `starts: backbone` begin. One with `cache_views` keeps
-the teacher's features for so many views in a cache for each seed. One with `like: OTHER` is the other with changes. Each run
-is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is not repeated, an interrupted
-one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
+A suite (benchmarks/suites/*.yaml) names data, teacher, student, methods and seeds; one with `like: OTHER` is the other with
+changes. A method (benchmarks/methods/*.yaml) is a few flags; `pe_q3@5` is pe_q3 with a weight of 5. A suite with `rates` first
+trains the student alone at each, and every method takes the best one. A suite with a `backbone` pretrains one for each seed,
+from which the methods with `starts: backbone` begin. One with `cache_views` keeps the teacher's features for so many views
+in a cache for each seed. Each run is one `train_distill -c CONFIG` and leaves OUTPUT/SUITE/METHOD-SEED/; a finished run is
+not repeated, an interrupted one is resumed. The results so far go to RESULTS as JSON and as a table after every run.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,13 +24,12 @@ from typing import Any
 import torch
 import yaml
 from environment import environment, write
+from grid import SCRIPT, Run, Suite, is_method, known_suites, load_method, load_suite, run_suite
 
 from timm_pe.run_folder import RunFolder
 from timm_pe.runs.compare import confidence_interval
 from timm_pe.runs.finished import read_run
 
-ROOT = Path(__file__).resolve().parent
-SCRIPT = ROOT.parent / 'train_distill.py'
 # methods to which the others are compared: `minus_NAME` in the results
 BASELINES = {'alone': 'student alone', 'kd': 'KD', 'no_projector': 'no projector'}
 POWER = 0.8
@@ -49,270 +44,6 @@ ANALYSIS = {
     'calibration.ece': 'ECE',
     'projectors.ensemble_gain': 'ensemble gain',
 }
-
-
-@dataclass
-class Run:
-    """One call of train_distill.
-
-    Attributes:
-        name: METHOD-SEED, or 'teacher'.
-        folder: Its run folder.
-        flags: The content of its YAML.
-        script: What runs it: train_distill.py, or ablations.py, which knows more projectors.
-    """
-
-    name: str
-    folder: Path
-    flags: dict[str, Any]
-    script: Path = SCRIPT
-
-    @property
-    def result_file(self) -> Path:
-        return self.folder / 'result.json'
-
-    def result(self) -> dict[str, Any] | None:
-        """The result, None if the run is missing, unfinished or was made with other flags."""
-        if not self.result_file.exists():
-            return None
-        result = json.loads(self.result_file.read_text())
-        return result if result['flags'] == self.flags else None
-
-
-@dataclass
-class Suite:
-    """One pair on one data set; see benchmarks/suites/."""
-
-    name: str
-    title: str
-    common: dict[str, Any]
-    teacher: dict[str, Any]
-    student: dict[str, Any]
-    methods: list[str]
-    seeds: list[int]
-    folder: Path
-    overrides: dict[str, Any] = field(default_factory=dict)
-    rates: list[float] = field(default_factory=list)
-    backbone: dict[str, Any] = field(default_factory=dict)
-    cache_views: int | None = None
-    of_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def choose(self, methods: list[str] | None, seeds: list[int] | None) -> None:
-        """Run these alone; the results still have all that is there.
-
-        Raises:
-            ValueError: A method that does nothing under the suite's optimizer.
-        """
-        self.known_methods = list(dict.fromkeys([*self.methods, *(methods or ())]))
-        self.known_seeds = sorted({*self.seeds, *(seeds or ())})
-        self.methods, self.seeds = methods or self.methods, seeds or self.seeds
-        opt = {'opt': 'sgd', **self.common, **self.student, **self.overrides}['opt']
-        for method in self.methods:
-            needed = load_method(method).get('optimizers')
-            if needed and opt not in needed:
-                raise ValueError(
-                    f'{method} does nothing under --opt {opt} of {self.name}: it is for {", ".join(needed)}'
-                )
-
-    def finished(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """The results that are there, by method and seed; empty before the learning rate is tuned."""
-        if self.tuned() is None:
-            return {}
-        found = {m: {s: r for s in self.known_seeds if (r := self.run(m, s).result())} for m in self.known_methods}
-        return {method: of_seed for method, of_seed in found.items() if of_seed}
-
-    def __post_init__(self) -> None:
-        # no method has it, and it stays when fewer seeds are asked for
-        self.tuning_seed = max(self.seeds) + 1000
-        self.choose(None, None)
-
-    def tuning_runs(self) -> dict[float, Run]:
-        """The student alone at each of `rates`, with a seed that no method has. Empty if the suite fixes the rate."""
-        flags = {**self.student, 'seed': self.tuning_seed}
-        return {r: self._run(self.folder, f'tune-lr{r:g}', {**flags, 'lr': r}) for r in self.rates}
-
-    def tuned(self) -> dict[float, float] | None:
-        """Top-1 of the student alone at each rate, best first; None if not all are known (and {} without `rates`)."""
-        results = {rate: run.result() for rate, run in self.tuning_runs().items()}
-        if not all(results.values()):
-            return None
-        return dict(sorted(((rate, r['top1']) for rate, r in results.items()), key=lambda rate_top1: -rate_top1[1]))
-
-    def missing_data(self) -> list[str]:
-        """Folders of data and weights that the runs read and that are not there."""
-        model = self.teacher['model']
-        named = [{**flags, **self.overrides}.get('data_dir') for flags in (self.common, self.teacher)]
-        named += [model.removeprefix('local-dir:')] if model.startswith('local-dir:') else []
-        return [path for path in dict.fromkeys(filter(None, named)) if not Path(path).is_dir()]
-
-    def teacher_run(self) -> Run | None:
-        """The run that trains the teacher; None if the suite takes an existing one."""
-        if 'name' not in self.teacher:
-            return None
-        return self._run(self.folder.parent / 'teachers', self.teacher['name'], self.teacher)
-
-    def backbone_run(self, seed: int) -> Run:
-        """The run that pretrains the student of a seed without labels."""
-        flags = {'model': self.student['model'], **self.backbone, **self._teacher_flags(for_timm=False), 'seed': seed}
-        return self._run(self.folder.parent / 'backbones', f'{self.backbone["name"]}-{seed}', flags)
-
-    def backbone_runs(self) -> list[Run]:
-        """The backbones that the methods need, one for each seed."""
-        starts = any(load_method(method).get('starts') == 'backbone' for method in self.methods)
-        return [self.backbone_run(seed) for seed in self.seeds] if starts else []
-
-    def run(self, method: str, seed: int) -> Run:
-        """The run of one method and seed."""
-        loaded = load_method(method)
-        own = self.of_methods.get(method.partition('@')[0], {})
-        flags = {**self.student, **loaded['flags'], **own, **loaded.get('weight', {}), 'seed': seed}
-        tuned = self.tuned()
-        if tuned is None:
-            raise RuntimeError(f'{self.name}: the learning rate is not tuned yet')
-        if tuned:
-            flags['lr'] = next(iter(tuned))
-        if loaded.get('starts') == 'backbone':
-            flags['pretrained_path'] = str(self.backbone_run(seed).folder)
-        kind = loaded['teacher']
-        if kind != 'none':
-            flags |= self._teacher_flags(for_timm=kind == 'timm')
-        logits = flags.get('kd_loss_weight') or flags.get('pe_target') == 'logits'
-        if kind == 'timm_pe' and self.cache_views and not logits:
-            # the teacher's features depend on the seed by the augmentation, and not on the method
-            cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}'
-            flags |= {'teacher_cache': str(cache), 'teacher_cache_views': self.cache_views}
-        run = self._run(self.folder, f'{method}-{seed}', flags)
-        run.script = SCRIPT.parent / loaded.get('script', SCRIPT.name)
-        return run
-
-    def _teacher_flags(self, for_timm: bool) -> dict[str, Any]:
-        made = self.teacher_run()
-        checkpoint = str(made.folder) if made else None
-        if for_timm:
-            return {'kd_model_name': f'local-dir:{checkpoint}/local-dir' if checkpoint else self.teacher['model']}
-        model = self.teacher.get('architecture', self.teacher['model'])
-        flags = {'teacher': model, 'teacher_eval': False}  # it was evaluated when it was made
-        return {**flags, 'teacher_checkpoint': checkpoint} if checkpoint else flags
-
-    def _run(self, output: Path, name: str, flags: dict[str, Any]) -> Run:
-        flags = {k: v for k, v in flags.items() if k not in ('name', 'architecture')}
-        flags = {**self.common, **flags, **self.overrides, 'output': str(output), 'experiment': name, 'resume': 'auto'}
-        return Run(name, output / name, flags)
-
-
-def load_method(name: str) -> dict[str, Any]:
-    """A method's label, kind of teacher (none, timm_pe, timm) and flags; NAME@WEIGHT is NAME with another weight.
-
-    Raises:
-        ValueError: No such method, or a weight that is no number or has nothing to weigh.
-    """
-    base, at, weight = name.partition('@')
-    path = ROOT / 'methods' / f'{base}.yaml'
-    if not path.is_file():
-        raise ValueError(
-            f"unknown method '{base}': choose from {', '.join(sorted(p.stem for p in path.parent.iterdir()))}"
-        )
-    method = yaml.safe_load(path.read_text())
-    if at:
-        if method['teacher'] == 'none':
-            raise ValueError(f"'{name}': {base} has no teacher, so it has no weight")
-        weighed = 'kd_loss_weight' if method['flags'].get('distill_loss_weight') == 0 else 'distill_loss_weight'
-        method['weight'] = {weighed: float(weight)}
-        method['label'] += f', weight {weight}'
-    return method
-
-
-def method_name(name: str) -> str:
-    """For argparse: a name that `load_method` takes."""
-    try:
-        load_method(name)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from e
-    return name
-
-
-def read_suite(name: str) -> dict[str, Any]:
-    """The content of a suite's file; of one that is `like` another, that one's with its changes."""
-    suite = yaml.safe_load((ROOT / 'suites' / f'{name}.yaml').read_text())
-    if 'like' not in suite:
-        return suite
-    other = read_suite(suite.pop('like'))
-    merged = {k: {**other[k], **v} for k, v in suite.items() if isinstance(v, dict) and k in other}
-    return {**other, **suite, **merged}
-
-
-def load_suite(name: str, output: Path, overrides: dict[str, Any]) -> Suite:
-    """A suite by its name."""
-    return Suite(name=name, folder=output / name, overrides=overrides, **read_suite(name))
-
-
-def execute(run: Run, threads: int) -> dict[str, Any]:
-    """Run train_distill, unless the run is finished already.
-
-    Raises:
-        RuntimeError: It failed (the message has the last line of its log), or its folder holds a run with other flags.
-    """
-    done = run.result()
-    if done:
-        return done
-    run.folder.mkdir(parents=True, exist_ok=True)
-    config, log = run.folder / 'config.yaml', run.folder / 'log.txt'
-    if run.result_file.exists() or (config.exists() and yaml.safe_load(config.read_text()) != run.flags):
-        raise RuntimeError(f"'{run.folder}' holds a run with other flags: remove it, or give another --output")
-    config.write_text(yaml.safe_dump(run.flags))
-    given = ['-c', str(config)]
-    if 'teacher' in run.flags and 'teacher_dtype' not in run.flags:
-        # that of timm's own tasks and of the runs that are kept, on any machine
-        given += ['--teacher-dtype', 'float32']
-    command = [sys.executable, str(run.script), *given]
-    start = time.perf_counter()
-    with open(log, 'a') as f:
-        code = subprocess.run(
-            command, stdout=f, stderr=f, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}
-        ).returncode
-    if code:
-        raise RuntimeError(f'{run.name} ended with exit code {code}: {log.read_text().strip().splitlines()[-1]}')
-    result = {'name': run.name, **read_summary(run.folder), 'seconds': round(time.perf_counter() - start, 1)}
-    device = run.flags.get('device', 'cuda') if torch.cuda.is_available() else 'cpu'
-    result['ran'] = {'date': f'{date.today()}', 'environment': environment(device)}
-    result |= {'command': ' '.join(['python', str(run.script.relative_to(SCRIPT.parent)), *given]), 'flags': run.flags}
-    write(run.result_file, json.dumps(result, indent=2) + '\n')
-    return result
-
-
-def read_summary(folder: Path) -> dict[str, float | int]:
-    """Numbers of the last epoch, and the best top-1 of any; of a backbone its cosine."""
-    with open(folder / 'summary.csv', newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['eval_loss']]
-    last = rows[-1]
-    if 'eval_top1' not in last:
-        return {'epochs': int(last['epoch']) + 1, 'cosine': float(last['eval_cosine'])}
-    return {
-        'epochs': int(last['epoch']) + 1,
-        'top1': float(last['eval_top1']),
-        'top5': float(last['eval_top5']),
-        'best_top1': max(float(row['eval_top1']) for row in rows),
-        'train_loss': float(last['train_loss']),
-    }
-
-
-def export_for_timm(suite: Suite) -> None:
-    """Export the teacher as a `local-dir:` folder, which timm's own tasks can name."""
-    from safetensors.torch import load_file
-    from timm import create_model
-    from timm.models import save_for_hf
-
-    import timm_pe.zoo  # noqa: F401  registers the CIFAR networks
-
-    run = suite.teacher_run()
-    folder = run.folder / 'local-dir'
-    if (folder / 'config.json').exists():
-        return
-    state = load_file(run.folder / 'student.safetensors')
-    classes = suite.common['num_classes']
-    model = create_model(suite.teacher.get('architecture', suite.teacher['model']), num_classes=classes)
-    model.load_state_dict(state)
-    save_for_hf(model, str(folder), safe_serialization=True)
 
 
 def analyse(runs: list[Run], threads: int) -> None:
@@ -354,17 +85,17 @@ def detectable(spread: float, seeds: int) -> float:
     return spread / root * float(brentq(lambda shift: nct.sf(bound, seeds - 1, shift) - POWER, 0, 2 * bound + 5))
 
 
-def summarize(suite: Suite) -> dict[str, Any]:
-    """The results of the finished runs of a suite."""
+def summarize(suite: Suite, results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """What the finished runs of a suite say; see `Suite.finished`."""
     teacher_run = suite.teacher_run()
     teacher = teacher_run.result() if teacher_run else None
-    results = suite.finished()
     top1 = {m: {s: r['top1'] for s, r in of_seed.items()} for m, of_seed in results.items()}
     methods = {}
     for method, of_seed in results.items():
-        values = list(top1[method].values())
+        values, loaded = list(top1[method].values()), load_method(method)
+        folders = {s: suite.run(method, s).folder for s in of_seed}
         methods[method] = {
-            'label': load_method(method)['label'],
+            'label': loaded['label'],
             'seeds': list(of_seed),
             'top1_of_seeds': values,
             'top1': statistics.mean(values),
@@ -375,13 +106,13 @@ def summarize(suite: Suite) -> dict[str, Any]:
                 for b in BASELINES
             },
             'epochs_to_alone': [
-                read_run(RunFolder(suite.run(method, s).folder), method).epochs_to(results['alone'][s]['top1'])
-                for s in of_seed
+                read_run(RunFolder(folder), method).epochs_to(results['alone'][s]['top1'])
+                for s, folder in folders.items()
                 if method != 'alone' and s in results.get('alone', {})
             ],
             'seconds': statistics.mean(r['seconds'] for r in of_seed.values()),
-            'analysis': mean_analysis([suite.run(method, s).folder for s in of_seed]),
-            'flags': load_method(method)['flags'] | load_method(method).get('weight', {}),
+            'analysis': mean_analysis(list(folders.values())),
+            'flags': loaded['flags'] | loaded.get('weight', {}),
         }
     return {
         'title': suite.title,
@@ -465,25 +196,13 @@ def format_table(summary: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def would_lose(suites: list[Suite], results: Path) -> str:
-    """What RESULTS has of these suites and the folders of runs have not, in words; '' if there is nothing.
-
-    The suites will show what RESULTS has, as far as it is there.
-    """
+def show_known(suite: Suite, results: Path) -> list[str]:
+    """Have the suite show what RESULTS has of it; METHOD-SEED of those whose runs are not in its folder."""
     known = json.loads(results.read_text())['suites'] if results.exists() else {}
-    for suite in suites:
-        there = known.get(suite.name, {}).get('methods', {})
-        methods = (m for m in there if (ROOT / 'methods' / f'{m.partition("@")[0]}.yaml').is_file())
-        suite.known_methods += [m for m in methods if m not in suite.known_methods]
-        suite.known_seeds = sorted({*suite.known_seeds, *(s for row in there.values() for s in row['seeds'])})
-        here = suite.finished()
-        lost = [f'{m}-{s}' for m, row in there.items() for s in row['seeds'] if s not in here.get(m, {})]
-        if lost:
-            return (
-                f'{results} has {len(lost)} results of {suite.name} whose runs are not in {suite.folder} with these flags, as '
-                f'{lost[0]}: give another --results, unpack the runs, or --replace to drop them'
-            )
-    return ''
+    there = known.get(suite.name, {}).get('methods', {})
+    suite.show(filter(is_method, there), (s for row in there.values() for s in row['seeds']))
+    here = suite.finished()
+    return [f'{m}-{s}' for m, row in there.items() for s in row['seeds'] if s not in here.get(m, {})]
 
 
 def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:
@@ -491,11 +210,12 @@ def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, 
     known = json.loads(results.read_text()) if results.exists() else {}
     known.setdefault('suites', {})
     for suite in suites:
-        ran = [result['ran'] for of_seed in suite.finished().values() for result in of_seed.values() if 'ran' in result]
+        finished = suite.finished()
+        ran = [result['ran'] for of_seed in finished.values() for result in of_seed.values() if 'ran' in result]
         # that of the newest run; runs of before do not say it
         there = known['suites'].get(suite.name) or {'date': f'{date.today()}', 'environment': environment(device)}
         newest = max(ran, key=lambda r: r['date'], default={k: there[k] for k in ('date', 'environment')})
-        known['suites'][suite.name] = {**newest, **summarize(suite)}
+        known['suites'][suite.name] = {**newest, **summarize(suite, finished)}
     write(results, json.dumps(known, indent=2) + '\n')
     tables = '\n\n'.join(format_table(s) for s in known['suites'].values())
     note = (
@@ -506,61 +226,13 @@ def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, 
     return known
 
 
-def run_suite(suite: Suite, jobs: int, threads: int, done: Any) -> None:
-    """Teacher, then all methods and seeds, `jobs` at a time; `done` is called after each run."""
-    if suite.missing_data():
-        raise RuntimeError(f'{", ".join(suite.missing_data())} is missing: `make data` builds it')
-    teacher = suite.teacher_run()
-    tuning = suite.tuning_runs()
-    todo = sum(run.result() is None for run in [*([teacher] if teacher else []), *tuning.values()])
-    print(
-        f'{suite.name}: {todo} runs of teacher and learning rate first, then {len(suite.methods) * len(suite.seeds)} of methods '
-        f'and seeds, those that are finished not again; each logs to {suite.folder}/RUN/log.txt',
-        flush=True,
-    )
-    if teacher:
-        said = teacher.result() is None
-        if not said and not (teacher.folder / 'student.safetensors').exists():
-            raise RuntimeError(
-                f"'{teacher.folder}' has results and no weights, as an archive of runs: remove it, and the teacher is trained"
-            )
-        result = execute(teacher, threads)
-        if said:
-            print(f'{suite.name}: teacher {result["top1"]:.2f} %, {result["seconds"]:.0f} s', flush=True)
-        if any(load_method(m)['teacher'] == 'timm' for m in suite.methods):
-            export_for_timm(suite)
-    for rate, run in tuning.items():
-        fresh = run.result() is None
-        result = execute(run, threads)
-        if fresh:
-            print(
-                f'{suite.name}: student alone at lr {rate:g} {result["top1"]:.2f} %, {result["seconds"]:.0f} s',
-                flush=True,
-            )
-            done()
-    runs = [suite.run(method, seed) for seed in suite.seeds for method in suite.methods]
-    backbones = {str(run.folder): run for run in suite.backbone_runs()}
-    pretraining = threading.Lock()
-
-    def one(run: Run) -> None:
-        backbone = backbones.get(run.flags.get('pretrained_path', ''))
-        if backbone is not None:
-            with pretraining:  # runs that start from one wait for it
-                execute(backbone, threads)
-        fresh = run.result() is None
-        result = execute(run, threads)
-        if fresh:
-            left = sum(r.result() is None for r in runs)
-            print(
-                f'{suite.name}: {run.name} {result["top1"]:.2f} %, {result["seconds"]:.0f} s, {left} runs left',
-                flush=True,
-            )
-            done()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, run) for run in runs]
-    for future in futures:
-        future.result()
+def method_name(name: str) -> str:
+    """For argparse: a name that `load_method` takes."""
+    try:
+        load_method(name)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    return name
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -569,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Command line; None takes that of the process.
     """
-    suites = sorted(p.stem for p in (ROOT / 'suites').glob('*.yaml'))
+    suites = known_suites()
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog='accuracy.py', description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -605,8 +277,12 @@ def main(argv: list[str] | None = None) -> None:
             suite.choose(args.methods, args.seeds)
         except ValueError as e:
             parser.error(str(e))
-    if not args.replace and (lost := would_lose(chosen, results)):
-        parser.error(lost)
+        lost = [] if args.replace else show_known(suite, results)
+        if lost:
+            parser.error(
+                f'{results} has {len(lost)} results of {suite.name} whose runs are not in {suite.folder} with these flags, as '
+                f'{lost[0]}: give another --results, unpack the runs, or --replace to drop them'
+            )
 
     writing = threading.Lock()
 

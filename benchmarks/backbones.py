@@ -25,8 +25,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from accuracy import Run, compare, execute, format_difference
+from accuracy import compare, format_difference
 from environment import environment, write
+from grid import Run, execute
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn

@@ -242,12 +242,18 @@ def test_the_student_alone_starts_from_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize('flag', ['teacher_cache', 'pretrained_path', 'initial_checkpoint'])
-def test_seeds_with_a_path_of_their_own_are_one_group(tmp_path, flag):
-    paths = ['other/of-1/x3', 'other/of-2/x3']
+@pytest.mark.parametrize(
+    ('paths', 'groups'),
+    [
+        (['disk1/of-1/x3', 'disk1/of-2/x3'], 1),
+        (['disk1/of-1/x3', 'disk1/of-1/x3'], 1),  # one for all, which has the number of one of them
+        (['disk1/of-1/x3', 'disk1/of-2/x3', 'disk1/elsewhere-3/x3'], 3),
+        (['lite0', 'lite2'], 2),
+    ],
+)
+def test_seeds_with_one_path_or_each_with_its_own_are_one_group(tmp_path, flag, paths, groups):
     runs = read_runs([make_run(tmp_path, f'a-{i + 1}', seed=i + 1, **{flag: path}) for i, path in enumerate(paths)])
-    assert [group.name for group in group_seeds(runs)] == ['a']
-    other = read_runs([make_run(tmp_path, 'a-3', seed=3, **{flag: 'elsewhere/of-3/x3'})])
-    assert len(group_seeds([*runs, *other])) == 2
+    assert [len(group.runs) for group in group_seeds(runs)] == [len(paths) // groups] * groups
 
 
 def test_the_epochs_of_a_run_whose_columns_changed_are_all_read(tmp_path):

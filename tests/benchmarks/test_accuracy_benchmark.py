@@ -50,7 +50,7 @@ def tiny(accuracy, tmp_path, monkeypatch):
     (tmp_path / 'suites').mkdir()
     (tmp_path / 'suites' / 'tiny.yaml').write_text(yaml.safe_dump(suite))
     (tmp_path / 'methods').symlink_to(BENCHMARKS / 'methods')
-    monkeypatch.setattr(accuracy, 'ROOT', tmp_path)
+    monkeypatch.setattr('grid.ROOT', tmp_path)
     return ['tiny', '--output', str(tmp_path / 'out'), '--results', str(tmp_path / 'r' / 'accuracy.json'), '--device', 'cpu', '--no-analysis']  # fmt: skip
 
 

@@ -69,25 +69,37 @@ class Group:
 
 
 def group_seeds(runs: Sequence[Run]) -> list[Group]:
-    """Group runs whose names end in -1, -2, ... and whose arguments are equal except for seed and name."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+    """Group runs whose names end in -1, -2, ... and whose arguments are equal except for seed and name.
+
+    Paths of `_PATHS_OF_A_SEED` are equal, or each has the number of its run.
+    """
+    alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        match = re.fullmatch(r'(.+)-(\d+)', run.name)
-        key = (match[1], _settings_of_all_seeds(run, match[2])) if match else (run.name, '')
-        groups.setdefault(key, []).append(run)
+        match = re.fullmatch(r'(.+)-\d+', run.name)
+        settings = {k: v for k, v in run.args.items() if k not in (*_OF_A_SEED, *_PATHS_OF_A_SEED)}
+        key = (match[1], json.dumps(settings, sort_keys=True, default=str)) if match else (run.name, '')
+        alike.setdefault(key, []).append(run)
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for (name, rest), members in alike.items():
+        numbered = {run.name: _paths(run, numbered=True) for run in members}
+        own = len(set(numbered.values())) == 1
+        for run in members:
+            groups.setdefault((name, rest, numbered[run.name] if own else _paths(run)), []).append(run)
+    # in the order of their first runs
+    ordered = sorted(groups.items(), key=lambda item: runs.index(item[1][0]))
     return [
         Group(name if len(members) > 1 else members[0].name, members, color)
-        for color, ((name, _), members) in enumerate(groups.items())
+        for color, ((name, *_), members) in enumerate(ordered)
     ]
 
 
-def _settings_of_all_seeds(run: Run, number: str) -> str:
-    """A run's settings but for its seed and name; a path of its own ends in its number, as `cache-1`."""
-    settings = {k: v for k, v in run.args.items() if k not in _OF_A_SEED}
-    for name in _PATHS_OF_A_SEED:
-        if isinstance(settings.get(name), str):
-            settings[name] = re.sub(rf'(?<!\d){number}(?!\d)', '#', settings[name])
-    return json.dumps(settings, sort_keys=True, default=str)
+def _paths(run: Run, numbered: bool = False) -> str:
+    """The paths of `_PATHS_OF_A_SEED` of a run; `numbered`: the last mention of its number in each as '#'."""
+    number = re.escape(run.name.rpartition('-')[2])
+    paths = [str(run.args.get(name)) for name in _PATHS_OF_A_SEED]
+    return (
+        ' '.join(re.sub(rf'(.*)(?<!\d){number}(?!\d)', r'\1#', path) for path in paths) if numbered else ' '.join(paths)
+    )
 
 
 def baseline(run: Run, runs: Sequence[Run]) -> Run | None:
