@@ -110,7 +110,6 @@ def summarize(suite: Suite, results: dict[str, dict[int, dict[str, Any]]]) -> di
                 for s, folder in folders.items()
                 if method != 'alone' and s in results.get('alone', {})
             ],
-            'seconds': statistics.mean(r['seconds'] for r in of_seed.values()),
             'analysis': mean_analysis(list(folders.values())),
             'flags': loaded['flags'] | loaded.get('weight', {}),
         }

@@ -251,7 +251,6 @@ def measure_suite(suite: Suite) -> dict[str, Any]:
                 'label': suite.variants[variant]['label'],
                 'flags': suite.variants[variant]['flags'],
                 'of_seeds': found,
-                'seconds': statistics.mean(run.result()['seconds'] for run in runs.values()),
             }
     suite.folder.mkdir(parents=True, exist_ok=True)
     random = suite.folder / 'random.json'

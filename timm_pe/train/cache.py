@@ -138,7 +138,7 @@ class TeacherCache:
             raise UsageError(
                 f"--teacher-cache: '{self.folder}' keeps {' and '.join(beyond)} too, which this run does not compute, and "
                 f'{number - sum(self.counts):,} of {number:,} rows are missing: fill it first with the flags that made it '
-                f'(timm-pe precompute), or give another folder'
+                f'(timm-pe precompute; images that it cannot read have to be mended), or give another folder'
             )
 
     def find_changed(self) -> None:
