@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import timm
 import torch
 from conftest import DEVICE
 from helpers import KINDS, KINDS_OF_TWO, PAIR, TWO, make_trainer
 
+from timm_pe import ProjectorEnsembleTask
 from timm_pe.train.meters import LossMeter
 from timm_pe.train.nonfinite import UpdateGuard
 
@@ -54,6 +56,13 @@ def test_a_step_never_waits_for_the_device(models, flags, on_device, monkeypatch
     trainer.train_epoch(0)  # libraries are loaded, kernels chosen, the optimizer's state made
     with waiting_is_an_error():
         trainer.train_epoch(1)
+
+
+def test_a_task_is_on_the_device_of_its_student():
+    student = timm.create_model('test_resnet', num_classes=3).to(DEVICE)
+    task = ProjectorEnsembleTask(student, timm.create_model('test_vit', num_classes=3), verbose=False)
+    images, labels = torch.randn(2, 3, 160, 160, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    assert task(images, labels)['loss'].device == next(student.parameters()).device
 
 
 @pytest.mark.parametrize(('models', 'flags'), [(PAIR, ''), (TWO, '--pe-map-weight 1 --kd-loss-weight 0.5')])

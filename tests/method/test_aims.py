@@ -17,7 +17,6 @@ from timm_pe import ProjectorEnsembleTask, TeacherOutput, UsageError, create_tea
 from timm_pe.method.aims import draw_kept
 from timm_pe.method.losses import average_logits
 from timm_pe.method.teachers import name_teachers
-from timm_pe.train.start import check_projectors_optimized
 
 TEACHERS = ('test_resnet', 'test_vit')
 
@@ -297,7 +296,7 @@ def test_targets_of_logits_work_with_teachers_of_other_classes():
 def test_every_projector_of_every_teacher_trains_and_is_checked_in_the_optimizer():
     task = make_task().train()
     optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
-    check_projectors_optimized(task.projection, optimizer)
+    task.check_optimizer(optimizer)
     before = {n: p.clone() for n, p in task.projection.named_parameters()}
     assert set(before) == {f'feature_{n}.projectors.fc.{k}' for n in TEACHERS for k in ('weight', 'bias')}
     task(*batch())['loss'].backward()

@@ -6,12 +6,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import compiled_and_eager
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
 from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
 from timm_pe.method import losses
-from timm_pe.train.start import check_projectors_optimized
 
 
 def make_task(student='test_resnet', teacher='test_vit', **kwargs):
@@ -88,7 +88,7 @@ def test_every_projector_parameter_changes_after_one_step(teacher, projector):
     task = make_task(teacher=teacher, projector=projector).train()
     assert (task.projection.in_dim == task.projection.out_dim) == (teacher == 'test_resnet')
     optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
-    check_projectors_optimized(task.projection, optimizer)
+    task.check_optimizer(optimizer)
     before = {n: p.clone() for n, p in task.projection.named_parameters()}
     task(*batch(8))['loss'].backward()
     optimizer.step()
@@ -100,8 +100,18 @@ def test_every_projector_parameter_changes_after_one_step(teacher, projector):
 def test_projectors_missing_from_the_optimizer_are_an_error():
     task = make_task()
     optimizer = torch.optim.SGD(task.trainable_module.student.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match='is in 0 optimizer groups'):
-        check_projectors_optimized(task.projection, optimizer)
+    with pytest.raises(
+        UsageError, match='is in 0 groups of the optimizer, not in 1: make it from task.trainable_module.'
+    ):
+        task.check_optimizer(optimizer)
+
+
+def test_a_projector_that_the_optimizer_would_train_twice_is_an_error():
+    task = make_task()
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    optimizer.param_groups.append({**optimizer.param_groups[0], 'params': list(task.projection.parameters())})
+    with pytest.raises(UsageError, match='is in 2 groups of the optimizer, not in 1'):
+        task.check_optimizer(optimizer)
 
 
 def test_a_projector_may_have_parameters_that_are_not_trained():
@@ -109,7 +119,7 @@ def test_a_projector_may_have_parameters_that_are_not_trained():
     frozen, *_ = parameters = list(task.projection.parameters())
     frozen.requires_grad_(False)
     optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1)
-    check_projectors_optimized(task.projection, optimizer)
+    task.check_optimizer(optimizer)
     before = [p.clone() for p in parameters]
     task(*batch(8))['loss'].backward()
     optimizer.step()
@@ -448,6 +458,72 @@ def test_a_student_that_is_its_own_teacher_is_refused_before_it_is_frozen():
             ProjectorEnsembleTask(student, teacher, verbose=False)
     assert all(p.requires_grad for p in student.parameters())
     ProjectorEnsembleTask(student, copy.deepcopy(student), verbose=False)
+
+
+def student_and_teacher_of_other_normalizations():
+    torch.manual_seed(0)
+    student = timm.create_model('test_vit', num_classes=5, img_size=32)
+    teacher = timm.create_model('resnet10t', num_classes=5).eval()
+    assert student.pretrained_cfg['mean'] != teacher.pretrained_cfg['mean']
+    return student, teacher
+
+
+def test_a_teacher_sees_the_same_images_however_it_is_given(tmp_path):
+    student, teacher = student_and_teacher_of_other_normalizations()
+    save_file(teacher.state_dict(), tmp_path / 'weights.safetensors')
+    made = create_teacher('resnet10t', tmp_path / 'weights.safetensors')
+    assert made.input_norm_by == 'nobody'
+    x = torch.randn(2, 3, 32, 32)
+    of_module = ProjectorEnsembleTask(student, copy.deepcopy(teacher), verbose=False).teacher(x)
+    of_teacher = ProjectorEnsembleTask(student, made, verbose=False).teacher(x)
+    assert made.input_norm_by == 'task'
+    torch.testing.assert_close(of_teacher.feature, of_module.feature)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+    naive = teacher.forward_head(teacher.forward_features((x * 0.5 + 0.5 - mean) / std), pre_logits=True)
+    torch.testing.assert_close(of_teacher.feature, naive, rtol=1e-4, atol=1e-5)
+
+
+def test_two_answers_to_what_the_images_are_normalized_with_are_refused():
+    student, teacher = student_and_teacher_of_other_normalizations()
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    told = create_teacher(copy.deepcopy(teacher), input_mean=mean, input_std=std)
+    with pytest.raises(
+        UsageError, match=r'made for images of mean and std .*0.1.* the task is given .*0.7.* one of both'
+    ):
+        ProjectorEnsembleTask(student, told, input_mean=(0.7,) * 3, input_std=std, verbose=False)
+    ProjectorEnsembleTask(student, told, input_mean=mean, input_std=std, verbose=False)
+    ProjectorEnsembleTask(student, told, verbose=False)  # its maker knows better than the student's pretrained_cfg
+    assert (told.input_mean, told.input_std) == (mean, std)
+    shared = create_teacher(copy.deepcopy(teacher))
+    ProjectorEnsembleTask(student, shared, verbose=False)
+    ProjectorEnsembleTask(copy.deepcopy(student), shared, verbose=False)
+    with pytest.raises(UsageError, match='make a Teacher for each'):
+        ProjectorEnsembleTask(student, shared, input_mean=mean, input_std=std, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ('create', 'given', 'named'),
+    [
+        (
+            create_teacher,
+            {'teacher_pretrained_path': 'x'},
+            'a Teacher is given as the teacher, and teacher_pretrained_path',
+        ),
+        (create_teacher, {'teacher_tap': 'fc'}, 'teacher_tap cannot change it'),
+        (nn.Identity, {'teacher_pretrained_cfg_overlay': {'mean': (0.1,) * 3}}, 'a module is given as the teacher'),
+    ],
+)
+def test_an_argument_that_a_given_teacher_cannot_follow_is_refused(create, given, named):
+    student, teacher = student_and_teacher_of_other_normalizations()
+    teacher = create_teacher(teacher) if create is create_teacher else teacher
+    with pytest.raises(UsageError, match=named):
+        ProjectorEnsembleTask(student, teacher, verbose=False, **given)
+
+
+def test_a_student_without_memory_is_not_where_the_teacher_goes():
+    student, teacher = student_and_teacher_of_other_normalizations()
+    assert ProjectorEnsembleTask(student.to('meta'), teacher, verbose=False).device == torch.device('cpu')
+    assert all(p.device.type == 'cpu' for p in teacher.parameters())
 
 
 def test_a_task_follows_to_another_dtype_as_timms_does_and_the_normalization_stays_exact():

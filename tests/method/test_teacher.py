@@ -32,6 +32,29 @@ def test_the_batch_is_renormalized_from_what_the_loader_used_to_the_teachers_own
     torch.testing.assert_close(out.feature, feature, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ('given', 'named'),
+    [
+        ({'num_classes': 7}, 'num_classes'),
+        ({'in_chans': 9}, 'in_chans'),
+        ({'model_kwargs': {'drop_rate': 0.1}}, 'model_kwargs'),
+    ],
+)
+def test_a_module_is_not_made_anew_for_an_argument(model, given, named):
+    with pytest.raises(UsageError, match=f'a module is given as the teacher, and {named} cannot change it'):
+        create_teacher(model, **given)
+
+
+@pytest.mark.parametrize('given', [{'checkpoint': '/nope'}, {'dtype': torch.bfloat16}, {'tap': 'fc'}])
+def test_a_teacher_that_is_made_already_takes_no_argument(model, given):
+    teacher = create_teacher(model)
+    assert create_teacher(teacher) is teacher
+    with pytest.raises(
+        UsageError, match=f'a Teacher is given as the teacher, and {next(iter(given))} cannot change it'
+    ):
+        create_teacher(teacher, **given)
+
+
 def test_equal_normalization_leaves_the_batch_untouched(model):
     teacher = create_teacher(model, input_mean=(0.5,) * 3, input_std=(0.5,) * 3)
     x = torch.randn(2, 3, 160, 160)

@@ -327,6 +327,7 @@ def models():
     'create',
     [
         lambda s, t: ProjectorEnsembleTask(s, t, kd_loss_weight=0.3, task_loss_weight=0.7, verbose=False),
+        lambda s, t: ProjectorEnsembleTask(s, t, kd_loss_weight=0.3, map_weight=0.5, verbose=False),
         lambda s, t: LogitDistillationTask(s, t, distill_loss_weight=0.3, task_loss_weight=2.0, verbose=False),
         lambda s, t: FeatureDistillationTask(s, t, distill_loss_weight=3.0, task_loss_weight=0.5, verbose=False),
         lambda s, t: TokenDistillationTask(
@@ -337,7 +338,7 @@ def models():
             verbose=False,
         ),
     ],
-    ids=['ours', 'logit', 'feature', 'token'],
+    ids=['ours', 'ours with maps', 'logit', 'feature', 'token'],
 )
 def test_the_weighted_terms_of_a_task_add_up_to_its_loss(create):
     torch.manual_seed(0)
@@ -372,7 +373,7 @@ def test_agreement_is_the_share_of_images_on_which_both_name_the_same_class():
 def test_an_epoch_without_validation_has_its_training_terms_alone():
     recorder = Recorder()
     row = {'epoch': 4, 'train_loss': 3.0, 'train_pe_loss': 0.1, 'lr': 0.2}
-    log_epoch(Trackers([recorder]), SimpleNamespace(distill_loss_weight=25.0), 50, row, None)
+    log_epoch(Trackers([recorder]), SimpleNamespace(loss_weights={'pe_loss': 25.0}), 50, row, None)
     assert recorder.points == [(50, {**row, 'epoch': 5, 'train_pe_loss_weighted': 2.5})]
 
 

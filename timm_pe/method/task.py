@@ -60,7 +60,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         criterion: Task loss. Created by timm's create_classification_loss() from criterion_kwargs when None; a student
             without a classifier (num_classes=0) then has none, and targets are not read.
         criterion_kwargs: Arguments for it.
-        teacher_pretrained_path: Checkpoint for a teacher given by name.
+        teacher_pretrained_path: Checkpoint for a teacher given by name or as a module.
         teacher_pretrained_cfg_overlay: timm's pretrained cfg overrides for a teacher given by name.
         distill_loss_weight: Weight of the projectors' loss, None means 25 (0.9 for logits).
         task_loss_weight: Weight of the task loss, None means 1 (0.1 for logits).
@@ -77,7 +77,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         teacher_norm: See `normalize_teacher`.
         kd_loss_weight: Weight of plain logit distillation.
         kd_temperature: Temperature T of that, and of 'kl'.
-        input_mean: Mean the batch is normalized with; None reads the student's pretrained_cfg, as timm does.
+        input_mean: Mean the batch is normalized with; None takes what a given `Teacher` was made with, else reads the
+            student's pretrained_cfg, as timm does.
         input_std: Its standard deviation, likewise.
         multi_label: Whether targets are dense `[b, c]`; a default criterion and `create_evaluator()` then suit them.
         threshold: Probability that counts as a prediction in that evaluator.
@@ -88,7 +89,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             worst, see `aims.draw_kept` (UNIC, arXiv 2408.05088). For several teachers and a loss of rows ('direction').
         map_weight: Weight of the direction loss between the last feature maps (or patch tokens) of student and teacher,
             which are brought to the smaller grid and have projectors of their own, applied at each position; 0: none.
-        device: Device for teacher and projectors.
+        device: Device for teacher and projectors; None is the student's.
         dtype: Dtype of the projectors.
         verbose: Log what was resolved.
 
@@ -137,6 +138,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         verbose: bool = True,
     ):
         # not FeatureDistillationTask's: it would build its own Linear and its own idea of the widths
+        places = (p.device for p in student_model.parameters())
+        device = device or next((place for place in places if place.type != 'meta'), None)
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
@@ -256,6 +259,30 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         """Activation of the projectors, with several aims of each by name."""
         acts = {aim.name: p.act for aim, p in zip(self.aims, self.projectors, strict=True)}
         return acts if len(acts) > 1 else self.projectors[0].act
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each raw term in the loss, by its name in the result of `forward`."""
+        return {
+            'task_loss': self.task_loss_weight,
+            'pe_loss': self.distill_loss_weight,
+            'map_loss': self.map_weight,
+            'logit_loss': self.kd_loss_weight,
+        }
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that trains a projector not at all, or twice in a step.
+
+        Raises:
+            UsageError: A parameter of a projector that requires gradients is not in exactly one of its groups.
+        """
+        grouped = [id(p) for group in optimizer.param_groups for p in group['params']]
+        for name, param in self.projection.named_parameters():
+            if param.requires_grad and grouped.count(id(param)) != 1:
+                raise UsageError(
+                    f"the projectors' {name} is in {grouped.count(id(param))} groups of the optimizer, not in 1: make it from "
+                    f'task.trainable_module.parameters()'
+                )
 
     @torch.no_grad()
     def resolve_act(
@@ -393,11 +420,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         losses = {'pe_loss': self.feature_loss, 'map_loss': self.map_loss}
         terms = {} if self.criterion is None else {'task_loss': self.criterion(logits, target)}
         terms.update(measure_aims(self.aims, losses, projected, outputs, drop))
-        weights = {'task_loss': self.task_loss_weight, 'pe_loss': self.distill_loss_weight, 'map_loss': self.map_weight}
-        loss = sum_of([weight * terms[name] for name, weight in weights.items() if name in terms])
         if self.kd_loss_weight:
             terms['logit_loss'] = kd_loss(logits, self._kd_target(logits, outputs), self.kd_temperature)
-            loss = loss + self.kd_loss_weight * terms['logit_loss']
+        loss = sum_of([weight * terms[name] for name, weight in self.loss_weights.items() if name in terms])
         return {'loss': loss, 'output': logits, **terms}
 
     def _teacher_outputs(

@@ -43,8 +43,9 @@ class Teacher(nn.Module):
 
     Args:
         model: The teacher's network.
-        input_mean: Mean of the normalization that the *student's* batch went through, one value a channel.
-        input_std: Its standard deviation.
+        input_mean: Mean of the normalization that the *student's* batch went through, one value a channel; None takes the
+            teacher's own until a task sets that of its student.
+        input_std: Its standard deviation, likewise.
         input_size: Side in pixels that batches are resized to (bicubic). None keeps their size if the network can take
             it, else resizes to the network's own size.
         mean: The teacher's own mean; None reads its `pretrained_cfg` (ImageNet's if it has none).
@@ -64,7 +65,7 @@ class Teacher(nn.Module):
 
     Attributes:
         model: The network.
-        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `weights.fingerprint`);
+        fingerprint: Hashes of the weights as they were loaded, before any fold or cast (see `weight_files.fingerprint`);
             empty for random weights and for a given module.
         folded: Number of batch norms that were folded.
         width: Width m of its penultimate feature.
@@ -72,6 +73,7 @@ class Teacher(nn.Module):
         num_classes: Number of its classes, None if unknown.
         mean: What its images are normalized with.
         std: Likewise.
+        input_norm_by: Who said what the batches are normalized with: 'caller', 'task', or 'nobody'.
 
     Shapes:
         forward: the student's batch `[b, ch, h, w]` -> `TeacherOutput`, without a graph. One channel becomes three, and
@@ -134,6 +136,7 @@ class Teacher(nn.Module):
         self.num_classes: int | None = getattr(network, 'num_classes', None)
         self._size_of: dict[tuple[int, int], tuple[int, int]] = {}
         self.set_input_norm(input_mean or self.mean, input_std or self.std, device)
+        self.input_norm_by = 'caller' if input_mean or input_std else 'nobody'
         self.eval()
         self.set_precision(dtype, autocast_dtype)
 
@@ -198,7 +201,7 @@ class Teacher(nn.Module):
             raise UsageError(
                 f'the student sees {channels[0]} channels and the teacher {channels[1]}: only 1 and 3 can be converted'
             )
-        self.input_mean, self.input_std = tuple(mean), tuple(std)
+        self.input_mean, self.input_std, self.input_norm_by = tuple(mean), tuple(std), 'caller'
         device = device or next((p.device for p in self.model.parameters()), None)
 
         def column(values: Sequence[float]) -> torch.Tensor:
@@ -381,6 +384,17 @@ class Teacher(nn.Module):
         return self
 
 
+def refuse_given(what: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that change nothing about a teacher that is made already.
+
+    Raises:
+        UsageError: One is not None.
+    """
+    named = [name for name, value in arguments.items() if value is not None]
+    if named:
+        raise UsageError(f'{what} is given as the teacher, and {", ".join(named)} cannot change it: leave that out')
+
+
 def create_teacher(
     name_or_module: str | nn.Module,
     checkpoint: str | Path | None = None,
@@ -397,8 +411,8 @@ def create_teacher(
     """Make a `Teacher` from a timm name or from any module.
 
     Args:
-        name_or_module: A timm name (`hf-hub:` and `local-dir:` included), a module, a `Teacher` or a timm
-            `DistillationTeacher`.
+        name_or_module: A timm name (`hf-hub:` and `local-dir:` included), a module, a timm `DistillationTeacher`, or a
+            `Teacher`, which is returned as it is.
         checkpoint: Weights in a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then.
         pretrained: Without a checkpoint: load the pretrained weights of the name, or keep random ones.
         num_classes: Its own number of classes; None takes the checkpoint's, or what the pretrained weights have.
@@ -413,16 +427,20 @@ def create_teacher(
         **teacher_kwargs: For `Teacher`.
 
     Raises:
-        UsageError: Unknown name, or weights that can't be found, read or fitted.
+        UsageError: Unknown name, weights that can't be found, read or fitted, or an argument that a given module or
+            `Teacher` cannot follow.
     """
+    of_network = {'num_classes': num_classes, 'in_chans': in_chans, 'model_kwargs': model_kwargs}
     if isinstance(name_or_module, Teacher):
+        refuse_given('a Teacher', {'checkpoint': checkpoint, **of_network, **teacher_kwargs})
         return name_or_module
     teacher_kwargs['needs_logits'] = needs_logits
     if isinstance(name_or_module, DistillationTeacher):
         teacher_kwargs.setdefault('mean', cast(torch.Tensor, name_or_module.mean_kd).flatten().tolist())
         teacher_kwargs.setdefault('std', cast(torch.Tensor, name_or_module.std_kd).flatten().tolist())
-        return Teacher(name_or_module.model, **teacher_kwargs)
+        name_or_module = name_or_module.model
     if isinstance(name_or_module, nn.Module):
+        refuse_given('a module', of_network)
         if checkpoint:
             load_weights(
                 unwrap_model(name_or_module), read_state_dict(checkpoint, what, use_ema), what, str(checkpoint)

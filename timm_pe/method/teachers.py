@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from ..errors import UsageError
-from .teacher import Teacher, create_teacher
+from .teacher import Teacher, create_teacher, refuse_given
 
 _logger = logging.getLogger(__name__)
 
@@ -123,23 +123,60 @@ def resolve_teacher(
     device: torch.device,
     needs_logits: bool,
 ) -> Teacher:
-    """One teacher as the task takes it; the arguments are the task's. A `Teacher` stays as it was made."""
-    cfg = getattr(student, 'pretrained_cfg', None) or {}
-    mean, std = mean or cfg.get('mean'), std or cfg.get('std')
+    """One teacher as the task takes it; the arguments are the task's.
+
+    Raises:
+        UsageError: An argument that a given teacher cannot follow.
+    """
+    overlay = {'teacher_pretrained_cfg_overlay': cfg_overlay}
     if isinstance(teacher, Teacher):
-        if mean and std and (tuple(mean), tuple(std)) != (teacher.input_mean, teacher.input_std):
-            _logger.info(f'The teacher keeps the input normalization it was made with, {teacher.input_mean}.')
+        refuse_given('a Teacher', {'teacher_pretrained_path': checkpoint, **overlay, 'teacher_tap': tap})
+        _settle_input_norm(teacher, student, mean, std)
         return teacher
+    if isinstance(teacher, nn.Module):
+        refuse_given('a module', overlay)
+    cfg = getattr(student, 'pretrained_cfg', None) or {}
     return create_teacher(
         teacher,
         checkpoint=checkpoint,
         model_kwargs={'pretrained_cfg_overlay': cfg_overlay} if cfg_overlay else None,
         tap=tap,
-        input_mean=mean,
-        input_std=std,
+        input_mean=mean or cfg.get('mean'),
+        input_std=std or cfg.get('std'),
         device=device,
         needs_logits=needs_logits,
     )
+
+
+def _settle_input_norm(
+    teacher: Teacher, student: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Tell a `Teacher` what the student's batches are normalized with, unless its maker has.
+
+    Raises:
+        UsageError: It was told otherwise.
+    """
+    cfg = getattr(student, 'pretrained_cfg', None) or {}
+    of_student = tuple(mean or cfg.get('mean', ())), tuple(std or cfg.get('std', ()))
+    if not all(of_student):
+        return
+    known = teacher.input_mean, teacher.input_std
+    if teacher.input_norm_by == 'nobody':
+        teacher.set_input_norm(*of_student)
+        teacher.input_norm_by = 'task'
+    elif of_student == known:
+        return
+    elif teacher.input_norm_by == 'task':
+        raise UsageError(
+            f'the teacher teaches a task whose images have mean and std {known}, those of this one have {of_student}: make '
+            f'a Teacher for each'
+        )
+    elif mean or std:
+        raise UsageError(
+            f'the teacher was made for images of mean and std {known}, the task is given {of_student}: give one of both'
+        )
+    else:
+        _logger.info(f'The teacher keeps the input normalization it was made with, {known}.')
 
 
 def check_logits(teacher: Teacher) -> None:

@@ -137,22 +137,8 @@ def _create_optimizer(config: RunConfig, task: TrainingTask, lr: float) -> torch
     except (ValueError, TypeError, IndexError) as e:
         raise UsageError(f"--opt: cannot make optimizer '{config.opt}': {one_line(e)}") from e
     if isinstance(task, ProjectorEnsembleTask):
-        check_projectors_optimized(task.projection, optimizer)
+        task.check_optimizer(optimizer)
     return optimizer
-
-
-def check_projectors_optimized(projection: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless each projector parameter that is trained is in exactly one group of the optimizer.
-
-    Raises:
-        RuntimeError: A projector would silently not train, or train twice as fast.
-    """
-    grouped = [id(p) for group in optimizer.param_groups for p in group['params']]
-    for name, param in projection.named_parameters():
-        if param.requires_grad and grouped.count(id(param)) != 1:
-            raise RuntimeError(
-                f'projector parameter {name} is in {grouped.count(id(param))} optimizer groups, not in 1'
-            )
 
 
 def _create_scheduler(

@@ -22,12 +22,10 @@ _logger = logging.getLogger(__name__)
 
 _SAMPLES = 16
 
-# raw term of a task's result -> the attribute of the task that weighs it
-_WEIGHTS = {
+# raw term of a task of timm's -> the attribute of the task that weighs it
+_TIMM_WEIGHTS = {
     'task_loss': 'task_loss_weight',
-    'pe_loss': 'distill_loss_weight',
-    'logit_loss': 'kd_loss_weight',
-    'kd_loss': 'distill_loss_weight',  # timm's own distillation tasks
+    'kd_loss': 'distill_loss_weight',
     'distill_loss': 'distill_loss_weight',
 }
 
@@ -267,7 +265,9 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def weighted_terms(task: TrainingTask, terms: Mapping[str, float]) -> dict[str, float]:
     """Raw loss terms by name, and for each that has a weight in the task's loss also the weighted value."""
-    weights = {name: getattr(task, attribute) for name, attribute in _WEIGHTS.items() if hasattr(task, attribute)}
+    weights = getattr(task, 'loss_weights', None)  # ours
+    if weights is None:
+        weights = {name: getattr(task, given) for name, given in _TIMM_WEIGHTS.items() if hasattr(task, given)}
     return {**terms, **{f'{name}_weighted': weights[name] * value for name, value in terms.items() if name in weights}}
 
 
