@@ -19,7 +19,7 @@ GPU_SITE := output/timm_wheel
 GPU_READY = $(if $(TIMM_WHEEL),$(GPU_SITE),$(VENV)/.test)
 ON_GPU = $(if $(TIMM_WHEEL),PYTHONPATH=$(CURDIR):$(CURDIR)/$(GPU_SITE) $(PYTHON),$(BIN)/python)
 
-.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-gpu bench-gpu test-report test-release soak docs lint house format data bench-accuracy bench-backbones bench-script bench-speed clean
+.PHONY: demo test test-long test-contract test-lowest test-registry test-survival test-combinations test-gpu bench-gpu test-report test-release soak docs lint format data bench-accuracy bench-backbones bench-script bench-speed clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m timm_pe.demo --output $(OUTPUT)
@@ -104,10 +104,6 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-# counts what makes the code hard to carry on
-house: $(BIN)/python
-	$(BIN)/python benchmarks/house.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """The installed commands: `train-distill`, and `timm-pe TOOL` for the tools.
 
 They are outside of the package because `import timm_pe` registers the CIFAR networks with timm, and timm and torch take
-seconds to import. After an import of this module timm_pe/__init__.py leaves that to the command, which reads its flags first.
+seconds to import. After an import of this module timm_pe/__init__.py leaves that to the command; `train-distill` reads its flags first.
 """
 
 import difflib

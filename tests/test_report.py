@@ -592,7 +592,7 @@ def test_each_run_has_its_settings_whole(tmp_path):
 @pytest.fixture
 def analysed(monkeypatch):
     """The runs that were analysed, by name, with a made-up analysis in the place of the real one."""
-    from timm_pe import analysis as module
+    from timm_pe import report as module
 
     names = []
 
@@ -747,7 +747,7 @@ def test_without_matplotlib_a_line_says_what_to_install(tmp_path, monkeypatch, c
 
 
 def test_what_the_analysis_cannot_do_is_one_line_that_names_the_way_around(tmp_path, monkeypatch, capsys):
-    from timm_pe import analysis as module
+    from timm_pe import report as module
 
     def analyze(folder, options=None, others=()):
         raise UsageError("RUN 'a': it has no last.pth.tar")

@@ -1,4 +1,4 @@
-"""The project in four minutes: a teacher, a student alone, and the same student with the teacher, on real digits.
+"""The project in three minutes: a teacher, a student alone, and the same student with the teacher, on real digits.
 
     python -m timm_pe.demo [--output DIR] [--seeds N]
 
@@ -135,16 +135,16 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def format_table(results: Mapping[str, Any]) -> str:
     """The final table of the demo."""
     seeds = len(results['student']['top1_of_seeds'])
-    rows = [('', 'parameters', 'top-1 %', 'seconds')]
+    rows = [('', 'parameters', 'top-1 %')]
     for kind, label in (('teacher', 'teacher'), ('student', 'student alone'), ('student_pe', 'student + teacher')):
         r = results[kind]
         spread = f' +- {r["top1_std"]:.2f}' if r['top1_std'] is not None else ''
-        rows.append((label, f'{r["params"]:,}', f'{r["top1"]:.2f}{spread}', f'{r["seconds"]:.1f}'))
-    lines = [f'{a:<19}{b:>12}{c:>18}{d:>10}' for a, b, c, d in rows]
+        rows.append((label, f'{r["params"]:,}', f'{r["top1"]:.2f}{spread}'))
+    lines = [f'{a:<19}{b:>10}{c:>15}' for a, b, c in rows]
     d = results['difference']
     better = sum(x > 0 for x in d['top1_of_seeds'])
     interval = d['top1_interval']
-    of = f'95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}, {seeds} seeds' if interval else '1 seed'
+    of = f'95 % interval\n{interval[0]:+.2f} to {interval[1]:+.2f}, {seeds} seeds' if interval else '1 seed'
     lines.append(f'The teacher adds {d["top1"]:+.2f} points ({of}, better in {better}).')
     return '\n'.join(lines)
 

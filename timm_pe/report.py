@@ -24,6 +24,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
+from .analysis import analyze
 from .config.cli import Parser
 from .errors import UsageError
 from .runs.compare import (
@@ -355,8 +356,6 @@ def analyse_missing(runs: Sequence[Run]) -> None:
     for run in sorted(runs, key=lambda run: run.teacher is None):
         if (run.analysis and not has_other_teacher(run, runs)) or not (run.has_labels or run.args.get('knn_data')):
             continue
-        from .analysis import analyze  # it imports torch
-
         print(f'analysing {run.name}', file=sys.stderr, flush=True)
         try:
             run.analysis = analyze(run.folder.path, others=[other.folder.path for other in runs])
