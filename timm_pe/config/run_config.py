@@ -34,34 +34,28 @@ from .flags import (
 from .teachers import read_words
 from .yaml_file import read_config
 
-# in the order of --help
-GROUPS: tuple[type, ...] = (
-    *(TeacherFlags, CacheFlags, ProjectorFlags, DataFlags, ModelFlags, InputFlags),
-    *(DeviceFlags, OptimizerFlags, ScheduleFlags, AugmentationFlags, RegularizationFlags, AverageFlags),
-    *(LoaderFlags, RunFlags, TrackerFlags, SizeFlags, LossFlags, TimmDistillationFlags),
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(
+    # in the order of --help
     TeacherFlags,
     CacheFlags,
     ProjectorFlags,
-    RunFlags,
-    TrackerFlags,
     DataFlags,
-    InputFlags,
-    LoaderFlags,
-    AugmentationFlags,
-    SizeFlags,
     ModelFlags,
-    RegularizationFlags,
-    LossFlags,
-    TimmDistillationFlags,
+    InputFlags,
+    DeviceFlags,
     OptimizerFlags,
     ScheduleFlags,
+    AugmentationFlags,
+    RegularizationFlags,
     AverageFlags,
-    DeviceFlags,
+    LoaderFlags,
+    RunFlags,
+    TrackerFlags,
+    SizeFlags,
+    LossFlags,
+    TimmDistillationFlags,
 ):
     """Run settings.
 
@@ -85,6 +79,9 @@ class RunConfig(
     def to_yaml(self) -> str:
         """The text of args.yaml."""
         return yaml.safe_dump(self.as_dict(), default_flow_style=False)
+
+
+GROUPS: tuple[type, ...] = RunConfig.__bases__
 
 
 def create_parser(prog: str = 'train_distill') -> Parser:
