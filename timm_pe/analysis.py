@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.utils import unwrap_model
 
 from .config.cli import Parser
 from .config.teachers import as_each
@@ -200,8 +201,8 @@ def _measure_projectors(
     """What analysis.json says under 'projectors' and 'cosine', and the cosines between outputs `[q, q]`."""
     if run.task is None:
         return None, None, None
-    # those of features come first; whatever --model-dtype was: what they map has been kept in float32
-    projection = run.task.projectors[index].float()
+    # whatever --model-dtype was: what they map has been kept in float32
+    projection = unwrap_model(run.task.trainable_module).feature_projectors[index].float()
     cosines = dict.fromkeys(('output_cosine', 'weight_cosine', 'single_cosine', 'ensemble_cosine', 'ensemble_gain'))
     numbers: dict[str, Any] = {'q': projection.num_projectors, 'act': projection.act, **cosines}
     numbers['weight_cosine'] = weight_cosine(projection)

@@ -20,5 +20,5 @@ def test_each_name_of_a_teacher_norm_is_one():
 
 
 def test_the_loss_of_a_target_is_a_known_one():
-    assert {loss for _, _, loss in names.TARGETS.values()} <= set(names.FEATURE_LOSS_NAMES.own)
+    assert {recipe.feature_loss for recipe in names.TARGETS.values()} <= set(names.FEATURE_LOSS_NAMES.own)
     assert task.TARGETS is names.TARGETS

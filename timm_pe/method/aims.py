@@ -97,7 +97,9 @@ def measure_aims(
     found = [r.mean() for r in rows] if rows else [loss(p, wanted) for loss, p, wanted in pairs]
     for aim, value, p in zip(aims, found, projected, strict=True):
         _check_loss(aim.loss, value, p)
-    kept = draw_kept(torch.stack(rows[: len(outputs)], dim=1), drop) if rows else None
+    # the features decide, for the maps too
+    of_features = [r for aim, r in zip(aims, rows or (), strict=bool(rows)) if aim.tapped != 'map']
+    kept = draw_kept(torch.stack(of_features, dim=1), drop) if rows else None
     terms: dict[str, torch.Tensor] = {}
     for term in dict.fromkeys(aim.term for aim in aims):
         members = [i for i, aim in enumerate(aims) if aim.term == term]

@@ -158,7 +158,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         self.kd_loss_weight, self.kd_temperature = kd_loss_weight, kd_temperature
         # the teachers that logits are compared with
         self.kd_teachers = teachers_of_classes(student, self.teachers, self.teacher_names) if kd_loss_weight else []
-        self._set_task_loss(student, criterion, criterion_kwargs, task_loss_weight, TARGETS[target][0])
+        self._set_task_loss(student, criterion, criterion_kwargs, task_loss_weight, TARGETS[target].task_loss_weight)
         self._set_distillation(target, feature_loss, distill_loss_weight, teacher_norm, teacher_drop)
         self.map_weight, self.map_loss = map_weight, DirectionLoss()
         self.aims = self._create_aims()
@@ -189,11 +189,11 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
     def _set_distillation(
         self, target: str, loss: str | None, weight: float | None, teacher_norm: str, teacher_drop: float
     ) -> None:
-        _, default_weight, default_loss = TARGETS[target]
-        self.feature_loss_name = loss or default_loss
+        recipe = TARGETS[target]
+        self.feature_loss_name = loss or recipe.feature_loss
         self.feature_loss = create_frozen_loss(self.feature_loss_name, self.kd_temperature).to(self.device)
         check_drop(teacher_drop, len(self.teachers), self.feature_loss, self.feature_loss_name)
-        self.distill_loss_weight = default_weight if weight is None else weight
+        self.distill_loss_weight = recipe.distill_loss_weight if weight is None else weight
         self.target, self.teacher_norm, self.teacher_drop = target, teacher_norm, teacher_drop
 
     def _create_aims(self) -> list[Aim]:

@@ -50,6 +50,11 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
             return [self.projection]
         return cast(list[ProjectorEnsemble], list(self.projection.values()))
 
+    @property
+    def feature_projectors(self) -> list[ProjectorEnsemble]:
+        """Those of features or logits, one of each teacher, without those of maps."""
+        return [p for p, tapped in zip(self.projectors, self.tapped, strict=True) if tapped != 'map']
+
     def forward(  # type: ignore[override]  # timm's gives two
         self, input: torch.Tensor, grids: Sequence[Sequence[int]] = ()
     ) -> tuple[torch.Tensor, ...]:

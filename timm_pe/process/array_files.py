@@ -10,6 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import UsageError, one_line
+from .files import sync_file
 
 # to read, or to read and write
 Mode = Literal['r', 'r+']
@@ -18,6 +19,11 @@ Mode = Literal['r', 'r+']
 def open_array(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, mode: Mode, without: str = 'to fill that view anew'
 ) -> np.memmap:
+    """Map a file of numpy's format.
+
+    Raises:
+        UsageError: It cannot be read, or holds another array; `without` ends the message.
+    """
     try:
         # open for reading first: opening for writing would grow a truncated file to the size in its header
         array = np.load(path, mmap_mode='r', allow_pickle=False)
@@ -56,9 +62,11 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 def write_whole(path: Path, content: bytes, made: list[Path]) -> None:
+    """Write a file that appears whole or not at all; `made` has what a caller has to remove if it gives up."""
     beside = path.with_name(f'.{path.name}.tmp')
     made.append(beside)
     beside.write_bytes(content)
+    sync_file(beside)
     os.replace(beside, path)
     made[-1] = path
 

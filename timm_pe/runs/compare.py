@@ -225,11 +225,11 @@ def describe_method(run: Run) -> str:
     if not run.teacher:
         return 'labels alone'
     target = args.get('pe_target') or 'feature'
-    task_weight, distill_weight, loss = TARGETS[target]
-    loss = args.get('pe_loss') or loss
+    recipe = TARGETS[target]
+    loss = args.get('pe_loss') or recipe.feature_loss
     given = [
-        (args.get('task_loss_weight'), task_weight if run.has_labels else 0, 'task loss'),
-        (args.get('distill_loss_weight'), distill_weight, loss),
+        (args.get('task_loss_weight'), recipe.task_loss_weight if run.has_labels else 0, 'task loss'),
+        (args.get('distill_loss_weight'), recipe.distill_loss_weight, loss),
         (args.get('pe_map_weight'), 0, 'direction of maps'),
         (args.get('kd_loss_weight'), 0, f'KL at T = {args.get("kd_temperature", 4):g}'),
     ]

@@ -9,7 +9,6 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from ..process.files import replaced
 
 # of text, axes and grid: as far from white as from black
 INK = '#7a7a7a'
@@ -186,10 +187,8 @@ def _letters() -> frozenset[int]:
 
 def save_png(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write a figure as PNG with a transparent background; the file appears whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(path.name + '.tmp')
-    figure.savefig(beside, format='png', dpi=dpi, transparent=True)
-    os.replace(beside, path)
+    with replaced(path) as beside:
+        figure.savefig(beside, format='png', dpi=dpi, transparent=True)
 
 
 def to_svg(figure: Figure) -> str:

@@ -38,7 +38,6 @@ from .cache_manifest import FILE, check_manifest
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = 3
 _FLUSH_EVERY_S = 30.0
 # the largest value of a row is kept between 2^14 and 2^15, the upper end of float16
 _EXPONENT = 15

@@ -1,15 +1,71 @@
 """What the rows of a teacher cache depend on, and which fields they have: runs share a cache only where these agree."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.utils import unwrap_model
+from torch.utils.data import Dataset
+
+from ..config.run_config import RunConfig
+from ..config.teachers import OneTeacher
+from ..data.fingerprint import hash_names, hash_pixels
+from ..data.loaders import Data
 from ..errors import UsageError, one_line
+from ..method.teacher import Teacher
+from ..method.weight_files import hash_tensors
+from .from_run import teacher_settings
+from .position import is_precision
 
 FILE = 'manifest.json'
+_FORMAT = 3
+_PRECISION = 'teacher precision'
 # entries that name a field of the rows: a run may read a cache that has more of them than it needs
 _FIELDS = {'feature width': 'features', 'logits': 'logits', 'map': 'maps'}
+
+
+def create_manifest(
+    config: RunConfig, flags: OneTeacher, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """All that the teacher's outputs depend on: its weights and input, the images, their transforms and draws."""
+    dataset = data.train.dataset
+    size = data.config['input_size']
+    height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
+    return {
+        'format': _FORMAT,
+        'teacher': flags.name,
+        'teacher arguments': teacher_settings(flags).kwargs,
+        'teacher weights': hash_tensors(unwrap_model(teacher.model).state_dict()),
+        'teacher input': f'{len(teacher.mean)}x{height}x{width}',
+        'teacher mean': list(teacher.mean),
+        'teacher std': list(teacher.std),
+        'teacher norms folded': teacher.folded,
+        'teacher tap': flags.tap,
+        _PRECISION: teacher.precision,
+        'feature width': widths['feature'],
+        'logits': widths['logits'],
+        'image size': list(size),
+        'image precision': config.model_dtype or 'float32',
+        'image mean': list(data.config['mean']),
+        'image std': list(data.config['std']),
+        'images': len(dataset),
+        'image names': hash_names(dataset.dataset),
+        'pixels': hash_pixels(dataset),
+        'transform': _describe_transform(dataset.dataset),
+        'seed': config.seed,
+    }
+
+
+def cached_precision(folder: str | None) -> str | None:
+    """The teacher's precision in the cache of a folder; None if there is no cache, or none that can be read."""
+    try:
+        precision = json.loads((Path(folder or '') / FILE).read_text(encoding='utf-8'))[_PRECISION]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # opening it says what is wrong with it
+    return precision if is_precision(precision) else None
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
@@ -66,3 +122,8 @@ def _show(value: Any, other: Any) -> str:
     if lines and sorted(value) != sorted(other):
         return ' '.join(v for v in value if v not in other) or 'nothing'
     return str(value)
+
+
+def _describe_transform(dataset: Dataset[Any]) -> list[str]:
+    text = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(dataset, 'transform', None)))
+    return [line.strip() for line in text.splitlines()]

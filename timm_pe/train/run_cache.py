@@ -1,39 +1,30 @@
 """Opens the cache of --teacher-cache on all ranks together, and lists what its rows depend on."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.utils import unwrap_model
-from torch.utils.data import Dataset
 
 from ..config.run_config import RunConfig
 from ..config.teachers import OneTeacher, teachers_of
 from ..data.draws import SeededDataset
-from ..data.fingerprint import hash_names, hash_pixels, list_files
+from ..data.fingerprint import list_files
 from ..data.loaders import Data
 from ..errors import UsageError
 from ..method.teacher import Teacher, TeacherOutput
 from ..method.teachers import name_teachers
-from ..method.weight_files import hash_tensors
 from ..process.runtime import Runtime, ranks_together
-from .cache import _FORMAT, TeacherCache
-from .from_run import teacher_settings
-from .position import is_precision
+from .cache import TeacherCache
+from .cache_manifest import create_manifest
 
 _logger = logging.getLogger(__name__)
-
-# entry of the manifest
-_PRECISION = 'teacher precision'
 
 
 def cache_folders(config: RunConfig, teachers: Sequence[Teacher]) -> list[str | None]:
@@ -174,52 +165,6 @@ def outputs_of(
         return output
 
     return [cache(target, partial(compute, teacher)) for cache, teacher in zip(caches, teachers, strict=True)]
-
-
-def create_manifest(
-    config: RunConfig, flags: OneTeacher, teacher: Teacher, data: Data, widths: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """All that the teacher's outputs depend on: its weights and input, the images, their transforms and draws."""
-    dataset = data.train.dataset
-    size = data.config['input_size']
-    height, width = teacher.size_for(torch.empty(1, *size, device=teacher.scale.device))
-    return {
-        'format': _FORMAT,
-        'teacher': flags.name,
-        'teacher arguments': teacher_settings(flags).kwargs,
-        'teacher weights': hash_tensors(unwrap_model(teacher.model).state_dict()),
-        'teacher input': f'{len(teacher.mean)}x{height}x{width}',
-        'teacher mean': list(teacher.mean),
-        'teacher std': list(teacher.std),
-        'teacher norms folded': teacher.folded,
-        'teacher tap': flags.tap,
-        _PRECISION: teacher.precision,
-        'feature width': widths['feature'],
-        'logits': widths['logits'],
-        'image size': list(size),
-        'image precision': config.model_dtype or 'float32',
-        'image mean': list(data.config['mean']),
-        'image std': list(data.config['std']),
-        'images': len(dataset),
-        'image names': hash_names(dataset.dataset),
-        'pixels': hash_pixels(dataset),
-        'transform': _describe_transform(dataset.dataset),
-        'seed': config.seed,
-    }
-
-
-def cached_precision(folder: str | None) -> str | None:
-    """The teacher's precision in the cache of a folder; None if there is no cache, or none that can be read."""
-    try:
-        precision = json.loads((Path(folder or '') / 'manifest.json').read_text(encoding='utf-8'))[_PRECISION]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # opening it says what is wrong with it
-    return precision if is_precision(precision) else None
-
-
-def _describe_transform(dataset: Dataset[Any]) -> list[str]:
-    text = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(dataset, 'transform', None)))
-    return [line.strip() for line in text.splitlines()]
 
 
 def _on_several_machines(runtime: Runtime) -> bool:

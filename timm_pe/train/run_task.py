@@ -233,10 +233,10 @@ def _create_projector_task(
     criterion: nn.Module | None,
     common: dict[str, Any],
 ) -> ProjectorEnsembleTask:
-    _, weight, loss = TARGETS[config.pe_target]
-    if config.pe_loss not in (None, loss) and config.distill_loss_weight is None:
+    recipe = TARGETS[config.pe_target]
+    if config.pe_loss not in (None, recipe.feature_loss) and config.distill_loss_weight is None:
         _logger.warning(
-            f'The default weight {weight:g} was chosen for the {loss} loss, it now weighs {config.pe_loss!r}: '
+            f'The default weight {recipe.distill_loss_weight:g} was chosen for the {recipe.feature_loss} loss, it now weighs {config.pe_loss!r}: '
             f'consider --distill-loss-weight.'
         )
     if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':

@@ -15,8 +15,9 @@ from ..errors import is_out_of_memory, one_line
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime, has_fast_bfloat16
 from .build import Parts
+from .cache_manifest import cached_precision
 from .checkpoints import saved_precisions
-from .run_cache import cache_folders, cached_precision
+from .run_cache import cache_folders
 
 _logger = logging.getLogger(__name__)
 

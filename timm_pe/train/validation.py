@@ -229,8 +229,7 @@ class TeacherValidation:
         """See `Validation`."""
         module = _measured_module(self.task, ema)
         moments = Moments(module.tap.width, self.runtime)
-        # projectors of features come first, in the order of the teachers
-        projectors = module.projectors[: len(self.aims)]
+        projectors = module.feature_projectors
         # of each teacher loss and cosine
         sums = torch.zeros(len(projectors), 2, dtype=moments.sums.dtype, device=self.runtime.device)
         known = zip(*self.aims, strict=True)
