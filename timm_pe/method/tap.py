@@ -25,8 +25,6 @@ class FeatureTap:
     - a `ModuleList`, one head per branch or stage: their inputs, concatenated.
     - no classifier (`num_classes=0`, or an encoder that never has one): the model's output, pooled.
 
-    In a model with `forward_head` but no `get_classifier()` it is the module that runs only without `pre_logits=True`.
-
     Make the tap before `torch.compile` and DDP wrap the model, and after `reset_classifier`. A deepcopy of a module
     that holds both the model and its tap (as an EMA makes) has its own tap. The tap keeps one feature, with its graph,
     until it is popped.
@@ -175,7 +173,7 @@ def _tap_classifier(model: nn.Module, before_dropout: bool) -> list[list[_Site]]
 def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
     """The layers that classify, as `_tap_classifier` hooks them; none for an encoder."""
     if not hasattr(model, 'get_classifier'):
-        return _classifier_of_head(model)
+        return _without_classifier(model)
     try:
         classifier = cast(Any, model).get_classifier()
     except AttributeError as e:
@@ -190,69 +188,22 @@ def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
     return [[_final_layer(x) for x in (head if isinstance(head, nn.ModuleList) else [head])] for head in heads]
 
 
-def _classifier_of_head(model: nn.Module) -> list[list[nn.Module]]:
-    """The classifying layers of a model without `get_classifier()`; none for an encoder."""
+def _without_classifier(model: nn.Module) -> list[list[nn.Module]]:
+    """No layers of an encoder.
+
+    Raises:
+        UsageError: It is none, or not timm's: which of its layers classifies is not known.
+    """
     if hasattr(model, 'forward_features') and not (
         hasattr(model, 'forward_head') and getattr(model, 'num_classes', None) != 0
     ):
         return []
-    found = _find_in_head(model) if hasattr(model, 'forward_head') else None
-    if found is None:
-        linears = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
-        example = f', for example {linears[-1]!r}' if linears else ''
-        raise UsageError(
-            f'{type(model).__name__} has no get_classifier() to find its penultimate feature by. '
-            f'Name the module that the feature enters ({_PATH}){example}.'
-        )
-    return [found] if found else []
-
-
-@torch.no_grad()
-def _find_in_head(model: nn.Module) -> list[nn.Module] | None:
-    """The module that `forward_head` runs only without `pre_logits=True`, if its input is the pre-logits.
-
-    Empty if the flag changes nothing, None if no such module is found.
-    """
-    weight = next(model.parameters(), torch.empty(0))
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        width = _declared_width(model)
-        # a map, tokens, a map with its channels last, or pooled already: the head's input format is unknown
-        for shape in ((2, width, 4, 4), (2, 4, width), (2, 4, 4, width), (2, width)):
-            x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
-            try:
-                pre_logits, before = _run_head(model, x, pre_logits=True)
-                output, after = _run_head(model, x)
-                if torch.equal(output, pre_logits):
-                    return []
-                for module, entered in after:
-                    if not any(module is other for other, _ in before) and any(True for _ in module.parameters()):
-                        return [module] if entered is not None and torch.equal(entered, pre_logits) else None
-            except Exception:  # a head may fail in any way on a wrong input
-                continue
-    finally:
-        for module, mode in training:
-            module.training = mode
-    return None
-
-
-def _run_head(
-    model: nn.Module, x: torch.Tensor, **kwargs: bool
-) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor | None]]]:
-    """The output of `forward_head`, and the modules that it ran, each with its input."""
-    ran: list[tuple[nn.Module, torch.Tensor | None]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # a copy: later layers may work in place
-        ran.append((module, args[0].clone() if args and isinstance(args[0], torch.Tensor) else None))
-
-    handles = [module.register_forward_pre_hook(keep) for module in model.modules()]
-    try:
-        return cast(Any, model).forward_head(x, **kwargs), ran
-    finally:
-        for handle in handles:
-            handle.remove()
+    linears = [name for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    example = f', for example {linears[-1]!r}' if linears else ''
+    raise UsageError(
+        f'{type(model).__name__} has no get_classifier() to find its penultimate feature by. '
+        f'Name the module that the feature enters ({_PATH}){example}.'
+    )
 
 
 def _final_layer(head: nn.Module) -> nn.Module:
