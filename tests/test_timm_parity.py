@@ -10,8 +10,9 @@ from helpers import load, refused, run, summary
 from timm.data import create_dataset, create_loader
 from timm.loss import LOSS_TYPES
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, DistillationTeacher
 
+from timm_pe import ProjectorEnsembleTask
 from timm_pe.config import flags as declared
 from timm_pe.data.draws import derive_seed
 from timm_pe.method.weight_files import read_state_dict
@@ -105,6 +106,25 @@ def test_kd_model_name_runs_timms_own_tasks(kind, small_run, tmp_path, local_tea
         row['train_kd_loss'] if 'train_kd_loss' in row else row['train_distill_loss']
     )
     assert float(row['train_loss']) == pytest.approx(terms, rel=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_the_teacher_of_timms_own_tasks_sees_the_images_in_its_own_normalization(
+    kind, small_run, local_teacher, monkeypatch
+):
+    seen = {}
+    original = DistillationTeacher.normalize_input
+
+    def normalize_input(self, input, *student):
+        own = original(self, input, *student)
+        seen.setdefault('pixels', input * 0.3 + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+        seen.setdefault('back', own * self.std_kd + self.mean_kd)
+        return own
+
+    monkeypatch.setattr(DistillationTeacher, 'normalize_input', normalize_input)
+    argv = ['--model', 'test_vit', '--kd-model-name', local_teacher, '--kd-distill-type', kind, '--epochs', '1']
+    run([*small_run, *argv, '--mean', '0.1', '0.2', '0.3', '--std', '0.3', '0.3', '0.3'])
+    torch.testing.assert_close(seen['back'], seen['pixels'], rtol=1e-4, atol=1e-5)
 
 
 def test_stop_epoch_stops_without_changing_the_schedule(small_run, tmp_path, capsys):
@@ -373,6 +393,60 @@ def test_layer_decay_gives_projectors_the_rate_of_the_head_and_weight_decay_spar
     top = [g for g in groups if g['lr_scale'] == 1.0]
     assert sum(len(g['params']) for g in groups) == len(list(model.parameters())) + 2
     assert sum(len(g['params']) for g in top) >= 4  # weight and bias of the classifier and of the projectors
+
+
+def test_layer_decay_of_a_student_without_layers_of_its_own_is_that_of_the_student_alone():
+    student = timm.create_model('pit_ti_224', num_classes=3)
+    assert not hasattr(student, 'group_matcher')
+    task = ProjectorEnsembleTask(student, timm.create_model('test_vit', num_classes=3), verbose=False)
+    scales = {}
+    for module in (student, task.trainable_module):
+        optimizer = create_optimizer_v2(module, 'adamw', lr=0.1, layer_decay=0.5)
+        scales[module] = {id(p): g['lr_scale'] for g in optimizer.param_groups for p in g['params']}
+    alone, taught = scales[student], scales[task.trainable_module]
+    assert {key: taught[key] for key in alone} == alone
+    assert len(set(alone.values())) > 5
+    assert all(taught[id(p)] == 1.0 for p in task.projection.parameters())
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'left_out'),
+    [
+        ('test_resnet', {}, {'fc.weight', 'fc.bias'}),
+        (
+            'deit_tiny_distilled_patch16_224',
+            {'depth': 1, 'img_size': 32},
+            {'head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias'},
+        ),
+    ],
+)
+def test_adaptive_clipping_leaves_out_all_heads_of_the_student_and_no_projector(name, kwargs, left_out):
+    student = timm.create_model(name, num_classes=3, **kwargs)
+    task = ProjectorEnsembleTask(student, timm.create_model('test_vit', num_classes=3), verbose=False)
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert {n for n, p in student.named_parameters() if id(p) not in clipped} == left_out
+    assert all(id(p) in clipped for p in task.projection.parameters())
+    assert len(list(task.get_clip_parameters())) == len(clipped) + len(left_out)
+
+
+def test_patterns_of_a_hybrid_optimizer_name_parameters_of_the_student(small_run, tmp_path):
+    argv = [
+        *small_run,
+        '--model',
+        'test_resnet',
+        '--opt',
+        'muon',
+        '--opt-kwargs',
+        "fallback_list=['fc.*']",
+        '--epochs',
+        '1',
+    ]
+    number = {}
+    for name, more in (('alone', []), ('taught', ['--teacher', 'test_vit', '--no-teacher-pretrained'])):
+        run([*argv, *more, '--experiment', name])
+        groups = load(tmp_path / name / 'last.pth.tar')['optimizer']['param_groups']
+        number[name] = sum(len(g['params']) for g in groups if g.get('use_fallback'))
+    assert number == {'alone': 2, 'taught': 2}
 
 
 BATCHES = {

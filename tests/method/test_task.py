@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import compiled_and_eager
 from safetensors.torch import save_file
+from timm.data.model_config import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
@@ -481,6 +482,16 @@ def test_a_teacher_sees_the_same_images_however_it_is_given(tmp_path):
     mean, std = (torch.tensor(teacher.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
     naive = teacher.forward_head(teacher.forward_features((x * 0.5 + 0.5 - mean) / std), pre_logits=True)
     torch.testing.assert_close(of_teacher.feature, naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_a_student_of_other_channels_has_the_normalization_that_timm_resolves_for_it(channels):
+    student, teacher = (timm.create_model('test_efficientnet', in_chans=channels, num_classes=5) for _ in range(2))
+    cfg = resolve_input_data_config(model=student)
+    made = ProjectorEnsembleTask(student, teacher, verbose=False).teacher
+    assert (made.input_mean, made.input_std) == (tuple(cfg['mean']), tuple(cfg['std']))
+    assert len(made.input_mean) == channels
+    assert not made.renormalizes
 
 
 def test_two_answers_to_what_the_images_are_normalized_with_are_refused():

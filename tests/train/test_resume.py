@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import yaml
 from helpers import load, refused, run, stopped, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
@@ -237,6 +238,56 @@ def test_settings_of_the_optimizer_that_a_resume_keeps_are_named(alone, tmp_path
     said = run([*argv, '--stop-epoch', '2', '--momentum', '0.1'], capsys)
     assert '--resume continues with momentum 0.9 of the checkpoint, not with 0.1' in said
     assert '--resume continues with' not in run([*argv, '--stop-epoch', '3', '--momentum', '0.9'], capsys)
+
+
+def test_what_a_resumed_optimizer_keeps_is_named_and_is_what_the_runs_files_say(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--opt', 'adamw']
+    then = ['--layer-decay', '0.5', '--lr', '0.02', '--weight-decay', '0.1', '--opt-kwargs', 'amsgrad=True']
+    run([*argv, *then, '--stop-epoch', '1'])
+    now = ['--layer-decay', '0.9', '--lr', '0.5', '--weight-decay', '0.5']
+    said = run([*argv, *now, '--stop-epoch', '2'], capsys)
+    assert '--resume continues with --layer-decay 0.5 of the checkpoint, not with 0.9' in said
+    assert "--resume continues with --opt-kwargs {'amsgrad': True} of the checkpoint, not with {}" in said
+    assert 'flags that differ' not in said
+    last = load(tmp_path / 'run' / 'last.pth.tar')
+    scales = {group['lr_scale'] for group in last['optimizer']['param_groups']}
+    assert 0.25 in scales
+    assert 0.81 not in scales
+    kept = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    for settings in (kept, vars(last['args'])):
+        assert (settings['layer_decay'], settings['lr'], settings['weight_decay']) == (0.5, 0.02, 0.1)
+    assert '--resume continues with' not in run([*argv, *then, '--stop-epoch', '3'], capsys)
+
+
+@pytest.mark.parametrize(
+    ('more', 'named'),
+    [
+        (['--mean', '0', '--std', '4'], '--mean None, this run has [0.0]'),
+        (['--gp', 'max'], '--gp None, this run has max'),
+        (['--img-size', '48'], '--img-size 32, this run has 48'),
+        (['--crop-pct', '0.5'], '--crop-pct None, this run has 0.5'),
+    ],
+)
+def test_a_run_does_not_go_on_with_a_student_that_is_built_or_fed_otherwise(alone, tmp_path, capsys, more, named):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run']
+    run([*argv, '--stop-epoch', '2'])
+    before = bytes_of(tmp_path / 'run')
+    with pytest.raises(SystemExit) as e:
+        train_distill.main([*argv, '--resume', 'auto', *more])
+    assert e.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f'had {named}, and the weights of the best epoch are for that of then: give the same, or' in error
+    assert bytes_of(tmp_path / 'run') == before
+    last = str(tmp_path / 'run' / 'last.pth.tar')
+    run([*argv, '--resume', last, '--experiment', 'new', *more])
+    assert bytes_of(tmp_path / 'run') == before
+    assert [row['epoch'] for row in summary(tmp_path / 'new')] == ['2', '3']
+
+
+def test_a_prefetcher_that_a_resume_switches_off_is_named(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
+    run([*argv, '--stop-epoch', '1'])
+    assert '--no-prefetcher False then and True now' in run([*argv, '--no-prefetcher', '--stop-epoch', '2'], capsys)
 
 
 def test_a_best_epoch_whose_weights_are_gone_is_named_and_the_best_that_is_kept_counts(alone, tmp_path, capsys):

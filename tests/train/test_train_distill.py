@@ -368,6 +368,30 @@ def test_flags_without_effect_are_named_once(small_run, capsys):
     assert 'Without effect' not in run([*small_run, *PAIR, '--experiment', 'other'], capsys)
 
 
+def test_checkpointing_of_batch_norms_is_warned_about(small_run, capsys):
+    warned = 'their batch norms count each batch twice'
+    assert warned in run([*small_run, '--model', 'test_resnet', '--grad-checkpointing', '--epochs', '1'], capsys)
+    more = ['--model', 'test_vit', '--grad-checkpointing', '--epochs', '1', '--experiment', 'vit']
+    assert warned not in run([*small_run, *more], capsys)
+
+
+def test_a_scripted_vit_trains_after_a_validation(small_run, tmp_path):
+    run([*small_run, '--model', 'test_vit', '--torchscript'])
+    assert len(summary(tmp_path / 'run')) == 2
+
+
+def test_an_evaluation_takes_the_fast_norms_of_its_run(small_run, tmp_path, capsys):
+    run([*small_run, '--model', 'test_vit', '--amp', '--amp-dtype', 'bfloat16', '--fast-norm', '--epochs', '1'])
+    said = run(['--evaluate', str(tmp_path / 'run'), '--device', 'cpu', '-j', '0'], capsys)
+    assert 'fast_norm True' in said
+
+
+def test_without_a_schedule_no_warmup_is_warned_about(small_run, capsys):
+    said = run([*small_run, *PAIR, '--warmup-epochs', '6', '--sched', 'none', '--epochs', '1'], capsys)
+    assert 'epochs are warmup' not in said
+    assert 'Without effect: --warmup-epochs with --sched none.' in said
+
+
 def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
     assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said

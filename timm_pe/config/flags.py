@@ -169,7 +169,7 @@ class AugmentationFlags:
     reprob: float = flag(0.0, 'probability of random erasing', metavar='P', share=True)
     remode: str = flag('pixel', 'random erasing: what it fills in', allowed=('const', 'rand', 'pixel'), idle_without='reprob')
     recount: int = flag(1, 'random erasing: number of boxes', at_least=1, idle_without='reprob')
-    resplit: bool = switch('no random erasing in the first augmentation split')
+    resplit: bool = switch('no random erasing in the first augmentation split', idle_without='reprob')
     mixup: float = flag(0.0, 'alpha of mixup', metavar='R', at_least=0)
     cutmix: float = flag(0.0, 'alpha of cutmix', metavar='R', at_least=0)
     cutmix_minmax: list[float] | None = flag(None, 'smallest and largest share of the side that cutmix cuts out', metavar='R', unset='off')

@@ -153,8 +153,13 @@ def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
 # flags that --no-aug disables
 _AUGMENTATIONS = (
     *('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob'),
-    *('gaussian_blur_prob', 'aa'),
+    *('gaussian_blur_prob', 'aa', 'train_interpolation'),
 )
+# flags that a schedule does not read
+_IDLE_IN_SCHEDULE = {
+    'none': ('warmup_epochs', 'warmup_lr', 'sched_on_updates', 'cooldown_epochs', 'min_lr'),
+    **dict.fromkeys(('constant', 'step', 'multistep'), ('min_lr',)),
+}
 
 
 def without_effect(config: 'RunConfig') -> list[str]:
@@ -174,9 +179,27 @@ def without_effect(config: 'RunConfig') -> list[str]:
     if config.no_aug:
         left_out = (*_AUGMENTATIONS, *(('reprob',) if config.no_prefetcher else ()))
         found += [f'{name_of(name)} with --no-aug' for name in left_out if config.is_given(name)]
-    if config.lr is not None and config.is_given('lr_base'):
-        found.append('--lr-base with --lr')
-    return found
+    if not config.no_aug and config.aa and '3a' not in config.aa:
+        found += [f'{name_of(n)} with --aa' for n in ('color_jitter', 'color_jitter_prob') if config.is_given(n)]
+    if config.lr is not None:
+        found += [f'{name_of(n)} with --lr' for n in ('lr_base', 'lr_base_size', 'lr_base_scale') if config.is_given(n)]
+    if config.drop_path is not None and config.is_given('drop_connect'):
+        found.append('--drop-connect with --drop-path')
+    idle = _IDLE_IN_SCHEDULE.get(config.sched, ())
+    found += [
+        f'{name_of(name)} with --sched {config.sched}'
+        for name in idle
+        if config.is_given(name) and getattr(config, name)
+    ]
+    return [*found, *(f'{name_of(name)} with --opt {config.opt}' for name in _idle_in_optimizer(config))]
+
+
+def _idle_in_optimizer(config: 'RunConfig') -> list[str]:
+    from timm.optim import get_optimizer_info
+
+    info = get_optimizer_info(config.opt.lower().removeprefix('lookahead_'))
+    takes = {'momentum': info.has_momentum, 'opt_betas': info.has_betas, 'opt_eps': info.has_eps}
+    return [name for name, is_taken in takes.items() if config.is_given(name) and not is_taken]
 
 
 def _is_on(config: 'RunConfig', condition: str) -> bool:

@@ -270,6 +270,17 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             'logit_loss': self.kd_loss_weight,
         }
 
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped; `exclude_head` leaves out those of the student's classifiers."""
+        module = unwrap_model(self.trainable_module)
+        student = unwrap_model(module.student)
+        if not (exclude_head and hasattr(student, 'get_classifier')):
+            return super().get_clip_parameters(exclude_head)
+        found = student.get_classifier()
+        heads = found if isinstance(found, tuple) else (found,)
+        left_out = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+        return [p for p in module.parameters() if id(p) not in left_out]
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that trains a projector not at all, or twice in a step.
 

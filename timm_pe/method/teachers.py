@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
 from timm.utils import unwrap_model
 
 from ..errors import UsageError
@@ -135,17 +136,27 @@ def resolve_teacher(
         return teacher
     if isinstance(teacher, nn.Module):
         refuse_given('a module', overlay)
-    cfg = getattr(student, 'pretrained_cfg', None) or {}
+    mean, std = _norm_of_student(student, mean, std)
     return create_teacher(
         teacher,
         checkpoint=checkpoint,
         model_kwargs={'pretrained_cfg_overlay': cfg_overlay} if cfg_overlay else None,
         tap=tap,
-        input_mean=mean or cfg.get('mean'),
-        input_std=std or cfg.get('std'),
+        input_mean=mean,
+        input_std=std,
         device=device,
         needs_logits=needs_logits,
     )
+
+
+def _norm_of_student(
+    student: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Mean and standard deviation that are given, else those that timm resolves for the student; None if it is not timm's."""
+    if (mean and std) or not getattr(student, 'pretrained_cfg', None):
+        return mean, std
+    own = resolve_input_data_config(model=student)
+    return mean or own['mean'], std or own['std']
 
 
 def _settle_input_norm(
@@ -156,10 +167,10 @@ def _settle_input_norm(
     Raises:
         UsageError: It was told otherwise.
     """
-    cfg = getattr(student, 'pretrained_cfg', None) or {}
-    of_student = tuple(mean or cfg.get('mean', ())), tuple(std or cfg.get('std', ()))
-    if not all(of_student):
+    known_mean, known_std = _norm_of_student(student, mean, std)
+    if known_mean is None or known_std is None:
         return
+    of_student = tuple(known_mean), tuple(known_std)
     known = teacher.input_mean, teacher.input_std
     if teacher.input_norm_by == 'nobody':
         teacher.set_input_norm(*of_student)

@@ -1,11 +1,13 @@
 """All that is trained, in one module."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from timm.optim import auto_group_layers
 from timm.task.distillation import FeatureDistillationTrainableModule
+from timm.utils import unwrap_model
 
 from .map_tap import MapTap, on_grid
 from .projectors import ProjectorEnsemble
@@ -54,6 +56,14 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
     def feature_projectors(self) -> list[ProjectorEnsemble]:
         """Those of features or logits, one of each teacher, without those of maps."""
         return [p for p, tapped in zip(self.projectors, self.tapped, strict=True) if tapped != 'map']
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The layer of each parameter by its name, for --layer-decay: that of the student alone, the projectors with the last."""
+        student = unwrap_model(self.student)
+        if hasattr(student, 'group_matcher'):
+            return super().group_matcher(coarse=coarse)
+        layers = {f'student.{name}': layer for name, layer in auto_group_layers(student).items()}
+        return lambda name: layers.get(name, max(layers.values()))
 
     def forward(  # type: ignore[override]  # timm's gives two
         self, input: torch.Tensor, grids: Sequence[Sequence[int]] = ()

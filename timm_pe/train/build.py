@@ -90,7 +90,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         return Parts(config, runtime, student, datasets, data, [], None)
     with hint(hints.get('teacher')):
         teachers = create_run_teachers(config, data, runtime, not keeps_teacher_size(weights))
-    task = create_run_task(config, student, teachers, runtime) if training or teachers else None
+    task = create_run_task(config, student, teachers, data.config, runtime) if training or teachers else None
     return Parts(config, runtime, student, datasets, data, teachers, task, checkpoint)
 
 

@@ -18,7 +18,6 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 from torch.utils.data import Dataset
 
-from ..config.declare import name_of
 from ..config.flags import OptimizerFlags, RunFlags
 from ..config.run_config import RunConfig
 from ..config.teachers import as_each
@@ -36,17 +35,6 @@ _logger = logging.getLogger(__name__)
 _ENTRIES = {
     ('optimizer', 'task_state', 'state_dict_ema', 'task_state_ema', 'saver'): dict,
     ('epoch', 'version'): int,
-}
-# flags about where and how a run is executed, or whose changes are reported elsewhere
-_NOT_COMPARED = {
-    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
-    *('data', 'data_dir', 'unlabeled', 'knn_data', 'dataset_download', 'dataset_trust_remote_code'),
-    *('teacher_checkpoint', 'teacher_pretrained'),
-    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
-    *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem', 'no_prefetcher'),
-    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
-    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
-    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
 }
 # what projectors map to: if it changes, they start new
 _NEW_PROJECTORS = {'target', 'teacher'}
@@ -384,19 +372,6 @@ def _is_of_whole_epoch(checkpoint: dict[str, Any], path: str) -> bool:
     """Whether a checkpoint was saved after its epoch, not within it; if it does not say so, by its file name."""
     run = (checkpoint.get('saver') or {}).get('run')
     return bool(run['validated']) if run else not os.path.basename(path).startswith('recovery-')
-
-
-def describe_differences(config: RunConfig, path: str) -> str:
-    """The flags that differ from those of a checkpoint, as far as they affect training."""
-    saved, now = saved_args(path), config.as_dict()
-    if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
-        saved['teacher_dtype'] = 'auto'
-    names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
-    said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
-    # folders may have moved, and other images are reported elsewhere; whether there are some changes what is trained on
-    there = {name: (bool(saved.get(name)), bool(now[name])) for name in ('unlabeled', 'teacher_cache')}
-    said += [f'no {name_of(name)} {"now" if a else "then"}' for name, (a, b) in there.items() if a != b]
-    return ', '.join(said)
 
 
 def _check_optimizer(flags: OptimizerFlags, checkpoint: dict[str, Any], path: str) -> None:

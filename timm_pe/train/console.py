@@ -106,7 +106,7 @@ def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
             f'--tta {config.tta} averages {config.tta} images in a row, as in timm; this loader gives each image once, so '
             f'different images are averaged and the metrics mean nothing.'
         )
-    if not config.warmup_prefix and config.warmup_epochs >= num_epochs:
+    if config.sched != 'none' and not config.warmup_prefix and config.warmup_epochs >= num_epochs:
         _logger.warning(
             f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
             f'{lr:.4g}.'

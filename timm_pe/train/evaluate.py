@@ -87,8 +87,8 @@ def evaluate(
         UsageError: Labels that the model has no class for.
     """
     evaluator = create_evaluator(config, runtime, loader)
-    # CUDA graphs of a compiled model that has run under inference mode fail in training (pytorch#135892)
-    without_gradients = torch.no_grad if config.torchcompile else torch.inference_mode
+    # a compiled model (its CUDA graphs, pytorch#135892) or a scripted one that has run under inference mode fails in training
+    without_gradients = torch.no_grad if config.torchcompile or config.torchscript else torch.inference_mode
     for i, (input, target) in enumerate(loader):
         input, target = batch_to_device(config, runtime, input, target)
         with without_gradients(), runtime.autocast():

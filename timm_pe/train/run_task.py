@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -208,6 +208,7 @@ def create_run_task(
     config: RunConfig,
     student: nn.Module,
     teachers: Sequence[Teacher],
+    data_config: Mapping[str, Any],
     runtime: Runtime,
 ) -> TrainingTask:
     """Make our task with teachers, timm's distillation task with --kd-model-name, else timm's classification task."""
@@ -220,7 +221,12 @@ def create_run_task(
     if teachers:
         return _create_projector_task(config, student, teachers, criterion, common)
     if config.kd_model_name:
-        return _create_timm_kd_task(config, config.kd_model_name, student, criterion, common)
+        task = _create_timm_kd_task(config, config.kd_model_name, student, criterion, common)
+        for name in ('mean', 'std'):  # timm's task has those of the student's pretrained_cfg, whatever the loader does
+            known = getattr(task, f'student_{name}')
+            values = known.new_tensor(data_config[name]).view(1, -1, 1, 1)
+            task.register_buffer(f'student_{name}', values, persistent=False)
+        return task
     if config.task == 'multilabel':
         return MultiLabelClassificationTask(student, criterion, threshold=config.multilabel_threshold, **common)
     return ClassificationTask(student, criterion, **common)

@@ -39,15 +39,13 @@ from .first_look import prepare_teachers
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
 from .position import RunState, Span, check_rank_state, is_plateau, restore_schedule, run_meaning, run_settings
+from .resumed_settings import check_same_student, resumed_rates, with_kept_settings
 from .run_cache import allocate_caches
 from .trackers import Trackers, start_trackers
 from .trainer import Trainer
 from .validation import create_validation
 
 _logger = logging.getLogger(__name__)
-
-# optimizer settings, besides learning rate and weight decay, that a resume takes from the checkpoint
-_OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
 
 # inputs of which a run keeps no copy
 _INPUTS = ('data', 'data_dir', 'unlabeled', 'knn_data', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
@@ -86,11 +84,11 @@ def start(parts: Parts) -> Trainer | None:
     optimizer = _create_optimizer(config, task, lr)
     meaning = run_meaning(config, task, data, runtime)
     found = _resume(parts, optimizer, meaning)
-    rates = (
-        _resumed_rates(config, found.path, lr, optimizer)
-        if found.path and not config.no_resume_opt
-        else (lr, config.weight_decay)
-    )
+    rates = lr, config.weight_decay
+    if found.path and not config.no_resume_opt:
+        rates = resumed_rates(config, found.path, lr, optimizer)
+        config = with_kept_settings(config, found.path)
+        parts = replace(parts, config=config)
     if config.model_ema:
         _set_up_average(config, task, found.path, meaning, runtime)
     caches = prepare_teachers(parts, meaning)
@@ -103,6 +101,8 @@ def start(parts: Parts) -> Trainer | None:
     accumulation = Accumulation(len(data.train), config.grad_accum_steps)
     scheduler, num_epochs = _create_scheduler(config, optimizer, accumulation)
     span = _create_span(config, found, resumed, num_epochs)
+    if _goes_on(found, span, _folder_path(parts)):
+        check_same_student(config, found.path)
     warn_of_settings(config, num_epochs, rates[0])
     if scheduler is not None and (span.first > 0 or resumed):
         _resume_schedule(config, scheduler, found, span, accumulation)
@@ -132,8 +132,12 @@ def start(parts: Parts) -> Trainer | None:
 def _create_optimizer(config: RunConfig, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
     module = cast(nn.Module, task.get_trainable_module())
     settings = {**optimizer_kwargs(cfg=config), 'lr': lr}
+    more = dict(config.opt_kwargs)
+    if isinstance(task, ProjectorEnsembleTask) and 'fallback_list' in more:
+        # patterns of the student's parameters, which have a longer name beside projectors
+        more['fallback_list'] = [f'student.{pattern}' for pattern in more['fallback_list']]
     try:
-        optimizer = create_optimizer_v2(module, **settings, **config.opt_kwargs)
+        optimizer = create_optimizer_v2(module, **settings, **more)
     except (ValueError, TypeError, IndexError) as e:
         raise UsageError(f"--opt: cannot make optimizer '{config.opt}': {one_line(e)}") from e
     if isinstance(task, ProjectorEnsembleTask):
@@ -199,30 +203,6 @@ def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str
             f'--resume: rank 0 found {said[0]}, rank {other} {said[1]}: --output must be a folder that all machines share'
         )
     return found
-
-
-def _resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Learning rate and weight decay of a resumed optimizer, from its checkpoint; warns of flags that differ."""
-    differences = checkpoints.describe_differences(config, path)
-    if differences:
-        _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
-    first = optimizer.param_groups[0]
-    resumed_lr = first.get('initial_lr', first['lr'])
-    resumed_decay = max(group.get('weight_decay', config.weight_decay) for group in optimizer.param_groups)
-    others: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)]
-    # `defaults` has this run's settings, the groups have those of the checkpoint
-    others += [(name, first[name], optimizer.defaults[name]) for name in _OF_A_STEP if name in optimizer.defaults]
-    for name, resumed, given in others:
-        if resumed != given:
-            _logger.warning(
-                f'--resume continues with {name} {_number(resumed)} of the checkpoint, not with {_number(given)}: '
-                f'--no-resume-opt starts a fresh optimizer.'
-            )
-    return resumed_lr, resumed_decay
-
-
-def _number(value: Any) -> str:
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def _set_up_average(
@@ -317,15 +297,17 @@ def _folder_path(parts: Parts) -> str:
     return os.path.join(config.output or DEFAULT_OUTPUT, name)
 
 
+def _goes_on(found: Found, span: Span, folder: str | os.PathLike[str]) -> bool:
+    """Whether the run goes on in the folder of its checkpoint, and does not start a new one."""
+    same = os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder)
+    return bool(found.path and (span.first > 0 or span.resumed) and same)
+
+
 def _fill_folder(
     parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span, folder: RunFolder
 ) -> tuple[Saver, Trackers]:
     config = parts.config
-    goes_on = bool(
-        found.path
-        and (span.first > 0 or span.resumed)
-        and os.path.realpath(os.path.dirname(found.path)) == os.path.realpath(folder.path)
-    )
+    goes_on = _goes_on(found, span, folder.path)
     # with --resume auto, a row without weights is of an epoch that a kill interrupted: it is trained and written again
     if not goes_on and folder.results() and (config.resume != 'auto' or folder.has_weights()):
         _check_own_inputs(config, folder)

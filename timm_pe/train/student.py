@@ -288,6 +288,11 @@ def _set_grad_checkpointing(model: nn.Module, name: str) -> None:
         cast(Any, model).set_grad_checkpointing(enable=True)
     except (AttributeError, AssertionError, NotImplementedError) as e:
         raise UsageError(f"--grad-checkpointing: '{name}' does not support it") from e
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        _logger.warning(
+            f'--grad-checkpointing runs the layers of {name} twice a step, and their batch norms count each batch twice: '
+            f'their running statistics follow the last batches more closely than without it.'
+        )
 
 
 def place_student(model: nn.Module, config: RunConfig, runtime: Runtime) -> nn.Module:
