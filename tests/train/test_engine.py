@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from timm_pe.train.evaluate import evaluate
+from timm_pe.train.evaluate import validate
 from timm_pe.train.meters import Accumulation, LossMeter
 from timm_pe.train.nonfinite import NonFiniteLoss
 
@@ -58,10 +59,19 @@ def test_updating_the_meter_never_reads_from_the_device(monkeypatch):
 def test_tta_averages_the_logits_of_neighbours(tta):
     torch.manual_seed(0)
     logits, target = torch.randn(8, 3), torch.tensor([0, 0, 1, 1, 2, 2, 0, 0])
-    runtime = SimpleNamespace(device=torch.device('cpu'), distributed=False, autocast=nullcontext, model_dtype=None)
-    args = SimpleNamespace(task='classification', tta=tta, no_prefetcher=False, channels_last=False, torchcompile=None)
-    progress = SimpleNamespace(update=lambda i: None)
-    metrics = evaluate(lambda x: x, [(logits, target)], runtime, args, progress)
+    runtime = SimpleNamespace(
+        device=torch.device('cpu'),
+        is_primary=True,
+        gather=lambda x: [x],
+        distributed=False,
+        autocast=nullcontext,
+        model_dtype=None,
+    )
+    args = SimpleNamespace(
+        task='classification', tta=tta, no_prefetcher=False, channels_last=False, torchcompile=None, torchscript=False
+    )
+    batches = DataLoader(TensorDataset(logits, target), batch_size=8)
+    metrics = validate(lambda x: x, batches, runtime, args, 'Validation')
     if tta:
         logits, target = (logits[0::2] + logits[1::2]) / 2, target[::2]
     assert metrics['loss'] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)

@@ -26,6 +26,7 @@ from timm_pe.method.losses import normalize_teacher
 from timm_pe.process.signals import Interrupts
 from timm_pe.report import main as report
 from timm_pe.runs.reopen import Options
+from timm_pe.train import evaluate
 from timm_pe.train.probes import normalize_in_batches
 from timm_pe.train.validation import Moments
 
@@ -430,7 +431,8 @@ def test_the_held_out_cosine_is_that_of_training_where_images_lie_kind_by_kind(t
 def test_images_that_only_pad_a_batch_count_for_nothing(argv, monkeypatch):
     trainer = make_trainer([*argv, '--pe-teacher-norm', 'batch'], monkeypatch)
     validation = trainer.validation
-    validation.limit, validation.aims = 13, []  # of 16 held out: of the second batch of 8, five
+    monkeypatch.setattr(evaluate, 'evaluation_sample_limit', lambda loader: 13)  # of 16: of the second batch of 8, five
+    validation.aims = []
     validation._see('teacher', trainer.task.teacher)
     module, projected, features = trainer.task.trainable_module.eval(), [], []
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from ..config.flags import LossFlags
 from ..config.run_config import RunConfig
 from ..data.datasets import count_images
 from ..data.epochs import plain_loader
-from ..data.loaders import Data
 from ..data.unreadable import describe_unreadable, describe_warnings
 from ..errors import UsageError
 from ..method.weight_files import load_weights, read_state_dict
@@ -65,22 +65,52 @@ def _on_device(value: Any, device: torch.device, dtype: torch.dtype | None = Non
     return value.to(device=device, dtype=dtype) if isinstance(value, torch.Tensor) else value
 
 
-def evaluate(
-    model: Callable[[torch.Tensor], torch.Tensor],
+def eval_batches(
+    loader: Any, runtime: Runtime, config: RunConfig, what: str, after_batch: Callable[[], None] = lambda: None
+) -> Generator[tuple[Any, torch.Tensor, int]]:
+    """The batches of a validation loader on the device, with their progress shown, and what was unreadable logged.
+
+    Args:
+        loader: Validation loader.
+        runtime: Device, ranks, precision.
+        config: Run settings.
+        what: What the progress is of.
+        after_batch: Called after each batch.
+
+    Yields:
+        Images `[b, ch, h, w]`, targets, and how many of them count: the others only pad this rank's share.
+    """
+    left = evaluation_sample_limit(loader)
+    progress = Progress(what, len(loader), runtime.is_primary)
+    try:
+        for i, (input, target) in enumerate(loader):
+            input, target = batch_to_device(config, runtime, input, target)
+            size = len(target) if left is None else min(len(target), left)
+            left = None if left is None else left - size
+            yield input, target, size
+            progress.update(i + 1)
+            after_batch()
+    finally:
+        progress.close()
+    say_unreadable(loader, len(loader.dataset), runtime)
+
+
+def validate(
+    model: Callable[[torch.Tensor], Any],
     loader: Any,
     runtime: Runtime,
     config: RunConfig,
-    progress: Progress,
+    what: str,
     after_batch: Callable[[], None] = lambda: None,
 ) -> OrderedDict[str, float]:
     """Metrics (in percent) and loss of `model` over a validation loader, over all ranks.
 
     Args:
         model: Batch `[b, ch, h, w]` -> logits `[b, c]`; a module should be in eval mode.
-        loader: Validation loader.
+        loader: See `eval_batches`, as the others.
         runtime: Device, ranks, precision.
         config: Run settings.
-        progress: Shows the progress.
+        what: What the progress is of.
         after_batch: Called after each batch.
 
     Raises:
@@ -89,41 +119,21 @@ def evaluate(
     evaluator = create_evaluator(config, runtime, loader)
     # a compiled model (its CUDA graphs, pytorch#135892) or a scripted one that has run under inference mode fails in training
     without_gradients = torch.no_grad if config.torchcompile or config.torchscript else torch.inference_mode
-    for i, (input, target) in enumerate(loader):
-        input, target = batch_to_device(config, runtime, input, target)
-        with without_gradients(), runtime.autocast():
-            output = model(input)
-        if isinstance(output, (tuple, list)):
-            output = output[0]
-        if config.tta > 1:
-            output = output.unfold(0, config.tta, config.tta).mean(dim=2)
-            target = target[:: config.tta][: len(output)]
-        if i == 0 and target.ndim == 1 and int(target.max()) >= output.shape[-1]:
-            raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
-        evaluator.update(output, target)
-        progress.update(i + 1)
-        after_batch()
+    with closing(eval_batches(loader, runtime, config, what, after_batch)) as batches:
+        for i, (input, target, _) in enumerate(batches):  # the evaluator knows how many count
+            with without_gradients(), runtime.autocast():
+                output = model(input)
+            if isinstance(output, (tuple, list)):
+                output = output[0]
+            if config.tta > 1:
+                output = output.unfold(0, config.tta, config.tta).mean(dim=2)
+                target = target[:: config.tta][: len(output)]
+            if i == 0 and target.ndim == 1 and int(target.max()) >= output.shape[-1]:
+                raise UsageError(f'the data has label {int(target.max())}, the model {output.shape[-1]} classes')
+            evaluator.update(output, target)
     # each rank has seen the whole of a stream: see read_whole_on_each_rank
     shared = runtime.distributed and not isinstance(plain_loader(loader).dataset, IterableDataset)
     return evaluator.compute(distributed=shared)
-
-
-def validate(
-    model: Any,
-    data: Data,
-    runtime: Runtime,
-    config: RunConfig,
-    what: str,
-    after_batch: Callable[[], None] = lambda: None,
-) -> OrderedDict[str, float]:
-    """`evaluate` over the validation split, with its progress shown."""
-    progress = Progress(what, len(data.eval), runtime.is_primary)
-    try:
-        metrics = evaluate(model, data.eval, runtime, config, progress, after_batch)
-    finally:
-        progress.close()
-    say_unreadable(data.eval, len(data.eval.dataset), runtime)
-    return metrics
 
 
 def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
@@ -153,7 +163,7 @@ def evaluate_checkpoint(parts: Parts) -> None:
     state_dict = read_state_dict(path, '--evaluate', use_ema=not config.model_ema_force_cpu)
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()
-    metrics = validate(student, parts.data, parts.runtime, config, 'Evaluate')
+    metrics = validate(student, parts.data.eval, parts.runtime, config, 'Evaluate')
     _logger.info(
         f"'{path}': {format_metrics(metrics, parts.num_classes)} on {count_images(parts.data.eval.dataset)} images."
     )

@@ -4,7 +4,6 @@ import copy
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -140,21 +139,21 @@ def _check_teacher(parts: Parts, flags: OneTeacher, teacher: Teacher) -> Teacher
         )
         return None
     if config.task == 'multilabel':
-        metrics = validate(teacher.forward_logits, data, runtime, config, who)
+        metrics = validate(teacher.forward_logits, data.eval, runtime, config, who)
         _logger.info(f'{who}: {format_metrics(metrics, num_classes)} on the validation split.')
         return None
     # the images of a stream come in no fixed order
     measured = is_tracked(config) and not isinstance(data.eval.dataset, IterableDataset)
     agreement = TeacherAgreement(evaluation_sample_limit(data.eval)) if measured else None
     forward = teacher.forward_logits if agreement is None else agreement.record(teacher.forward_logits)
-    metrics = validate(forward, data, runtime, config, who)
+    metrics = validate(forward, data.eval, runtime, config, who)
     said, best = format_metrics(metrics, num_classes), metrics['top1']
     own = _own_input(parts, flags, teacher)
     if own is None:
         _logger.info(f'{who}: {said} on the validation split.')
     else:
         loader = create_eval_loader(config, copy.copy(data.eval.dataset), own, runtime)
-        own_metrics = validate(teacher.forward_logits, replace(data, eval=loader), runtime, config, who)
+        own_metrics = validate(teacher.forward_logits, loader, runtime, config, who)
         best = max(best, own_metrics['top1'])
         _logger.info(
             f'{who}: {format_metrics(own_metrics, num_classes)} on the validation split by its own transforms '

@@ -9,14 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import evaluation_sample_limit
 
 from ..data.datasets import count_classes
 from ..data.knn_data import open_knn_data
 from ..data.loaders import check_ranks, create_eval_loader
 from .build import Parts
-from .console import Progress
-from .evaluate import batch_to_device, say_unreadable
+from .evaluate import eval_batches
 from .probes import NEIGHBOURS, predict, probe
 
 _logger = logging.getLogger(__name__)
@@ -114,22 +112,11 @@ class Knn:
         self, forward: Forward, split: str, what: str, after_batch: Callable[[], None]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Features `[b, d]` in float32 and labels `[b]` of this rank's share of a split, without what only pads it."""
-        loader = self.loaders[split]
-        left = evaluation_sample_limit(loader)
-        progress = Progress(f'{what} kNN {split}', len(loader), self.runtime.is_primary)
-        try:
-            for i, (input, target) in enumerate(loader):
-                input, target = batch_to_device(self.config, self.runtime, input, target)
-                with self.runtime.autocast():
-                    feature = forward(input)
-                size = len(target) if left is None else min(len(target), left)
-                left = None if left is None else left - size
-                yield feature[:size].float(), target[:size]
-                progress.update(i + 1)
-                after_batch()
-        finally:
-            progress.close()
-        say_unreadable(loader, len(loader.dataset), self.runtime)
+        batches = eval_batches(self.loaders[split], self.runtime, self.config, f'{what} kNN {split}', after_batch)
+        for input, target, size in batches:
+            with self.runtime.autocast():
+                feature = forward(input)
+            yield feature[:size].float(), target[:size]
 
     def _of_all_ranks(self, own: torch.Tensor) -> torch.Tensor:
         """The rows of all ranks, whose numbers may differ."""

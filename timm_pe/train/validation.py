@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, cast
 
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import evaluation_sample_limit
 from timm.utils import unwrap_model
 
 from ..config.teachers import teachers_of
@@ -19,8 +18,7 @@ from ..method.task import ProjectorEnsembleModule, ProjectorEnsembleTask
 from ..method.teacher import Teacher, TeacherOutput
 from ..process.runtime import Runtime, ranks_together
 from .build import Parts
-from .console import Progress
-from .evaluate import batch_to_device, create_evaluator, say_unreadable, validate
+from .evaluate import create_evaluator, eval_batches, validate
 from .first_look import check_teachers
 from .knn import Knn
 from .probes import normalize_in_batches
@@ -157,7 +155,7 @@ class LabelValidation:
         """See `Validation`."""
         model = cast(nn.Module, self.task.get_eval_model(ema=ema)).eval()
         forward = model if self.measured is None else self.measured.compare(model)
-        metrics = validate(forward, self.data, self.runtime, self.config, what, after_batch)
+        metrics = validate(forward, self.data.eval, self.runtime, self.config, what, after_batch)
         if self.measured is not None:
             self.measured.finish(self.runtime.distributed)
         return metrics
@@ -183,7 +181,6 @@ class TeacherValidation:
     def __init__(self, parts: Parts):
         self.config, self.runtime, self.data = parts.config, parts.runtime, parts.data
         self.task = cast(ProjectorEnsembleTask, parts.task)
-        self.limit = evaluation_sample_limit(self.data.eval)
         self.warned = False
         self.names = [f'cosine_{name}' for name in self.task.teacher_names] if len(parts.teachers) > 1 else []
         self.metric_names = ('loss', 'cosine', *self.names, 'effective_rank')
@@ -196,7 +193,7 @@ class TeacherValidation:
     def _see(self, who: str, teacher: Teacher) -> None:
         """Keep what the features of a teacher ask for, and log what a student could reach."""
         moments, features = Moments(teacher.width, self.runtime), []
-        for input, size in self._batches(who, lambda: None):
+        for input, _, size in eval_batches(self.data.eval, self.runtime, self.config, who):
             with self.runtime.autocast():
                 feature = _feature_of(teacher, input)[:size]
             features.append(feature.float().cpu())
@@ -233,7 +230,8 @@ class TeacherValidation:
         # of each teacher loss and cosine
         sums = torch.zeros(len(projectors), 2, dtype=moments.sums.dtype, device=self.runtime.device)
         known = zip(*self.aims, strict=True)
-        for (input, size), aims in zip(self._batches(what, after_batch), known, strict=True):
+        batches = eval_batches(self.data.eval, self.runtime, self.config, what, after_batch)
+        for (input, _, size), aims in zip(batches, known, strict=True):
             with self.runtime.autocast():
                 module.student(input)
                 feature = module.tap.pop()
@@ -253,22 +251,6 @@ class TeacherValidation:
     def _measure(self, projected: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
         """Feature loss and mean cosine of projections and what they should be `[b, m]`."""
         return torch.stack([self.task.feature_loss(projected, aim), F.cosine_similarity(projected, aim, dim=1).mean()])
-
-    def _batches(self, what: str, after_batch: Callable[[], None]) -> Iterator[tuple[torch.Tensor, int]]:
-        """The batches that are held out, each with the number of its images that count: others only pad a rank's share."""
-        loader, left = self.data.eval, self.limit
-        progress = Progress(what, len(loader), self.runtime.is_primary)
-        try:
-            for i, (input, target) in enumerate(loader):
-                input, _ = batch_to_device(self.config, self.runtime, input, target)
-                size = len(input) if left is None else min(len(input), left)
-                left = None if left is None else left - size
-                yield input, size
-                progress.update(i + 1)
-                after_batch()
-        finally:
-            progress.close()
-        say_unreadable(loader, len(loader.dataset), self.runtime)
 
     def _warn_of_collapse(self, moments: 'Moments') -> None:
         rank = moments.effective_rank
