@@ -19,6 +19,7 @@ student = timm.create_model('test_vit', num_classes=10, img_size=64)
 
 task = ProjectorEnsembleTask(student_model=student, teacher_model=teacher, num_projectors=3).train()
 optimizer = torch.optim.AdamW(task.trainable_module.parameters(), lr=1e-3)  # student and projectors
+task.check_optimizer(optimizer)
 for epoch in range(2):
     for batch, labels in DataLoader(images, batch_size=16, shuffle=True):
         result = task(batch, labels)
