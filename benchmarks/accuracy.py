@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 from datetime import date
 from pathlib import Path
@@ -169,6 +170,8 @@ def format_table(summary: dict[str, Any]) -> str:
     teacher = summary['teacher']
     of_teacher = f' (top-1 {teacher["top1"]:.2f})' if teacher['top1'] else ''
     lines = [f'## {summary["title"]}', '', f'Teacher {teacher["model"]}{of_teacher}, student {summary["student"]}.', '']
+    runs = summary.get('runs')
+    lines += [f'Settings and epochs of all runs: {runs}.' if runs else 'The runs were not kept.', '']
     if summary.get('tuning'):
         tried = ', '.join(f'{t["lr"]:g}: {t["top1"]:.2f}' for t in summary['tuning'])
         lines += [f'Learning rate tuned for the student alone, with a seed of its own (top-1): {tried}.', '']
@@ -204,8 +207,20 @@ def show_known(suite: Suite, results: Path) -> list[str]:
     return [f'{m}-{s}' for m, row in there.items() for s in row['seeds'] if s not in here.get(m, {})]
 
 
-def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, Any]:
-    """Write the results of these suites into RESULTS; other suites there are kept."""
+def keep_runs(suites: list[Suite], archive: Path) -> None:
+    """Write settings, epochs and result of the runs that the results are of into ARCHIVE, a tar.xz."""
+    runs = {run.folder: suite.folder.parent for suite in suites for run in suite.finished_runs()}
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    beside = archive.with_name(f'{archive.name}.tmp')
+    with tarfile.open(beside, 'w:xz') as tar:
+        for folder, output in sorted(runs.items()):
+            for path in (folder / name for name in ('args.yaml', 'result.json', 'summary.csv')):
+                tar.add(path, path.relative_to(output))
+    os.replace(beside, archive)
+
+
+def write_results(suites: list[Suite], results: Path, device: str, archive: Path | None) -> dict[str, Any]:
+    """Write the results of these suites into RESULTS, with the name of the ARCHIVE of their runs; other suites there stay."""
     known = json.loads(results.read_text()) if results.exists() else {}
     known.setdefault('suites', {})
     for suite in suites:
@@ -214,7 +229,8 @@ def write_results(suites: list[Suite], results: Path, device: str) -> dict[str, 
         # that of the newest run; runs of before do not say it
         there = known['suites'].get(suite.name) or {'date': f'{date.today()}', 'environment': environment(device)}
         newest = max(ran, key=lambda r: r['date'], default={k: there[k] for k in ('date', 'environment')})
-        known['suites'][suite.name] = {**newest, **summarize(suite, finished)}
+        runs = os.path.relpath(archive, results.parent) if archive else None
+        known['suites'][suite.name] = {**newest, 'runs': runs, **summarize(suite, finished)}
     write(results, json.dumps(known, indent=2) + '\n')
     tables = '\n\n'.join(format_table(s) for s in known['suites'].values())
     note = (
@@ -263,6 +279,9 @@ def main(argv: list[str] | None = None) -> None:
         '--set', nargs='+', default=[], metavar='FLAG=VALUE', help='flags of train_distill for every run'
     )
     parser.add_argument('--replace', action='store_true', help='drop what RESULTS has of these suites and is not here')
+    parser.add_argument(
+        '--keep', metavar='ARCHIVE', type=Path, help='write settings and epochs of the runs into this tar.xz'
+    )
     parser.add_argument('--no-run', action='store_true', help='run nothing, summarize what is there')
     parser.add_argument('--no-analysis', action='store_true', help='do not look inside the runs')
     args = parser.parse_args(argv)
@@ -287,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> dict[str, Any]:
         with writing:  # parallel runs may end at the same time
-            return write_results(chosen, results, args.device)
+            return write_results(chosen, results, args.device, args.keep)
 
     try:
         for suite in chosen if not args.no_run else ():
@@ -302,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print('accuracy.py: interrupted; the same command goes on', file=sys.stderr)
         sys.exit(130)
+    if args.keep:
+        keep_runs(chosen, args.keep)
     known = save()
     print('\n\n'.join(format_table(known['suites'][suite.name]) for suite in chosen))
     print(f'\n{results}, {results.with_suffix(".md").name}')

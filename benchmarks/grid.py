@@ -101,6 +101,14 @@ class Suite:
         found = {m: {s: r for s in seeds if (r := self.run(m, s).result())} for m in methods}
         return {method: of_seed for method, of_seed in found.items() if of_seed}
 
+    def finished_runs(self) -> list[Run]:
+        """The runs of `finished`, and those that they rest on: teacher, learning rate, backbones."""
+        shown = [self.run(method, seed) for method, of_seed in self.finished().items() for seed in of_seed]
+        below = [self.teacher_run(), *self.tuning_runs().values()]
+        if any('pretrained_path' in run.flags for run in shown):
+            below += [self.backbone_run(seed) for seed in self.shown[1]]
+        return [run for run in [*below, *shown] if run and run.result()]
+
     def tuning_runs(self) -> dict[float, Run]:
         """The student alone at each of `rates`, with a seed that no method has. Empty if the suite fixes the rate."""
         flags = {**self.student, 'seed': self.tuning_seed}

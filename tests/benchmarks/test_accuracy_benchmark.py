@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,42 @@ def test_known_results_whose_runs_are_not_here_are_not_dropped_in_silence(accura
     assert results.read_text() == before
     accuracy.main([*tiny, '--no-run', '--seeds', '1', '2', '--replace'])
     assert found()['pe_q3'] == [1]
+
+
+def test_the_runs_that_numbers_are_of_are_kept_in_an_archive_and_give_the_same_table_again(accuracy, tiny, tmp_path):
+    finish(accuracy.load_suite('tiny', tmp_path / 'out', {'device': 'cpu'}), ['alone', 'pe_q3'], [1, 2])
+    archive, results = tmp_path / 'r' / 'runs' / 'tiny.tar.xz', tmp_path / 'r' / 'accuracy.json'
+    accuracy.main([*tiny, '--no-run', '--seeds', '1', '2'])
+    assert 'The runs were not kept.' in results.with_suffix('.md').read_text()
+    accuracy.main([*tiny, '--no-run', '--seeds', '1', '2', '--keep', str(archive)])
+    told = results.with_suffix('.md').read_text()
+    assert 'Settings and epochs of all runs: runs/tiny.tar.xz.' in told
+    shutil.rmtree(tmp_path / 'out' / 'tiny')
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        tar.extractall(tmp_path / 'out', filter='data')
+    files = ('args.yaml', 'result.json', 'summary.csv')
+    runs = ('alone-1', 'alone-2', 'pe_q3-1', 'pe_q3-2')
+    assert set(names) >= {f'tiny/{run}/{file}' for run in runs for file in files}
+    accuracy.main([*tiny, '--no-run', '--seeds', '1', '2', '--keep', str(archive)])
+    assert results.with_suffix('.md').read_text() == told
+
+
+def test_each_number_of_the_committed_results_that_names_an_archive_is_in_it():
+    results = BENCHMARKS / 'results'
+    kept, checked = {}, 0
+    for name, suite in json.loads((results / 'accuracy.json').read_text())['suites'].items():
+        if suite.get('runs') is None:
+            continue
+        if suite['runs'] not in kept:
+            with tarfile.open(results / suite['runs']) as tar:
+                files = {n: tar.extractfile(n).read() for n in tar.getnames() if n.endswith('result.json')}
+            kept[suite['runs']] = {n: json.loads(content).get('top1') for n, content in files.items()}
+        for method, row in suite['methods'].items():
+            for seed, top1 in zip(row['seeds'], row['top1_of_seeds'], strict=True):
+                assert kept[suite['runs']][f'{name}/{method}-{seed}/result.json'] == top1
+                checked += 1
+    assert checked > 100
 
 
 def test_a_method_that_scales_gradients_is_refused_where_the_optimizer_scales_them_anew(accuracy, tiny, capsys):
