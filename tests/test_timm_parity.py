@@ -429,18 +429,10 @@ def test_adaptive_clipping_leaves_out_all_heads_of_the_student_and_no_projector(
     assert len(list(task.get_clip_parameters())) == len(clipped) + len(left_out)
 
 
-def test_patterns_of_a_hybrid_optimizer_name_parameters_of_the_student(small_run, tmp_path):
-    argv = [
-        *small_run,
-        '--model',
-        'test_resnet',
-        '--opt',
-        'muon',
-        '--opt-kwargs',
-        "fallback_list=['fc.*']",
-        '--epochs',
-        '1',
-    ]
+@pytest.mark.parametrize('patterns', [['fc.*'], ['fc.weight', 'student.fc.weight', 'fc.bias']])
+def test_patterns_of_a_hybrid_optimizer_name_parameters_of_the_student(small_run, tmp_path, patterns):
+    kwargs = ['--opt', 'muon', '--opt-kwargs', f'fallback_list={patterns}', '--epochs', '1']
+    argv = [*small_run, '--model', 'test_resnet', *kwargs]
     number = {}
     for name, more in (('alone', []), ('taught', ['--teacher', 'test_vit', '--no-teacher-pretrained'])):
         run([*argv, *more, '--experiment', name])

@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -510,6 +511,45 @@ def test_two_answers_to_what_the_images_are_normalized_with_are_refused():
     ProjectorEnsembleTask(copy.deepcopy(student), shared, verbose=False)
     with pytest.raises(UsageError, match='make a Teacher for each'):
         ProjectorEnsembleTask(student, shared, input_mean=mean, input_std=std, verbose=False)
+
+
+def test_a_teacher_is_told_by_a_task_that_came_to_be_and_by_no_other():
+    student, teacher = student_and_teacher_of_other_normalizations()
+    made, own = create_teacher(teacher), tuple(teacher.pretrained_cfg['mean'])
+    with pytest.raises(UsageError, match='teacher_feature_dim'):
+        ProjectorEnsembleTask(student, made, teacher_feature_dim=3, verbose=False)
+    assert (made.input_norm_by, made.input_mean) == ('nobody', own)
+    plain = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(3, 8, 3, 2), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 5))
+    )
+    ProjectorEnsembleTask(plain, made, input_mean=(0.1,) * 3, student_tap='fc', verbose=False)
+    assert made.input_mean == (0.1,) * 3
+    assert made.input_std == tuple(teacher.pretrained_cfg['std'])
+    with pytest.raises(UsageError, match='make a Teacher for each, or tell it first'):
+        ProjectorEnsembleTask(student, made, verbose=False)
+    made.set_input_norm((0.5,) * 3, (0.5,) * 3)
+    ProjectorEnsembleTask(student, made, verbose=False)
+
+
+def test_arguments_that_ask_for_nothing_are_no_arguments():
+    student, teacher = student_and_teacher_of_other_normalizations()
+    task = ProjectorEnsembleTask(
+        student, create_teacher(teacher, model_kwargs={}), teacher_pretrained_path='', verbose=False
+    )
+    assert task.teacher.input_norm_by == 'task'
+
+
+def test_clipping_of_a_student_that_does_not_tell_its_classifier_is_that_of_timm():
+    class Untold(nn.Sequential):
+        def get_classifier(self):
+            raise NotImplementedError
+
+    student = Untold(
+        OrderedDict(conv=nn.Conv2d(3, 8, 3, 2), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 5))
+    )
+    task = ProjectorEnsembleTask(student, timm.create_model('test_vit', num_classes=5), student_tap='fc', verbose=False)
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert [n for n, p in student.named_parameters() if id(p) not in clipped] == ['fc.weight', 'fc.bias']
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_settings_of_the_optimizer_that_a_resume_keeps_are_named(alone, tmp_path
     argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--opt', 'sgd']
     run([*argv, '--stop-epoch', '1', '--momentum', '0.9'])
     said = run([*argv, '--stop-epoch', '2', '--momentum', '0.1'], capsys)
-    assert '--resume continues with momentum 0.9 of the checkpoint, not with 0.1' in said
+    assert '--resume continues with --momentum 0.9 of the checkpoint, not with 0.1' in said
     assert '--resume continues with' not in run([*argv, '--stop-epoch', '3', '--momentum', '0.9'], capsys)
 
 
@@ -262,10 +262,10 @@ def test_what_a_resumed_optimizer_keeps_is_named_and_is_what_the_runs_files_say(
 @pytest.mark.parametrize(
     ('more', 'named'),
     [
-        (['--mean', '0', '--std', '4'], '--mean None, this run has [0.0]'),
+        (['--mean', '0', '--std', '4'], 'mean (0.5, 0.5, 0.5), this run has (0.0, 0.0, 0.0)'),
         (['--gp', 'max'], '--gp None, this run has max'),
-        (['--img-size', '48'], '--img-size 32, this run has 48'),
-        (['--crop-pct', '0.5'], '--crop-pct None, this run has 0.5'),
+        (['--img-size', '48'], 'input size (3, 32, 32), this run has (3, 48, 48)'),
+        (['--crop-pct', '0.5'], 'crop pct 0.95, this run has 0.5'),
     ],
 )
 def test_a_run_does_not_go_on_with_a_student_that_is_built_or_fed_otherwise(alone, tmp_path, capsys, more, named):
@@ -282,6 +282,30 @@ def test_a_run_does_not_go_on_with_a_student_that_is_built_or_fed_otherwise(alon
     run([*argv, '--resume', last, '--experiment', 'new', *more])
     assert bytes_of(tmp_path / 'run') == before
     assert [row['epoch'] for row in summary(tmp_path / 'new')] == ['2', '3']
+
+
+def test_other_words_for_the_same_student_and_optimizer_are_no_difference(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run']
+    built = ['--model-kwargs', 'layers=(1,1,1,1)', '--opt', 'adamw', '--opt-kwargs', 'betas=(0.8,0.9)']
+    run([*argv, *built, '--mean', '0', '0', '0', '--std', '1', '1', '1', '--stop-epoch', '1'])
+    same = ['-c', str(tmp_path / 'run' / 'args.yaml'), '--resume', 'auto']
+    said = run([*same, '--mean', '0', '--std', '1', '--input-size', '3', '32', '32', '--stop-epoch', '2'], capsys)
+    assert 'continues with' not in said
+    assert 'model-kwargs' not in said.split('flags that differ')[-1].splitlines()[0]
+    # a finished run is finished
+    assert 'the run is finished' in run(
+        [*argv, *built, '--resume', 'auto', '--stop-epoch', '2', '--crop-pct', '0.5'], capsys
+    )
+
+
+def test_groups_of_the_optimizer_are_those_of_the_checkpoint_whatever_is_given(alone, tmp_path, capsys):
+    argv = [*alone('plain')[1], '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--opt', 'adamw']
+    run([*argv, '--layer-decay', '0.5', '--weight-decay', '0.1', '--stop-epoch', '1'])
+    said = run([*argv, '--weight-decay', '0', '--stop-epoch', '2'], capsys)
+    assert '--resume continues with --layer-decay 0.5 of the checkpoint, not with None' in said
+    assert '--resume continues with weight decay 0.1 of the checkpoint, not with 0' in said
+    groups = load(tmp_path / 'run' / 'last.pth.tar')['optimizer']['param_groups']
+    assert len({group['lr_scale'] for group in groups}) > 2
 
 
 def test_a_prefetcher_that_a_resume_switches_off_is_named(alone, tmp_path, capsys):

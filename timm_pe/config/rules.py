@@ -158,7 +158,8 @@ _AUGMENTATIONS = (
 # flags that a schedule does not read
 _IDLE_IN_SCHEDULE = {
     'none': ('warmup_epochs', 'warmup_lr', 'sched_on_updates', 'cooldown_epochs', 'min_lr'),
-    **dict.fromkeys(('constant', 'step', 'multistep'), ('min_lr',)),
+    **dict.fromkeys(('constant', 'step', 'multistep'), ('cooldown_epochs', 'min_lr')),
+    **dict.fromkeys(('plateau', 'wsd', 'rsqrt'), ('cooldown_epochs',)),
 }
 
 
@@ -185,7 +186,8 @@ def without_effect(config: 'RunConfig') -> list[str]:
         found += [f'{name_of(n)} with --lr' for n in ('lr_base', 'lr_base_size', 'lr_base_scale') if config.is_given(n)]
     if config.drop_path is not None and config.is_given('drop_connect'):
         found.append('--drop-connect with --drop-path')
-    idle = _IDLE_IN_SCHEDULE.get(config.sched, ())
+    # the epochs of a warmup prefix are trained in any schedule
+    idle = [n for n in _IDLE_IN_SCHEDULE.get(config.sched, ()) if n != 'warmup_epochs' or not config.warmup_prefix]
     found += [
         f'{name_of(name)} with --sched {config.sched}'
         for name in idle

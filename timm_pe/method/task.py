@@ -33,6 +33,7 @@ from .teachers import (
     name_teachers,
     normalize_weights,
     resolve_teacher,
+    settle_input_norms,
     teachers_of_classes,
 )
 from .trainable import ProjectorEnsembleModule
@@ -165,6 +166,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         projections = self._create_projectors(student, tap, map_tap, num_projectors, projector, act)
         tapped = [aim.tapped for aim in self.aims]
         self.trainable_module = ProjectorEnsembleModule(student_model, projections, tapped, tap, map_tap)
+        settle_input_norms(self.teachers, student, input_mean, input_std)
         self._log_settings()
 
     def _set_teachers(self, teachers: list[Teacher], weights: list[float]) -> None:
@@ -274,11 +276,14 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         """The parameters whose gradients are clipped; `exclude_head` leaves out those of the student's classifiers."""
         module = unwrap_model(self.trainable_module)
         student = unwrap_model(module.student)
-        if not (exclude_head and hasattr(student, 'get_classifier')):
-            return super().get_clip_parameters(exclude_head)
-        found = student.get_classifier()
-        heads = found if isinstance(found, tuple) else (found,)
+        try:
+            found = student.get_classifier()
+        except (AttributeError, NotImplementedError):  # not timm's
+            found = None
+        heads = found if isinstance(found, (tuple, list)) else (found,)
         left_out = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+        if not exclude_head or not left_out:
+            return super().get_clip_parameters(exclude_head)
         return [p for p in module.parameters() if id(p) not in left_out]
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -388,9 +388,9 @@ def refuse_given(what: str, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that change nothing about a teacher that is made already.
 
     Raises:
-        UsageError: One is not None.
+        UsageError: One is not None, and not empty.
     """
-    named = [name for name, value in arguments.items() if value is not None]
+    named = [name for name, value in arguments.items() if value is not None and value not in ('', {})]
     if named:
         raise UsageError(f'{what} is given as the teacher, and {", ".join(named)} cannot change it: leave that out')
 

@@ -124,7 +124,7 @@ def resolve_teacher(
     device: torch.device,
     needs_logits: bool,
 ) -> Teacher:
-    """One teacher as the task takes it; the arguments are the task's.
+    """One teacher as the task takes it, on its device; the arguments are the task's.
 
     Raises:
         UsageError: An argument that a given teacher cannot follow.
@@ -132,8 +132,7 @@ def resolve_teacher(
     overlay = {'teacher_pretrained_cfg_overlay': cfg_overlay}
     if isinstance(teacher, Teacher):
         refuse_given('a Teacher', {'teacher_pretrained_path': checkpoint, **overlay, 'teacher_tap': tap})
-        _settle_input_norm(teacher, student, mean, std)
-        return teacher
+        return teacher.to(device)
     if isinstance(teacher, nn.Module):
         refuse_given('a module', overlay)
     mean, std = _norm_of_student(student, mean, std)
@@ -159,35 +158,49 @@ def _norm_of_student(
     return mean or own['mean'], std or own['std']
 
 
-def _settle_input_norm(
-    teacher: Teacher, student: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+def settle_input_norms(
+    teachers: Sequence[Teacher], student: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
-    """Tell a `Teacher` what the student's batches are normalized with, unless its maker has.
+    """Tell teachers what the student's batches are normalized with, unless whoever made them has.
+
+    Args:
+        teachers: All of a task.
+        student: Its student.
+        mean: What the task is given; None is that of the student.
+        std: Likewise.
 
     Raises:
-        UsageError: It was told otherwise.
+        UsageError: One was told otherwise; none is changed then.
     """
-    known_mean, known_std = _norm_of_student(student, mean, std)
-    if known_mean is None or known_std is None:
-        return
-    of_student = tuple(known_mean), tuple(known_std)
+    of_student, is_given = _norm_of_student(student, mean, std), bool(mean or std)
+    norms = [_settled(teacher, *of_student, is_given) for teacher in teachers]
+    for teacher, norm in zip(teachers, norms, strict=True):
+        if teacher.input_norm_by == 'nobody':
+            teacher.set_input_norm(*norm)
+            teacher.input_norm_by = 'task'
+
+
+def _settled(
+    teacher: Teacher, mean: Sequence[float] | None, std: Sequence[float] | None, is_given: bool
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The normalization that a teacher is to expect."""
     known = teacher.input_mean, teacher.input_std
+    wanted = tuple(mean or teacher.mean), tuple(std or teacher.std)
     if teacher.input_norm_by == 'nobody':
-        teacher.set_input_norm(*of_student)
-        teacher.input_norm_by = 'task'
-    elif of_student == known:
-        return
-    elif teacher.input_norm_by == 'task':
+        return wanted
+    if wanted == known:
+        return known
+    if teacher.input_norm_by == 'task' and (mean or std):
         raise UsageError(
-            f'the teacher teaches a task whose images have mean and std {known}, those of this one have {of_student}: make '
-            f'a Teacher for each'
+            f'the teacher teaches a task whose images have mean and std {known}, those of this one have {wanted}: make a '
+            f'Teacher for each, or tell it first, teacher.set_input_norm(mean, std)'
         )
-    elif mean or std:
+    if is_given:
         raise UsageError(
-            f'the teacher was made for images of mean and std {known}, the task is given {of_student}: give one of both'
+            f'the teacher was made for images of mean and std {known}, the task is given {wanted}: give one of both'
         )
-    else:
-        _logger.info(f'The teacher keeps the input normalization it was made with, {known}.')
+    _logger.info(f'The teacher keeps the input normalization that it has, {known}.')
+    return known
 
 
 def check_logits(teacher: Teacher) -> None:

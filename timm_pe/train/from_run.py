@@ -21,8 +21,6 @@ from ..run_folder import RunFolder
 _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
 # flags that define the input of the run's validation
 _OF_ITS_INPUT = ('img_size', 'input_size', 'crop_pct', 'interpolation')
-# without these the weights of a run cannot be used: no part of a run may have others
-OF_ITS_STUDENT = tuple(dict.fromkeys([*_OF_A_TEACHER[1:], *_OF_ITS_INPUT, 'input_img_mode']))
 # ... and those that an evaluation takes, to compute what the run's own validation did. Flags in one tuple belong
 # together: none of them is taken if one is given
 _OF_AN_EVALUATION = (

@@ -6,19 +6,32 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn as nn
+from timm.data.model_config import resolve_input_data_config
+from timm.utils import unwrap_model
 
 from ..config.declare import name_of
 from ..config.run_config import RunConfig
 from ..errors import UsageError
 from .checkpoints import saved_args
-from .from_run import OF_ITS_STUDENT
 
 _logger = logging.getLogger(__name__)
 
-# flags that are in the groups of a resumed optimizer, and nowhere said by it
-_KEPT = ('layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs')
-# all flags that a resumed optimizer decides
-_OF_THE_OPTIMIZER = (*_KEPT, 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'weight_decay', 'momentum', 'opt_betas', 'opt_eps')  # fmt: skip
+# flags that a resumed optimizer decides
+_OF_THE_OPTIMIZER = (
+    *(
+        'lr',
+        'lr_base',
+        'lr_base_size',
+        'lr_base_scale',
+        'weight_decay',
+        'momentum',
+        'opt_betas',
+        'opt_eps',
+        'opt_kwargs',
+    ),
+    *('layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+)
 # flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
     *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
@@ -28,30 +41,47 @@ _NOT_COMPARED = {
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem'),
     *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
     *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
-    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'lr', 'weight_decay', 'opt', 'eval_metric'),
-    *_KEPT,
+    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'opt', 'eval_metric'),
+    *_OF_THE_OPTIMIZER,
 }
-# optimizer settings, besides learning rate and weight decay, that a resume takes from the checkpoint
-_OF_A_STEP = ('momentum', 'dampening', 'nesterov', 'betas', 'eps', 'alpha', 'amsgrad', 'centered')
+# those that say how a student is built
+_BUILT = ('model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'input_img_mode')
 
 
-def resumed_rates(config: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Learning rate and weight decay of a resumed optimizer, from its checkpoint; warns of flags that differ."""
-    differences = describe_differences(config, path)
+def with_kept_settings(given: RunConfig, path: str) -> RunConfig:
+    """The settings of a run that goes on with the optimizer of a checkpoint: what that decides is as it was then."""
+    try:
+        saved = saved_args(path)
+    except Exception:  # loading it says what is wrong with it
+        return given
+    if str(saved.get('opt')).lower() != given.opt.lower():  # refused when it is loaded
+        return given
+    kept: dict[str, Any] = {name: saved[name] for name in _OF_THE_OPTIMIZER if name in saved}
+    return replace(given, **kept)
+
+
+def resumed_rates(given: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Learning rate and weight decay of a resumed optimizer; warns of flags that differ.
+
+    Args:
+        given: The settings of the command line.
+        path: The checkpoint.
+        lr: The learning rate that they ask for.
+        optimizer: That of the checkpoint.
+    """
+    differences = describe_differences(given, path)
     if differences:
         _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
-    first = optimizer.param_groups[0]
+    first, saved = optimizer.param_groups[0], saved_args(path)
     resumed_lr = first.get('initial_lr', first['lr'])
-    resumed_decay = max(group.get('weight_decay', config.weight_decay) for group in optimizer.param_groups)
-    others: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, config.weight_decay)]
-    # `defaults` has this run's settings, the groups have those of the checkpoint
-    others += [(name, first[name], optimizer.defaults[name]) for name in _OF_A_STEP if name in optimizer.defaults]
-    saved = saved_args(path)
-    others += [(name_of(name), saved[name], getattr(config, name)) for name in _KEPT if name in saved]
-    for name, resumed, given in others:
-        if resumed != given:
+    resumed_decay = max(group.get('weight_decay', given.weight_decay) for group in optimizer.param_groups)
+    kept: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, given.weight_decay)]
+    others = [name for name in _OF_THE_OPTIMIZER if name in saved and not name.startswith(('lr', 'weight_decay'))]
+    kept += [(name_of(name), saved[name], getattr(given, name)) for name in others]
+    for name, then, now in kept:
+        if _plain(then) != _plain(now):
             _logger.warning(
-                f'--resume continues with {name} {_number(resumed)} of the checkpoint, not with {_number(given)}: '
+                f'--resume continues with {name} {_number(then)} of the checkpoint, not with {_number(now)}: '
                 f'--no-resume-opt starts a fresh optimizer.'
             )
     return resumed_lr, resumed_decay
@@ -61,24 +91,29 @@ def _number(value: Any) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
-def with_kept_settings(config: RunConfig, path: str) -> RunConfig:
-    """The settings of a run whose optimizer is that of a checkpoint: what the optimizer decides is as it was then."""
-    saved = saved_args(path)
-    return replace(config, **{name: saved[name] for name in _OF_THE_OPTIMIZER if name in saved})
+def _plain(value: Any) -> Any:
+    """A setting as YAML gives it: a checkpoint may have a tuple where args.yaml has a list."""
+    if isinstance(value, dict):
+        return {key: _plain(of_key) for key, of_key in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_same_student(config: RunConfig, path: str) -> None:
+def check_same_student(config: RunConfig, path: str, student: nn.Module) -> None:
     """Refuse to go on in a run's folder with a student that is built or fed otherwise: args.yaml says it for the best one.
 
     Raises:
-        UsageError: The message has the first such flag.
+        UsageError: The message has the first difference.
     """
     saved, now = saved_args(path), config.as_dict()
-    for name in OF_ITS_STUDENT:
-        if name in saved and saved[name] != now[name]:
+    pairs: list[tuple[str, Any, Any]] = [(name_of(name), saved[name], now[name]) for name in _BUILT if name in saved]
+    cfg = getattr(unwrap_model(student), 'pretrained_cfg', None) or {}
+    fed = [resolve_input_data_config(None, args=args, pretrained_cfg=cfg) for args in ({**now, **saved}, now)]
+    pairs += [(name.replace('_', ' '), fed[0][name], fed[1][name]) for name in fed[1]]
+    for name, then, of_now in pairs:
+        if _plain(then) != _plain(of_now):
             raise UsageError(
-                f"--resume: '{path}' had {name_of(name)} {saved[name]}, this run has {now[name]}, and the weights of the best epoch "
-                f'are for that of then: give the same, or go on in another folder: --resume {path} --experiment NAME'
+                f"--resume: '{path}' had {name} {then}, this run has {of_now}, and the weights of the best epoch are for that of "
+                f'then: give the same, or go on in another folder: --resume {path} --experiment NAME'
             )
 
 
@@ -87,7 +122,9 @@ def describe_differences(config: RunConfig, path: str) -> str:
     saved, now = saved_args(path), config.as_dict()
     if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
         saved['teacher_dtype'] = 'auto'
-    names = sorted(name for name in saved.keys() & now.keys() - _NOT_COMPARED if saved[name] != now[name])
+    names = sorted(
+        name for name in saved.keys() & now.keys() - _NOT_COMPARED if _plain(saved[name]) != _plain(now[name])
+    )
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
     # folders may have moved, and other images are reported elsewhere; whether there are some changes what is trained on
     there = {name: (bool(saved.get(name)), bool(now[name])) for name in ('unlabeled', 'teacher_cache')}

@@ -78,17 +78,20 @@ def start(parts: Parts) -> Trainer | None:
     Raises:
         UsageError: A setting, a checkpoint or a folder that does not fit.
     """
-    config, runtime, data, task = parts.config, parts.runtime, parts.data, parts.task
+    given, runtime, data, task = parts.config, parts.runtime, parts.data, parts.task
     assert task is not None
+    resumes_optimizer = bool(parts.checkpoint) and not given.no_resume_opt
+    config = with_kept_settings(given, parts.checkpoint) if resumes_optimizer else given
     lr = learning_rate(config, runtime.world_size)
     optimizer = _create_optimizer(config, task, lr)
     meaning = run_meaning(config, task, data, runtime)
     found = _resume(parts, optimizer, meaning)
     rates = lr, config.weight_decay
-    if found.path and not config.no_resume_opt:
-        rates = resumed_rates(config, found.path, lr, optimizer)
-        config = with_kept_settings(config, found.path)
-        parts = replace(parts, config=config)
+    if resumes_optimizer:
+        rates = resumed_rates(given, found.path, learning_rate(given, runtime.world_size), optimizer)
+        # a checkpoint may say another rate than its optimizer has
+        config = replace(config, weight_decay=rates[1], lr=config.lr if rates[0] == lr else rates[0])
+    parts = replace(parts, config=config)
     if config.model_ema:
         _set_up_average(config, task, found.path, meaning, runtime)
     caches = prepare_teachers(parts, meaning)
@@ -101,14 +104,14 @@ def start(parts: Parts) -> Trainer | None:
     accumulation = Accumulation(len(data.train), config.grad_accum_steps)
     scheduler, num_epochs = _create_scheduler(config, optimizer, accumulation)
     span = _create_span(config, found, resumed, num_epochs)
-    if _goes_on(found, span, _folder_path(parts)):
-        check_same_student(config, found.path)
-    warn_of_settings(config, num_epochs, rates[0])
+    warn_of_settings(given, num_epochs, rates[0])
     if scheduler is not None and (span.first > 0 or resumed):
         _resume_schedule(config, scheduler, found, span, accumulation)
     if config.resume == 'auto' and span.first >= span.end:
         _finish(parts, optimizer, found, span)
         return None
+    if _goes_on(found, span, _folder_path(parts)):
+        check_same_student(config, found.path, parts.student)
     validation = create_validation(parts)
     allocate_caches(caches, parts.teachers, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
@@ -133,9 +136,12 @@ def _create_optimizer(config: RunConfig, task: TrainingTask, lr: float) -> torch
     module = cast(nn.Module, task.get_trainable_module())
     settings = {**optimizer_kwargs(cfg=config), 'lr': lr}
     more = dict(config.opt_kwargs)
-    if isinstance(task, ProjectorEnsembleTask) and 'fallback_list' in more:
-        # patterns of the student's parameters, which have a longer name beside projectors
-        more['fallback_list'] = [f'student.{pattern}' for pattern in more['fallback_list']]
+    patterns = more.get('fallback_list')
+    if patterns and not isinstance(patterns, (list, tuple)):
+        raise UsageError(f'--opt-kwargs fallback_list is a list of patterns, got {patterns!r}')
+    if patterns and isinstance(task, ProjectorEnsembleTask):
+        # the student's parameters have a longer name beside projectors
+        more['fallback_list'] = [*patterns, *(f'student.{pattern}' for pattern in patterns)]
     try:
         optimizer = create_optimizer_v2(module, **settings, **more)
     except (ValueError, TypeError, IndexError) as e:
