@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
-from timm.utils import unwrap_model
 
 from ..config.declare import name_of
 from ..config.run_config import RunConfig
@@ -106,9 +105,12 @@ def check_same_student(config: RunConfig, path: str, student: nn.Module) -> None
     """
     saved, now = saved_args(path), config.as_dict()
     pairs: list[tuple[str, Any, Any]] = [(name_of(name), saved[name], now[name]) for name in _BUILT if name in saved]
-    cfg = getattr(unwrap_model(student), 'pretrained_cfg', None) or {}
-    fed = [resolve_input_data_config(None, args=args, pretrained_cfg=cfg) for args in ({**now, **saved}, now)]
-    pairs += [(name.replace('_', ' '), fed[0][name], fed[1][name]) for name in fed[1]]
+    fed = resolve_input_data_config(student, args=now)
+    try:
+        fed_then = resolve_input_data_config(student, args={**now, **saved})
+    except ValueError:  # the student is built for the size of now
+        fed_then = {**fed, 'input_size': saved.get('input_size') or saved.get('img_size')}
+    pairs += [(name.replace('_', ' '), fed_then[name], fed[name]) for name in fed]
     for name, then, of_now in pairs:
         if _plain(then) != _plain(of_now):
             raise UsageError(
