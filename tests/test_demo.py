@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -43,3 +44,16 @@ def test_the_demo_goes_on_without_what_its_report_needs(tmp_path, monkeypatch, c
     demo.add_report(tmp_path, ['teacher'])
     err = capsys.readouterr().err
     assert err == "no report.html: the analysis needs torchmetrics: pip install 'timm_pe[analysis]'\n"
+
+
+def test_the_end_of_the_demo_is_printed_as_readme_shows_it():
+    def row(params, top1, std=None):
+        return {'params': params, 'top1': top1, 'top1_std': std, 'top1_of_seeds': [top1] * 3}
+
+    results = {
+        'teacher': row(272474, 98.33),
+        'student': row(255434, 92.14, 1.51),
+        'student_pe': row(255434, 96.48, 0.80),
+        'difference': {'top1': 4.34, 'top1_interval': (-0.91, 9.59), 'top1_of_seeds': [4.0, 4.0, 5.0]},
+    }
+    assert demo.format_table(results) in (Path(__file__).resolve().parents[1] / 'README.md').read_text()
