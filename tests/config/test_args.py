@@ -3,13 +3,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs, world_info_from_env
 from torch.utils.data import IterableDataset
 
 from timm_pe.config import cli, rules
 from timm_pe.config.declare import declared_in
 from timm_pe.config.derive import learning_rate, loader_workers, pins_memory
+from timm_pe.config.flags import ScheduleFlags
 from timm_pe.config.run_config import RunConfig, create_parser, parse_config
 
 FACTS = json.loads((Path(__file__).parents[1] / 'fixtures' / 'timm_train_flags.json').read_text())
@@ -266,6 +269,38 @@ def test_what_is_drawn_by_worker_has_timms_number_of_them_on_any_machine(monkeyp
 )
 def test_a_flag_of_timm_that_does_nothing_is_named_with_the_reason(argv, said):
     assert rules.without_effect(parse_config([*DATA, *argv])) == [said]
+
+
+def rates(argv):
+    """The learning rates of a run whose metric stands still, an epoch each, as timm's schedule gives them."""
+    config = parse_config(argv)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(config, decreasing_metric=False), updates_per_epoch=4
+    )
+    found = []
+    for epoch in range(epochs):
+        found.append(optimizer.param_groups[0]['lr'])
+        if scheduler is not None:
+            scheduler.step(epoch + 1, 1.0)
+    return found
+
+
+@pytest.mark.parametrize(
+    'flag', [['--cooldown-epochs', '3'], ['--min-lr', '0.06'], ['--warmup-epochs', '2']], ids=' '.join
+)
+@pytest.mark.parametrize('sched', declared_in(ScheduleFlags)['sched'].allowed)
+def test_a_flag_is_said_to_do_nothing_in_exactly_the_schedules_that_it_does_not_change(sched, flag):
+    argv = [*DATA, '--sched', sched, '--lr', '0.1', '--epochs', '8', '--warmup-epochs', '0']
+    argv += {
+        'plateau': ['--patience-epochs', '0'],
+        'multistep': ['--decay-milestones', '3'],
+        'step': ['--decay-epochs', '3'],
+        'wsd': ['--decay-epochs', '3'],
+        'rsqrt': ['--decay-epochs', '3', '--lr-stable-timescale', '2'],
+    }.get(sched, [])
+    changes = rates([*argv, *flag]) != rates(argv)
+    assert (f'{flag[0]} with --sched {sched}' in rules.without_effect(parse_config([*argv, *flag]))) != changes
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 import train_distill
 from timm_pe import ProjectorEnsembleTask
+from timm_pe.config.run_config import parse_config
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupts, ignore_in_worker
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position, start
+from timm_pe.train.resumed_settings import check_same_student
 from timm_pe.train.run import command_to_go_on
 from timm_pe.train.trainer import Trainer
 
@@ -290,6 +292,14 @@ def test_a_student_of_a_fixed_size_or_of_one_channel_resumes_as_it_was_and_not_o
     run([*argv, '--stop-epoch', '1'])
     run([*argv, '--stop-epoch', '2'])
     assert 'does not fit VisionTransformer' in refused([*argv, '--img-size', '48'], capsys)
+
+
+def test_weights_that_fit_any_size_do_not_go_on_with_another(alone):
+    swin = timm.create_model('swin_tiny_patch4_window7_224', img_size=64, depths=(1, 1, 1, 1), embed_dim=12)
+    config = parse_config([*alone('plain')[1], '--model', 'swin_tiny_patch4_window7_224', '--img-size', '64'])
+    check_same_student(config, {'img_size': 64}, 'last', swin)
+    with pytest.raises(UsageError, match=r'had input size 32, this run has \(3, 64, 64\)'):
+        check_same_student(config, {'img_size': 32}, 'last', swin)
 
 
 def test_other_words_for_the_same_student_and_optimizer_are_no_difference(alone, tmp_path, capsys):

@@ -159,7 +159,7 @@ _AUGMENTATIONS = (
 _IDLE_IN_SCHEDULE = {
     'none': ('warmup_epochs', 'warmup_lr', 'sched_on_updates', 'cooldown_epochs', 'min_lr'),
     **dict.fromkeys(('constant', 'step', 'multistep'), ('cooldown_epochs', 'min_lr')),
-    **dict.fromkeys(('plateau', 'wsd', 'rsqrt'), ('cooldown_epochs',)),
+    'plateau': ('cooldown_epochs',),
 }
 
 

@@ -276,15 +276,18 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         """The parameters whose gradients are clipped; `exclude_head` leaves out those of the student's classifiers."""
         module = unwrap_model(self.trainable_module)
         student = unwrap_model(module.student)
+        if not exclude_head:
+            return list(module.parameters())
         try:
             found = student.get_classifier()
         except (AttributeError, NotImplementedError):  # not timm's
             found = None
         heads = found if isinstance(found, (tuple, list)) else (found,)
         left_out = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
-        if not exclude_head or not left_out:
-            return super().get_clip_parameters(exclude_head)
-        return [p for p in module.parameters() if id(p) not in left_out]
+        # of an unknown head timm's guess, the last two parameters
+        return (
+            [p for p in module.parameters() if id(p) not in left_out] if left_out else super().get_clip_parameters(True)
+        )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that trains a projector not at all, or twice in a step.

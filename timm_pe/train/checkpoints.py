@@ -242,8 +242,11 @@ def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) ->
 
 
 def saved_args(path: str) -> dict[str, Any]:
-    """The settings that a training checkpoint was saved with, empty if it holds none."""
-    args = load_checkpoint_metadata(path).get('args')
+    """The settings that a training checkpoint was saved with, empty if there are none, or none that can be read."""
+    try:
+        args = load_checkpoint_metadata(path).get('args') if path else None
+    except Exception:  # whatever it may be: loading it says so
+        return {}
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +13,12 @@ from timm.data.model_config import resolve_input_data_config
 from ..config.declare import name_of
 from ..config.run_config import RunConfig
 from ..errors import UsageError
-from .checkpoints import saved_args
 
 _logger = logging.getLogger(__name__)
 
 # flags that a resumed optimizer decides
-_OF_THE_OPTIMIZER = (
-    *(
-        'lr',
-        'lr_base',
-        'lr_base_size',
-        'lr_base_scale',
-        'weight_decay',
-        'momentum',
-        'opt_betas',
-        'opt_eps',
-        'opt_kwargs',
-    ),
-    *('layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'),
-)
+_RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'weight_decay')
+_STEP = ('momentum', 'opt_betas', 'opt_eps', 'opt_kwargs', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale')  # fmt: skip
 # flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
     *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
@@ -41,42 +29,44 @@ _NOT_COMPARED = {
     *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
     *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
     *('checkpoint_hist', 'teacher_cache', 'evaluate', 'opt', 'eval_metric'),
-    *_OF_THE_OPTIMIZER,
+    *(_RATE + _STEP),
 }
 # those that say how a student is built
 _BUILT = ('model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'input_img_mode')
 
 
-def with_kept_settings(given: RunConfig, path: str) -> RunConfig:
-    """The settings of a run that goes on with the optimizer of a checkpoint: what that decides is as it was then."""
-    try:
-        saved = saved_args(path)
-    except Exception:  # loading it says what is wrong with it
-        return given
+def with_kept_settings(given: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+    """The settings of a run that goes on with the optimizer of a checkpoint: what that decides is as it was then.
+
+    Args:
+        given: The settings of the command line.
+        saved: Those of the checkpoint.
+    """
     if str(saved.get('opt')).lower() != given.opt.lower():  # refused when it is loaded
         return given
-    kept: dict[str, Any] = {name: saved[name] for name in _OF_THE_OPTIMIZER if name in saved}
+    kept: dict[str, Any] = {name: saved[name] for name in _RATE + _STEP if name in saved}
     return replace(given, **kept)
 
 
-def resumed_rates(given: RunConfig, path: str, lr: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def resumed_rates(
+    given: RunConfig, saved: Mapping[str, Any], lr: float, optimizer: torch.optim.Optimizer
+) -> tuple[float, float]:
     """Learning rate and weight decay of a resumed optimizer; warns of flags that differ.
 
     Args:
         given: The settings of the command line.
-        path: The checkpoint.
-        lr: The learning rate that they ask for.
+        saved: Those of the checkpoint.
+        lr: The learning rate that the command line asks for.
         optimizer: That of the checkpoint.
     """
-    differences = describe_differences(given, path)
+    differences = describe_differences(given, saved)
     if differences:
         _logger.warning(f'--resume: flags that differ from those of the checkpoint: {differences}.')
-    first, saved = optimizer.param_groups[0], saved_args(path)
+    first = optimizer.param_groups[0]
     resumed_lr = first.get('initial_lr', first['lr'])
     resumed_decay = max(group.get('weight_decay', given.weight_decay) for group in optimizer.param_groups)
     kept: list[tuple[str, Any, Any]] = [('lr', resumed_lr, lr), ('weight decay', resumed_decay, given.weight_decay)]
-    others = [name for name in _OF_THE_OPTIMIZER if name in saved and not name.startswith(('lr', 'weight_decay'))]
-    kept += [(name_of(name), saved[name], getattr(given, name)) for name in others]
+    kept += [(name_of(name), saved[name], getattr(given, name)) for name in _STEP if name in saved]
     for name, then, now in kept:
         if _plain(then) != _plain(now):
             _logger.warning(
@@ -97,13 +87,19 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_same_student(config: RunConfig, path: str, student: nn.Module) -> None:
+def check_same_student(config: RunConfig, saved: Mapping[str, Any], path: str, student: nn.Module) -> None:
     """Refuse to go on in a run's folder with a student that is built or fed otherwise: args.yaml says it for the best one.
+
+    Args:
+        config: The settings of the run.
+        saved: Those of its checkpoint.
+        path: The checkpoint.
+        student: The student of now, before it is scripted or wrapped.
 
     Raises:
         UsageError: The message has the first difference.
     """
-    saved, now = saved_args(path), config.as_dict()
+    now = config.as_dict()
     pairs: list[tuple[str, Any, Any]] = [(name_of(name), saved[name], now[name]) for name in _BUILT if name in saved]
     fed = resolve_input_data_config(student, args=now)
     try:
@@ -119,11 +115,11 @@ def check_same_student(config: RunConfig, path: str, student: nn.Module) -> None
             )
 
 
-def describe_differences(config: RunConfig, path: str) -> str:
+def describe_differences(config: RunConfig, saved: Mapping[str, Any]) -> str:
     """The flags that differ from those of a checkpoint, as far as they affect training."""
-    saved, now = saved_args(path), config.as_dict()
+    now = config.as_dict()
     if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
-        saved['teacher_dtype'] = 'auto'
+        saved = {**saved, 'teacher_dtype': 'auto'}
     names = sorted(
         name for name in saved.keys() & now.keys() - _NOT_COMPARED if _plain(saved[name]) != _plain(now[name])
     )

@@ -219,6 +219,7 @@ def create_run_task(
     student = place_student(student, config, runtime)
     common: dict[str, Any] = {'device': runtime.device, 'dtype': runtime.model_dtype, 'verbose': False}
     if teachers:
+        common |= {'input_mean': data_config['mean'], 'input_std': data_config['std']}
         return _create_projector_task(config, student, teachers, criterion, common)
     if config.kd_model_name:
         task = _create_timm_kd_task(config, config.kd_model_name, student, criterion, common)

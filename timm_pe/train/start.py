@@ -80,15 +80,16 @@ def start(parts: Parts) -> Trainer | None:
     """
     given, runtime, data, task = parts.config, parts.runtime, parts.data, parts.task
     assert task is not None
+    saved = checkpoints.saved_args(parts.checkpoint)
     resumes_optimizer = bool(parts.checkpoint) and not given.no_resume_opt
-    config = with_kept_settings(given, parts.checkpoint) if resumes_optimizer else given
+    config = with_kept_settings(given, saved) if resumes_optimizer else given
     lr = learning_rate(config, runtime.world_size)
     optimizer = _create_optimizer(config, task, lr)
     meaning = run_meaning(config, task, data, runtime)
     found = _resume(parts, optimizer, meaning)
     rates = lr, config.weight_decay
     if resumes_optimizer:
-        rates = resumed_rates(given, found.path, learning_rate(given, runtime.world_size), optimizer)
+        rates = resumed_rates(given, saved, learning_rate(given, runtime.world_size), optimizer)
         # a checkpoint may say another rate than its optimizer has
         config = replace(config, weight_decay=rates[1], lr=config.lr if rates[0] == lr else rates[0])
     parts = replace(parts, config=config)
@@ -111,7 +112,7 @@ def start(parts: Parts) -> Trainer | None:
         _finish(parts, optimizer, found, span)
         return None
     if _goes_on(found, span, _folder_path(parts)):
-        check_same_student(config, found.path, parts.student)
+        check_same_student(config, saved, found.path, parts.student)
     validation = create_validation(parts)
     allocate_caches(caches, parts.teachers, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
