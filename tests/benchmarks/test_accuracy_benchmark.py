@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -194,12 +195,30 @@ def test_the_runs_that_numbers_are_of_are_kept_in_an_archive_and_give_the_same_t
     assert results.with_suffix('.md').read_text() == told
 
 
-def test_each_number_of_the_committed_results_that_names_an_archive_is_in_it():
+def test_an_archive_has_the_weights_of_a_small_teacher_and_the_same_runs_make_the_same_file(accuracy, tiny, tmp_path):
+    suite = accuracy.load_suite('tiny', tmp_path / 'out', {'device': 'cpu'})
+    finish(suite, ['alone'], [1])
+    teacher, archives = suite.teacher_run(), [tmp_path / f'{i}.tar.xz' for i in range(3)]
+    teacher.folder.mkdir(parents=True)
+    weights = teacher.folder / 'student.safetensors'
+    weights.write_bytes(b'weights')
+    for archive in archives[:2]:
+        accuracy.keep_runs([suite], archive)
+        os.utime(weights, (0, 0))
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    weights.write_bytes(bytes(accuracy.SMALL_WEIGHTS))
+    accuracy.keep_runs([suite], archives[2])
+    names = []
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            names.append('teachers/tiny/student.safetensors' in tar.getnames())
+    assert names == [True, True, False]
+
+
+def test_each_number_of_the_committed_results_is_in_the_archive_that_it_names():
     results = BENCHMARKS / 'results'
     kept, checked = {}, 0
     for name, suite in json.loads((results / 'accuracy.json').read_text())['suites'].items():
-        if suite.get('runs') is None:
-            continue
         if suite['runs'] not in kept:
             with tarfile.open(results / suite['runs']) as tar:
                 files = {n: tar.extractfile(n).read() for n in tar.getnames() if n.endswith('result.json')}

