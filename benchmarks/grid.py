@@ -159,10 +159,10 @@ class Suite:
         kind = loaded['teacher']
         if kind != 'none':
             flags |= self._teacher_flags(for_timm=kind == 'timm')
-        logits = flags.get('kd_loss_weight') or flags.get('pe_target') == 'logits'
-        if kind == 'timm_pe' and self.cache_views and not logits:
-            # the teacher's features depend on the seed by the augmentation, and not on the method
-            cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}'
+        if kind == 'timm_pe' and self.cache_views:
+            # what the teacher says depends on the seed by the augmentation; what of it is kept, on the method
+            kept = '-logits' if flags.get('pe_target') == 'logits' else '-both' if flags.get('kd_loss_weight') else ''
+            cache = self.folder.parent / 'caches' / f'{self.teacher["name"]}-{seed}{kept}'
             flags |= {'teacher_cache': str(cache), 'teacher_cache_views': self.cache_views}
         run = self._run(self.folder, f'{method}-{seed}', flags)
         run.script = SCRIPT.parent / loaded.get('script', SCRIPT.name)

@@ -282,7 +282,10 @@ def test_methods_of_one_seed_share_a_cache_and_no_two_seeds_do(accuracy, tiny, t
     caches = {(m, s): suite.run(m, s).flags.get('teacher_cache') for m in ('alone', 'pe_q1', 'pe_q3') for s in (1, 2)}
     assert caches['pe_q1', 1] == caches['pe_q3', 1] != caches['pe_q3', 2]
     assert caches['alone', 1] is None
-    assert 'teacher_cache' not in suite.run('kd', 1).flags  # a cache of features has no logits
+    of_contents = {suite.run(m, 1).flags['teacher_cache'] for m in ('pe_q3', 'kd', 'logits_q1')}
+    assert len(of_contents) == 3
+    assert suite.run('kd', 1).flags['teacher_cache'] == suite.run('pe_kd', 1).flags['teacher_cache']
+    assert 'teacher_cache' not in suite.run('timm_fd', 1).flags
 
 
 def test_ablated_projectors_start_and_learn_as_they_are_named(ablations):
