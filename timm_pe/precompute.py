@@ -91,8 +91,9 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     with one_line_errors(prog, 'the same command goes on where it was stopped'):
         parts = build(config)  # as for training, so that it refuses what the training run would refuse
         data, runtime, teachers = parts.data, parts.runtime, parts.teachers
-        assert parts.task is not None
-        settle_precision(parts, run_meaning(config, parts.task, data, runtime), partial(first_batch, data.train))
+        settle_precision(
+            parts, run_meaning(config, parts.training_task, data, runtime), partial(first_batch, data.train)
+        )
         caches = open_teacher_caches(config, teachers, data, runtime)
         if not all(cache.is_complete for cache in caches):
             check_teachers(parts)

@@ -50,6 +50,13 @@ class Parts:
         """The student's classes."""
         return cast(int, self.student.num_classes)
 
+    @property
+    def training_task(self) -> TrainingTask:
+        """The task of a run that trains, which has one."""
+        if self.task is None:
+            raise RuntimeError('this run has no task: it does not train')
+        return self.task
+
 
 def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None, weights: str = '') -> Parts:
     """Build the parts of a run; with --evaluate neither teacher nor task.

@@ -78,8 +78,7 @@ def start(parts: Parts) -> Trainer | None:
     Raises:
         UsageError: A setting, a checkpoint or a folder that does not fit.
     """
-    given, runtime, data, task = parts.config, parts.runtime, parts.data, parts.task
-    assert task is not None
+    given, runtime, data, task = parts.config, parts.runtime, parts.data, parts.training_task
     saved = checkpoints.saved_args(parts.checkpoint)
     resumes_optimizer = bool(parts.checkpoint) and not given.no_resume_opt
     config = with_kept_settings(given, saved) if resumes_optimizer else given
@@ -196,8 +195,9 @@ def _resume(parts: Parts, optimizer: torch.optim.Optimizer, meaning: Mapping[str
         UsageError: See `checkpoints.resume`; or the machines' disks hold different checkpoints.
     """
     config, runtime, path = parts.config, parts.runtime, parts.checkpoint
-    assert parts.task is not None
-    found = Found(path, *checkpoints.resume(config, path, parts.task, optimizer, runtime, meaning)) if path else Found()
+    found = Found()
+    if path:
+        found = Found(path, *checkpoints.resume(config, path, parts.training_task, optimizer, runtime, meaning))
     if not runtime.distributed:
         return found
     ranks = runtime.gather((os.path.basename(path), found.epoch, found.state.batch if found.state else None))
@@ -240,8 +240,7 @@ def _accept_state(parts: Parts, images: Mapping[str, Any], state: RunState | Non
             f'The training images have changed since the checkpoint: {state.data.get("number")} of hash '
             f'{state.data.get("names")} then, {images.get("number")} of hash {images.get("names")} now.'
         )
-    assert parts.task is not None
-    check_rank_state(state, parts.task, parts.runtime)
+    check_rank_state(state, parts.training_task, parts.runtime)
     if state.validated:
         return state
     settings = run_settings(parts.config, len(parts.data.train), parts.runtime.world_size)
@@ -347,8 +346,7 @@ def _check_own_inputs(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _create_saver(parts: Parts, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Saver:
-    config, task = parts.config, parts.task
-    assert task is not None
+    config, task = parts.config, parts.training_task
     with_average = task.has_ema() and not config.model_ema_force_cpu
     return Saver(
         folder,
@@ -406,12 +404,12 @@ def _announce(
     folder: RunFolder,
 ) -> None:
     """Print every resolved choice, once."""
-    assert parts.task is not None
+    task = parts.training_task
     table = start_table(
         parts.config,
         parts.runtime,
-        unwrap_model(parts.task.get_eval_model()),
-        parts.task,
+        unwrap_model(task.get_eval_model()),
+        task,
         parts.data,
         parts.num_classes,
         (span.first, span.schedule),

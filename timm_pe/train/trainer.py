@@ -67,8 +67,7 @@ class Trainer:
         trackers: Trackers,
         validation: Validation,
     ):
-        assert parts.task is not None
-        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
+        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.training_task
         self.num_classes, self.teachers = parts.num_classes, parts.teachers
         self.optimizer, self.scheduler, self.span = optimizer, scheduler, span
         self.images, self.meaning = dict(images), dict(meaning)

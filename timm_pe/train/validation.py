@@ -139,8 +139,7 @@ class LabelValidation:
     """
 
     def __init__(self, parts: Parts, measured: TeacherAgreement | None):
-        assert parts.task is not None
-        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.task
+        self.config, self.runtime, self.data, self.task = parts.config, parts.runtime, parts.data, parts.training_task
         self.measured = measured
         self.metric_names = tuple(create_evaluator(self.config, self.runtime, self.data.eval).metric_names)
 
