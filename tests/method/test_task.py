@@ -343,6 +343,8 @@ def test_a_run_on_logits_names_what_cannot_work():
         make_task(teacher_norm='bn')
     with pytest.raises(UsageError, match='softmax logits'):
         make_task(target='logits', multi_label=True)
+    with pytest.raises(UsageError, match="teacher_norm 'layer' is for features"):
+        make_task(target='logits', teacher_norm='layer')
     headless = timm.create_model('test_vit', num_classes=0)
     with pytest.raises(UsageError, match="teacher has no logits to project .* use target 'feature'"):
         ProjectorEnsembleTask(timm.create_model('test_resnet'), headless, target='logits', verbose=False)
@@ -387,10 +389,30 @@ def test_the_loss_compares_with_the_normalized_feature_of_the_teacher():
         torch.testing.assert_close(task(x, y)['pe_loss'], (projected - wanted).pow(2).mean())
 
 
-@pytest.mark.parametrize(('norm', 'act'), [('none', 'relu'), ('layer', 'none')])
-def test_the_activation_follows_the_feature_that_the_loss_sees(norm, act):
+@pytest.mark.parametrize(
+    ('norm', 'act', 'said'),
+    [('none', 'relu', "teacher's features on the first batch are"), ('layer', 'none', "teacher's normalized features")],
+)
+def test_the_activation_follows_the_feature_that_the_loss_sees(norm, act, said, caplog):
     task = make_task(teacher='test_resnet', teacher_norm=norm)  # its own features are all >= 0
-    assert task.resolve_act(batch()[0]) == act
+    task.verbose = True
+    with caplog.at_level('INFO'):
+        assert task.resolve_act(batch()[0]) == act
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize('name', ['distill_loss_weight', 'task_loss_weight', 'kd_loss_weight', 'map_weight'])
+@pytest.mark.parametrize('weight', [-1.0, float('nan'), float('inf')])
+def test_a_weight_that_is_no_number_from_0_on_is_refused(name, weight):
+    with pytest.raises(UsageError, match=f'{name} must be a number from 0 on, got {weight}'):
+        make_task(**{name: weight})
+
+
+def test_without_a_number_there_are_three_projectors_and_one_that_is_the_identity():
+    assert make_task().projectors[0].num_projectors == 3
+    assert (
+        make_task(teacher='test_convnext', student='test_vit', projector='identity').projectors[0].num_projectors == 1
+    )
 
 
 class OwnLoss(nn.Module):

@@ -45,7 +45,10 @@ def test_a_module_is_not_made_anew_for_an_argument(model, given, named):
         create_teacher(model, **given)
 
 
-@pytest.mark.parametrize('given', [{'checkpoint': '/nope'}, {'dtype': torch.bfloat16}, {'tap': 'fc'}])
+@pytest.mark.parametrize(
+    'given',
+    [{'checkpoint': '/nope'}, {'pretrained': False}, {'use_ema': False}, {'dtype': torch.bfloat16}, {'tap': 'fc'}],
+)
 def test_a_teacher_that_is_made_already_takes_no_argument(model, given):
     teacher = create_teacher(model)
     assert create_teacher(teacher) is teacher

@@ -123,6 +123,18 @@ def test_a_skipping_meter_leaves_whole_batches_out():
         meter.update({'task_loss': torch.tensor(task), 'pe_loss': torch.tensor(pe)}, size)
     assert meter.read() == {'task_loss': pytest.approx(16 / 6), 'pe_loss': pytest.approx(10 / 6)}
     assert meter.bad.startswith('pe_loss not finite at batch 1')
+    meter.forget_bad()
+    meter.update({'task_loss': torch.tensor(1.0), 'pe_loss': torch.tensor(1.0)}, 2)
+    meter.read()
+    assert meter.bad == ''  # what comes now is not the fault of that batch
+
+
+def test_no_loss_on_labels_is_named_where_there_is_none():
+    meter = LossMeter(torch.device('cpu'), distributed=False)
+    meter.update({'loss': torch.tensor(NAN), 'pe_loss': torch.tensor(NAN)}, 4)
+    with pytest.raises(NonFiniteLoss) as e:
+        meter.read()
+    assert str(e.value) == 'pe_loss not finite at batch 0 of the epoch'
 
 
 def test_a_meter_goes_on_from_its_state():
@@ -210,13 +222,15 @@ def test_updates_that_are_dropped_at_any_loss_scale_end_a_run(reports):
         report(guard, *[True] * reports[-1])
 
 
-def test_without_a_loss_scale_two_dropped_updates_that_are_all_of_a_report_end_a_run():
+@pytest.mark.parametrize('reports', [[2], [1, 1], [1, 0, 1]])
+def test_without_a_loss_scale_two_dropped_updates_in_a_row_end_a_run_however_often_it_reports(reports):
     guard = UpdateGuard(nn.Linear(3, 2), scales=False)
-    report(guard, True)
-    report(guard)
-    report(guard, True)
+    for updates in ([False, True], [True], [False], [True, True, False]):
+        report(guard, *updates)
+    for number in reports[:-1]:
+        report(guard, *[True] * number)
     with pytest.raises(NonFiniteLoss, match='all of the last 2 updates$'):
-        report(guard, True, True)
+        report(guard, *[True] * reports[-1])
 
 
 class Calls(TorchDispatchMode):

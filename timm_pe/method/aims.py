@@ -36,6 +36,12 @@ class Aim:
     loss: str
     teacher_norm: str = 'none'
 
+    @property
+    def wanted_name(self) -> str:
+        """What `wanted` gives, in words."""
+        normalized = self.teacher_norm != 'none' and self.tapped != 'logits'
+        return f'{"normalized " if normalized else ""}{self.tapped}s'
+
     def value(self, output: TeacherOutput) -> torch.Tensor:
         """The output of its teacher that it aims at, as the teacher gives it.
 

@@ -1,6 +1,6 @@
 """What arguments of a task cannot be, and what they say about one of its parts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
 
@@ -26,6 +26,19 @@ def check_settings(target: str, teacher_norm: str, temperature: float, compares_
         raise UsageError('logit distillation compares softmax logits, which multi-label targets do not have')
     if temperature <= 0:
         raise UsageError(f'the KD temperature must be above 0, got {temperature}')
+    if target == 'logits' and teacher_norm != 'none':
+        raise UsageError(f"teacher_norm '{teacher_norm}' is for features, it does not go with target 'logits'")
+
+
+def check_weights(weights: Mapping[str, float | None]) -> None:
+    """Refuse weights of the loss, by their names, that are no number from 0 on; None is the default one.
+
+    Raises:
+        UsageError: The message has the name and what was given.
+    """
+    for name, weight in weights.items():
+        if weight is not None and not 0 <= weight < float('inf'):
+            raise UsageError(f'{name} must be a number from 0 on, got {weight}')
 
 
 def create_frozen_loss(name: str, temperature: float) -> nn.Module:

@@ -182,7 +182,7 @@ class ProjectorEnsemble(nn.Module):
     Args:
         in_dim: Width d of the student's feature.
         out_dim: Width m of the teacher's feature.
-        num_projectors: q, the number of projectors.
+        num_projectors: q, the number of projectors; None means 3, or 1 of the kind identity.
         projector: Kind of projector, see `list_projectors`.
         act: 'relu' (the paper's), 'none' (teacher features of both signs), or 'auto' (to be set through the
             attribute `act` before the first forward; `ProjectorEnsembleTask` does that from the teacher's features).
@@ -198,12 +198,14 @@ class ProjectorEnsemble(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        num_projectors: int = 3,
+        num_projectors: int | None = None,
         projector: str = 'linear',
         act: str = 'relu',
     ):
         super().__init__()
         factory = get_projector(projector)
+        if num_projectors is None:
+            num_projectors = 1 if factory is IdentityProjector else 3
         if num_projectors < 1:
             raise UsageError(f'number of projectors must be 1 or more, got {num_projectors}')
         if factory is IdentityProjector:

@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 
 from ..errors import UsageError, one_line
 from .aims import Aim, measure_aims, sum_of
-from .checks import check_dim, check_drop, check_settings, create_frozen_loss, has_classifier, widths_of
+from .checks import check_dim, check_drop, check_settings, check_weights, create_frozen_loss, has_classifier, widths_of
 from .losses import DirectionLoss, average_logits, kd_loss
 from .map_tap import MapTap
 from .names import TARGETS
@@ -67,10 +67,10 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         task_loss_weight: Weight of the task loss, None means 1 (0.1 for logits).
         student_feature_dim: Checked against the measured width d if given.
         teacher_feature_dim: Checked against the measured width m if given.
-        num_projectors: q.
+        num_projectors: q, None means 3, or 1 of the kind identity.
         projector: Kind of projector, see `list_projectors`.
         act: Activation of the projectors: 'relu' (the paper's), 'none', or 'auto': relu exactly when the features of
-            the teacher on the first batch (rank 0's) are all >= 0.
+            the teacher on the first batch (rank 0's), after `teacher_norm`, are all >= 0.
         feature_loss: See `list_feature_losses`; None means 'direction' for features and 'kl' for logits.
         target: 'feature': the projectors map the student's feature to the teacher's; 'logits': its logits to the
             teacher's (kd1proj with one projector, arXiv 2310.17183), whose classes may differ. 'auto' then means no
@@ -117,7 +117,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         task_loss_weight: float | None = None,
         student_feature_dim: int | None = None,
         teacher_feature_dim: int | None = None,
-        num_projectors: int = 3,
+        num_projectors: int | None = None,
         projector: str = 'linear',
         act: str = 'auto',
         feature_loss: str | None = None,
@@ -144,6 +144,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
+        losses = {'distill_loss_weight': distill_loss_weight, 'task_loss_weight': task_loss_weight}
+        check_weights({**losses, 'kd_loss_weight': kd_loss_weight, 'map_weight': map_weight})
         models, student = as_list(teacher_model), unwrap_model(student_model)
         of_one = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap
         check_single(len(models), *of_one, teacher_feature_dim)
@@ -210,7 +212,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         ]
 
     def _create_projectors(
-        self, student: nn.Module, tap: FeatureTap, map_tap: MapTap | None, number: int, kind: str, act: str
+        self, student: nn.Module, tap: FeatureTap, map_tap: MapTap | None, number: int | None, kind: str, act: str
     ) -> dict[str, ProjectorEnsemble]:
         """Those of each aim, by its name."""
         created = {}
@@ -326,7 +328,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             if self.verbose:
                 whose = f' of {self.teacher_names[self.aims[i].teacher]}' if len(self.aims) > 1 else ''
                 _logger.info(
-                    f"Projector activation 'auto' is '{self.projectors[i].act}': the teacher's {self.aims[i].tapped}s{whose} "
+                    f"Projector activation 'auto' is '{self.projectors[i].act}': the teacher's {self.aims[i].wanted_name}{whose} "
                     f'on the first batch {"are all >= 0" if all_positive else "have both signs"}.'
                 )
 

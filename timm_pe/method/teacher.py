@@ -419,7 +419,7 @@ def create_teacher(
         in_chans: Its own number of input channels; None means the architecture's default.
         use_ema: Prefer a checkpoint's EMA weights.
         needs_logits: If False, the classifier is left out of the forward (see `Teacher`), and a checkpoint whose
-            classifier does not match `num_classes` is accepted: the teacher's stays random.
+            classifier does not match `num_classes` is accepted: the teacher's stays random. A given `Teacher` stays as it is.
         model_kwargs: More arguments for `timm.create_model`.
         what: Its name in messages.
         student_size: Height and width of the student's images: a network given by name that has a fixed input size is built
@@ -432,7 +432,8 @@ def create_teacher(
     """
     of_network = {'num_classes': num_classes, 'in_chans': in_chans, 'model_kwargs': model_kwargs}
     if isinstance(name_or_module, Teacher):
-        refuse_given('a Teacher', {'checkpoint': checkpoint, **of_network, **teacher_kwargs})
+        off = {name: False for name, on in (('pretrained', pretrained), ('use_ema', use_ema)) if not on}
+        refuse_given('a Teacher', {'checkpoint': checkpoint, **off, **of_network, **teacher_kwargs})
         return name_or_module
     teacher_kwargs['needs_logits'] = needs_logits
     if isinstance(name_or_module, DistillationTeacher):

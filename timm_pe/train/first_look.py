@@ -79,7 +79,7 @@ def look_at_first_batch(
         signs = 'all >= 0' if act == 'relu' else 'of both signs'
         whose = f' of {task.teacher_names[aim.teacher]}' if len(task.teachers) > 1 else ''
         _logger.info(
-            f"--pe-act auto is '{act}': the teacher's {aim.tapped}s{whose} on the first training batch are {signs}."
+            f"--pe-act auto is '{act}': the teacher's {aim.wanted_name}{whose} on the first training batch are {signs}."
         )
 
 

@@ -36,7 +36,7 @@ class LossMeter:
 
     Attributes:
         count: Images of all ranks in the means, as of the last reading.
-        bad: With `skip`, which terms were not finite, and at which batch first, as of the last reading.
+        bad: With `skip`, which terms were not finite since `forget_bad`, and at which batch first, as of the last reading.
     """
 
     def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
@@ -130,10 +130,16 @@ class LossMeter:
         if step < _NEVER:
             # 'loss', the weighted sum, is only to blame if no term is
             bad = [n for n, first in zip(self.names, firsts, strict=True) if first == step]
-            self.bad = describe_nonfinite(bad, int(step))
+            self.bad = describe_nonfinite(bad, self.names, int(step))
             if not self.skip:
                 raise NonFiniteLoss(self.bad)
         return OrderedDict((n, total / max(self.count, 1)) for n, total in zip(self.names, totals, strict=True))
+
+    def forget_bad(self) -> None:
+        """What was not finite so far is said: `bad` is about the batches to come."""
+        self.bad = ''
+        if self.names:
+            self.first_bad.fill_(_NEVER)
 
 
 class Accumulation:

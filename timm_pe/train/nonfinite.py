@@ -41,10 +41,10 @@ def check_finite(task: TrainingTask, runtime: Runtime) -> None:
         raise NonFiniteLoss('weights not finite after the last step (a gradient was not)')
 
 
-def describe_nonfinite(names: Sequence[str], batch: int) -> str:
-    """The terms that were first not finite at a batch, and a hint if the task loss is not among them."""
-    named = [n for n in names if n != 'loss'] or list(names)
-    of_teacher = bool(named) and 'task_loss' not in named and named != ['loss']
+def describe_nonfinite(bad: Sequence[str], names: Sequence[str], batch: int) -> str:
+    """The terms that were first not finite at a batch, and a hint if the task loss is a term and not among them."""
+    named = [n for n in bad if n != 'loss'] or list(bad)
+    of_teacher = 'task_loss' in names and 'task_loss' not in named and named != ['loss']
     hint = ' (the loss on the labels was: look at the teacher, its weights and --teacher-dtype)' if of_teacher else ''
     return f'{" and ".join(named)} not finite at batch {batch} of the epoch{hint}'
 
@@ -111,20 +111,17 @@ class UpdateGuard:
             why: The terms that were not finite, and where.
 
         Raises:
-            NonFiniteLoss: All of them were, and there was more than one; with a loss scaler, whose scale falls at each,
-                more than `HALVINGS` in a row.
+            NonFiniteLoss: All of them were, and more than one in a row; with a loss scaler, whose scale falls at each,
+                more than `HALVINGS`.
         """
         dropped, (dropped_before, updates_before) = int(self.dropped), self.said
         new, of = dropped - dropped_before, self.updates - updates_before
         self.said = dropped, self.updates
         why = why or 'gradients not finite'
         self.in_a_row = self.in_a_row + new if new == of else 0
-        if self.in_a_row > HALVINGS and self.scales:
-            raise NonFiniteLoss(
-                f'{why}, and so all of the last {self.in_a_row} updates, though each halved the loss scale'
-            )
-        if new == of > 1 and not self.scales:
-            raise NonFiniteLoss(f'{why}, and so all of the last {of} updates')
+        if self.in_a_row > (HALVINGS if self.scales else 1):
+            scale = ', though each halved the loss scale' if self.scales else ''
+            raise NonFiniteLoss(f'{why}, and so all of the last {self.in_a_row} updates{scale}')
         if new:
             scale = '; each halved the loss scale' if self.scales else ''
             _logger.warning(f'--nonfinite skip left out {new} of the last {of} updates: {why}{scale}.')

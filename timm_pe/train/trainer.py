@@ -310,6 +310,7 @@ class Trainer:
         epoch.curves.log(i, epoch.update, epoch.meter.count, *shown)
         if self.guard is not None:
             self.guard.say(epoch.meter.bad)
+            epoch.meter.forget_bad()
         if self.config.save_images and self.saver is not None:
             path = self.folder.path / f'train-batch-{i}.jpg'
             torchvision.utils.save_image(input.float(), path, padding=0, normalize=True)
