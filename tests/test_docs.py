@@ -22,8 +22,7 @@ from timm_pe import export
 from timm_pe.config.cli import Parser
 from timm_pe.config.declare import declared_in
 from timm_pe.config.run_config import GROUPS, RunConfig, create_parser, parse_config
-from timm_pe.method.losses import _FEATURE_LOSSES
-from timm_pe.method.projectors import _PROJECTORS
+from timm_pe.method.names import FEATURE_LOSSES, PROJECTORS
 
 ROOT = Path(train_distill.__file__).parent
 README = (ROOT / 'README.md').read_text()
@@ -63,7 +62,7 @@ PYTHON = [(named(p), i, text) for p in PAGES for i, (kind, text) in enumerate(bl
 @pytest.fixture
 def registries():
     """Gives the registries back as they were."""
-    known = [(registry, dict(registry)) for registry in (_PROJECTORS, _FEATURE_LOSSES)]
+    known = [(registry, dict(registry)) for registry in (PROJECTORS.factories, FEATURE_LOSSES.factories)]
     yield
     for registry, before in known:
         registry.clear()

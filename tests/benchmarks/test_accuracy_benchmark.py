@@ -15,8 +15,8 @@ import yaml
 import train_distill
 from timm_pe import ProjectorEnsemble
 from timm_pe.config.run_config import parse_config
-from timm_pe.method import losses, projectors
-from timm_pe.method.names import FEATURE_LOSS_NAMES, PROJECTOR_NAMES
+from timm_pe.method import losses
+from timm_pe.method.names import FEATURE_LOSSES, PROJECTORS
 
 BENCHMARKS = Path(train_distill.__file__).parent / 'benchmarks'
 METHODS = sorted(p.stem for p in (BENCHMARKS / 'methods').glob('*.yaml'))
@@ -31,10 +31,8 @@ def accuracy(load_script):
 @pytest.fixture
 def ablations(load_script, monkeypatch):
     """Registers the projectors of benchmarks/ablations.py for one test."""
-    monkeypatch.setattr(PROJECTOR_NAMES, 'registry', PROJECTOR_NAMES.registry.copy())
-    monkeypatch.setattr(projectors, '_PROJECTORS', PROJECTOR_NAMES.registry)
-    monkeypatch.setattr(FEATURE_LOSS_NAMES, 'registry', FEATURE_LOSS_NAMES.registry.copy())
-    monkeypatch.setattr(losses, '_FEATURE_LOSSES', FEATURE_LOSS_NAMES.registry)
+    for registry in (PROJECTORS, FEATURE_LOSSES):
+        monkeypatch.setattr(registry, 'factories', registry.factories.copy())
     load_script('ablations')
 
 

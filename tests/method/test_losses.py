@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_pe import UsageError, create_feature_loss, kd_loss, list_feature_losses, register_feature_loss
-from timm_pe.method.losses import _FEATURE_LOSSES, TEACHER_NORMS, DirectionLoss, normalize_teacher
+from timm_pe.method.losses import FEATURE_LOSSES, TEACHER_NORMS, DirectionLoss, normalize_teacher
 
 
 def naive_direction(p, t):
@@ -93,7 +93,7 @@ def test_a_registered_loss_is_found_and_its_name_is_taken():
         with pytest.raises(ValueError, match='registered already'):
             register_feature_loss('test_l1')(torch.nn.L1Loss)
     finally:
-        del _FEATURE_LOSSES['test_l1']
+        del FEATURE_LOSSES.factories['test_l1']
 
 
 def test_logsum_is_the_log_of_the_sum_of_fourth_powers():

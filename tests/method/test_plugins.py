@@ -13,9 +13,8 @@ from helpers import refused, run, summary
 import train_distill
 from timm_pe import ProjectorEnsemble, UsageError, create_feature_loss, list_feature_losses, list_projectors
 from timm_pe.config.run_config import create_parser, parse_config
-from timm_pe.method.losses import _FEATURE_LOSSES
+from timm_pe.method.names import FEATURE_LOSSES, PROJECTORS
 from timm_pe.method.plugins import load_plugins
-from timm_pe.method.projectors import _PROJECTORS
 
 GOOD = """
 import torch.nn as nn
@@ -50,7 +49,7 @@ def install(folder: Path, name: str, source: str) -> Path:
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """Gives a function that installs a package for this process; afterwards all is forgotten."""
-    registries = [(registry, dict(registry)) for registry in (_PROJECTORS, _FEATURE_LOSSES)]
+    registries = [(registry, dict(registry)) for registry in (PROJECTORS.factories, FEATURE_LOSSES.factories)]
     modules = []
 
     def install_here(name: str, source: str) -> str:
@@ -125,7 +124,7 @@ def test_a_run_that_uses_no_plugin_imports_none(installed, small_run, tmp_path, 
     ],
 )
 def test_a_broken_plugin_is_one_warning_that_names_its_package(source, reason, installed, small_run, capsys, caplog):
-    linear = _PROJECTORS['linear']
+    linear = PROJECTORS.factories['linear']
     installed('broken-projectors', source)
     error = refused([*small_run, '--model', 'test_resnet', '--teacher', 'test_vit', '--pe-projector', 'narow'], capsys)
     assert 'narow' in error
@@ -134,7 +133,7 @@ def test_a_broken_plugin_is_one_warning_that_names_its_package(source, reason, i
     assert warning.startswith("Plugin 'broken_projectors' of broken-projectors 1.5 is broken")
     assert reason in warning
     assert '\n' not in warning
-    assert _PROJECTORS['linear'] is linear
+    assert PROJECTORS.factories['linear'] is linear
 
 
 def test_one_broken_plugin_does_not_hide_another(installed, caplog):

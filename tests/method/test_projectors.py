@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 
 from timm_pe import ProjectorEnsemble, UsageError, create_projector, list_projectors, register_projector
-from timm_pe.method.projectors import _PROJECTORS
+from timm_pe.method.names import PROJECTORS
 
 
 def test_linear_ensemble_equals_the_mean_of_separate_projectors():
@@ -101,7 +101,7 @@ def test_a_registered_projector_is_built_q_times_and_its_name_is_taken():
         with pytest.raises(ValueError, match='registered already'):
             register_projector('test_scale')(Scale)
     finally:
-        del _PROJECTORS['test_scale']
+        del PROJECTORS.factories['test_scale']
 
 
 @pytest.mark.parametrize('weight_decay', [0, 1e-4])

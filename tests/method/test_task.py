@@ -438,7 +438,7 @@ class OwnLoss(nn.Module):
 @pytest.fixture
 def own_loss(monkeypatch):
     def use(how):
-        monkeypatch.setitem(losses._FEATURE_LOSSES, 'direction', lambda: OwnLoss(how))
+        monkeypatch.setitem(losses.FEATURE_LOSSES.factories, 'direction', lambda: OwnLoss(how))
 
     return use
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..method.names import FEATURE_LOSS_NAMES, PROJECTOR_NAMES, TARGETS, TEACHER_NORM_NAMES
+from ..method.names import FEATURE_LOSSES, PROJECTORS, TARGETS, TEACHER_NORM_NAMES
 from .declare import Each, flag, switch
 
 # timm.loss.LOSS_TYPES, which would import torch
@@ -57,9 +57,9 @@ class ProjectorFlags:
 
     student_tap: str | None = flag(None, "module whose input is the student's feature", metavar='PATH', unset='the classifier', needs='teacher', added=True)
     pe_projectors: int = flag(3, 'number of projectors, of the kind identity always 1', metavar='Q', at_least=1, at_most=MAX_PROJECTORS, needs='teacher', added=True)
-    pe_projector: str = flag('linear', 'kind of projector', metavar='NAME', choices=PROJECTOR_NAMES, needs='teacher', added=True)
+    pe_projector: str = flag('linear', 'kind of projector', metavar='NAME', choices=PROJECTORS, needs='teacher', added=True)
     pe_act: str = flag('auto', "activation of the projectors: 'relu', 'none', or 'auto', which is 'relu' exactly when the teacher's features on the first batch, after --pe-teacher-norm, are all >= 0", choices=('auto', 'relu', 'none'), needs='teacher', added=True)
-    pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSS_NAMES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
+    pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSSES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)
     pe_target: str = flag('feature', "what the projectors map to the teacher's: the student's 'feature', or its 'logits' (kd1proj, arXiv 2310.17183)", choices=tuple(TARGETS), needs='teacher', added=True)
     pe_teacher_norm: str = flag('none', "normalization of the teacher's feature before the loss; batch and whiten are over the batch of one rank, whiten waits for the device in each step", metavar='NAME', choices=TEACHER_NORM_NAMES, needs='teacher', added=True)
     pe_map_weight: float = flag(0.0, 'weight of a cosine (direction) loss between the last feature maps or patch tokens of student and teacher, position by position, with separate projectors', metavar='R', at_least=0, needs='teacher', added=True)

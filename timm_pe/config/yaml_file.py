@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..method.plugins import Names
+from ..method.plugins import Registry
 from .declare import NOT_GIVEN, annotations_of, declared_in, default_of, is_each, value_type
 from .recipes import find_config
 from .teachers import split_teachers
@@ -120,7 +120,7 @@ def typed_value(group: type, dest: str, value: Any, what: str, refuse: Refuse) -
         except (TypeError, ValueError, OverflowError):
             expect(f'of type {kind.__name__}')
         if declared.choices is not None and result not in declared.choices:
-            of_plugins = ' or of an installed plugin' if isinstance(declared.choices, Names) else ''
+            of_plugins = ' or of an installed plugin' if isinstance(declared.choices, Registry) else ''
             expect(f'one of {", ".join(map(str, declared.choices))}{of_plugins}')
         return result
 

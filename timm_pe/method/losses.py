@@ -8,15 +8,13 @@ mean, lets it work with `teacher_drop`.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
-from .names import FEATURE_LOSS_NAMES
-
-_FEATURE_LOSSES: dict[str, Callable[[], nn.Module]] = FEATURE_LOSS_NAMES.registry
+from .names import FEATURE_LOSSES
 
 
 def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
@@ -28,21 +26,12 @@ def register_feature_loss(name: str) -> Callable[[Callable[[], nn.Module]], Call
     Raises:
         ValueError: The name is taken.
     """
-
-    def register(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        if name in _FEATURE_LOSSES:
-            raise ValueError(
-                f"feature loss '{name}' is registered already ({_FEATURE_LOSSES[name]}): choose another name"
-            )
-        _FEATURE_LOSSES[name] = factory
-        return factory
-
-    return register
+    return FEATURE_LOSSES.register(name)
 
 
 def list_feature_losses() -> list[str]:
     """Names that `create_feature_loss` takes, sorted, those of installed plugins too."""
-    return list(FEATURE_LOSS_NAMES)
+    return list(FEATURE_LOSSES)
 
 
 def create_feature_loss(name: str) -> nn.Module:
@@ -51,9 +40,7 @@ def create_feature_loss(name: str) -> nn.Module:
     Raises:
         UsageError: Unknown name; the message lists the known ones.
     """
-    if name not in FEATURE_LOSS_NAMES:
-        raise UsageError(f"unknown feature loss '{name}': choose from {', '.join(list_feature_losses())}")
-    return _FEATURE_LOSSES[name]()
+    return cast(nn.Module, FEATURE_LOSSES.get(name)())
 
 
 def _full_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:

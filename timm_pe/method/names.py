@@ -1,14 +1,14 @@
 """Names of projectors, losses and targets. This module does not import torch, so that --help and flag checks are fast.
 
-The implementations are registered under these names in projectors.py and losses.py.
+projectors.py and losses.py register what belongs to them.
 """
 
 from typing import NamedTuple
 
-from .plugins import Names
+from .plugins import Registry
 
-PROJECTOR_NAMES = Names('linear', 'mlp', 'linear_bn', 'orthogonal', 'identity')
-FEATURE_LOSS_NAMES = Names('direction', 'mse', 'logsum', 'kl')
+PROJECTORS = Registry('projector', 'linear', 'mlp', 'linear_bn', 'orthogonal', 'identity')
+FEATURE_LOSSES = Registry('feature loss', 'direction', 'mse', 'logsum', 'kl')
 TEACHER_NORM_NAMES = ('none', 'batch', 'layer', 'whiten')
 
 

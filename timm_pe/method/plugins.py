@@ -1,4 +1,4 @@
-"""Projectors and losses from other packages, found through their entry points.
+"""The registry of projectors and losses, those of other packages too, which are found through their entry points.
 
 A package registers as this one does, with `@register_projector` and `@register_feature_loss`, and names the modules that do
 so under the group `timm_pe.plugins`:
@@ -12,11 +12,15 @@ imports them.
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
+
+from ..errors import UsageError
 
 _logger = logging.getLogger(__name__)
+
+F = TypeVar('F', bound=Callable[..., Any])
 
 GROUP = 'timm_pe.plugins'
 
@@ -33,19 +37,20 @@ def load_plugins() -> None:
             _logger.warning(f"Plugin '{plugin.name}' of {package} is broken and left out ({reason}).")
 
 
-class Names:
-    """The names of a registry, sorted, for argparse and error messages: plugins are loaded only when needed.
+class Registry:
+    """What is registered under names. Its names are sorted, for argparse and messages; plugins are loaded only when needed.
 
     Args:
+        what: What is registered, for messages: 'projector'.
         *own: Names of this package, known before the module that registers them is imported.
 
     Attributes:
-        registry: What is registered under each name.
+        factories: What is registered under each name.
     """
 
-    def __init__(self, *own: str):
-        self.own = own
-        self.registry: dict[str, Any] = {}
+    def __init__(self, what: str, *own: str):
+        self.what, self.own = what, own
+        self.factories: dict[str, Callable[..., Any]] = {}
 
     def __contains__(self, name: object) -> bool:
         if name not in self._known():
@@ -56,5 +61,32 @@ class Names:
         load_plugins()
         return iter(sorted(self._known()))
 
+    def register(self, name: str) -> Callable[[F], F]:
+        """Decorator: make a function or class known under `name`.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+
+        def decorate(factory: F) -> F:
+            if name in self.factories:
+                raise ValueError(
+                    f"{self.what} '{name}' is registered already ({self.factories[name]}): choose another name"
+                )
+            self.factories[name] = factory
+            return factory
+
+        return decorate
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """What is registered under `name`.
+
+        Raises:
+            UsageError: Unknown name; the message lists the known ones.
+        """
+        if name not in self:
+            raise UsageError(f"unknown {self.what} '{name}': choose from {', '.join(self)}")
+        return self.factories[name]
+
     def _known(self) -> set[str]:
-        return {*self.own, *self.registry}
+        return {*self.own, *self.factories}

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from ..errors import UsageError
-from .names import PROJECTOR_NAMES
+from .names import PROJECTORS
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {'relu': F.relu, 'none': lambda x: x}
-
-_PROJECTORS: dict[str, Callable[..., nn.Module]] = PROJECTOR_NAMES.registry
 
 
 def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -31,30 +29,12 @@ def register_projector(name: str) -> Callable[[Callable[..., nn.Module]], Callab
     Raises:
         ValueError: The name is taken.
     """
-
-    def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if name in _PROJECTORS:
-            raise ValueError(f"projector '{name}' is registered already ({_PROJECTORS[name]}): choose another name")
-        _PROJECTORS[name] = factory
-        return factory
-
-    return register
+    return PROJECTORS.register(name)
 
 
 def list_projectors() -> list[str]:
     """Names that `create_projector` takes, sorted, those of installed plugins too."""
-    return list(PROJECTOR_NAMES)
-
-
-def get_projector(name: str) -> Callable[..., nn.Module]:
-    """The registered factory called `name`.
-
-    Raises:
-        UsageError: Unknown name; the message lists the known ones.
-    """
-    if name not in PROJECTOR_NAMES:
-        raise UsageError(f"unknown projector '{name}': choose from {', '.join(list_projectors())}")
-    return _PROJECTORS[name]
+    return list(PROJECTORS)
 
 
 def create_projector(name: str, in_dim: int, out_dim: int) -> nn.Module:
@@ -68,7 +48,7 @@ def create_projector(name: str, in_dim: int, out_dim: int) -> nn.Module:
     Raises:
         UsageError: Unknown name, or widths that this projector cannot map.
     """
-    return get_projector(name)(in_dim, out_dim)
+    return cast(nn.Module, PROJECTORS.get(name)(in_dim, out_dim))
 
 
 @register_projector('linear')
@@ -203,7 +183,7 @@ class ProjectorEnsemble(nn.Module):
         act: str = 'relu',
     ):
         super().__init__()
-        factory = get_projector(projector)
+        factory = PROJECTORS.get(projector)
         if num_projectors is None:
             num_projectors = 1 if factory is IdentityProjector else 3
         if num_projectors < 1:

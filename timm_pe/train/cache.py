@@ -33,7 +33,7 @@ from ..data.draws import IndexedTarget
 from ..data.fingerprint import hash_files, stat_files
 from ..errors import UsageError, one_line
 from ..method.teacher import TeacherOutput
-from ..process.array_files import Mode, create_array, locked, open_array, write_whole
+from .array_files import Mode, create_array, locked, open_array, write_whole
 from .cache_manifest import FILE, check_manifest
 
 _logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Memory-mapped array files, created whole with all blocks reserved, by one process at a time."""
+"""The files of a teacher cache: memory-mapped arrays, created whole with all blocks reserved, by one process at a time."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import UsageError, one_line
-from .files import sync_file
+from ..process.files import sync_file
 
 # to read, or to read and write
 Mode = Literal['r', 'r+']
