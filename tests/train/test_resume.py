@@ -691,12 +691,21 @@ def test_a_folder_that_is_none_of_a_run_is_not_touched(alone, tmp_path, capsys):
     assert (tmp_path / 'mine' / 'notes.txt').read_bytes() == b'weights of something else'
 
 
-@pytest.mark.parametrize('flags', [['--teacher-checkpoint', ''], ['--initial-checkpoint', 'student.safetensors']])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--teacher-checkpoint', ''],
+        ['--initial-checkpoint', 'student.safetensors'],
+        ['--loss-class-weight', 'weights.txt', '--loss', 'bce'],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_a_run_whose_own_folder_has_what_it_reads_is_refused(flags, alone, tmp_path, capsys):
     folder, argv = alone('plain')
     shutil.copytree(folder, tmp_path / 'run')
+    (tmp_path / 'run' / 'weights.txt').write_text('1 2 1')
     before = files_of(tmp_path / 'run')
-    flags = [flags[0], str(tmp_path / 'run' / flags[1])]
+    flags = [flags[0], str(tmp_path / 'run' / flags[1]), *flags[2:]]
     argv = [*argv, *flags, '--output', str(tmp_path), '--experiment', 'run']
     assert f'{flags[0]}: ' in refused(argv, capsys)
     assert files_of(tmp_path / 'run') == before

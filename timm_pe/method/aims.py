@@ -141,10 +141,7 @@ def draw_kept(losses: torch.Tensor, drop: float) -> torch.Tensor:
 
 def sum_of(xs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Their sum, without the zero that Python's sum starts from."""
-    total = xs[0]
-    for x in xs[1:]:
-        total = total + x
-    return total
+    return sum(xs[1:], start=xs[0])
 
 
 def has_rows(loss: nn.Module) -> bool:

@@ -21,7 +21,7 @@ _RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'weight_decay')
 _STEP = ('momentum', 'opt_betas', 'opt_eps', 'opt_kwargs', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale')  # fmt: skip
 # flags about where and how a run is executed, or whose changes are reported elsewhere
 _NOT_COMPARED = {
-    *('config', 'resume', 'resume_auto', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
+    *('config', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
     *('data', 'data_dir', 'unlabeled', 'knn_data', 'dataset_download', 'dataset_trust_remote_code'),
     *('teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),

@@ -48,7 +48,7 @@ from .validation import create_validation
 _logger = logging.getLogger(__name__)
 
 # inputs of which a run keeps no copy
-_INPUTS = ('data', 'data_dir', 'unlabeled', 'knn_data', 'class_map', 'class_stats', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
+_INPUTS = ('data', 'data_dir', 'unlabeled', 'knn_data', 'class_map', 'class_stats', 'loss_pos_weight', 'loss_class_weight', 'teacher_cache', 'teacher_checkpoint', 'initial_checkpoint', 'pretrained_path')  # fmt: skip
 
 
 @dataclass(frozen=True)

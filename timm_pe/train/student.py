@@ -54,7 +54,7 @@ def check_names(config: RunConfig) -> None:
     for flag in ('pretrained_path', 'initial_checkpoint', 'evaluate'):
         if getattr(config, flag):
             find_checkpoint(getattr(config, flag), '--' + flag.replace('_', '-'))
-    for flag in ('class_map', 'class_stats'):
+    for flag in ('class_map', 'class_stats', 'loss_pos_weight', 'loss_class_weight'):
         path = getattr(config, flag)
         if path and os.path.exists(path) and not os.path.isfile(path):  # reading a device would never end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
