@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_pe import analysis
 from timm_pe.run_folder import RunFolder
+from timm_pe.runs import reopen
 from timm_pe.runs.reopen import Options, open_run
 from timm_pe.train import build
 
@@ -365,6 +366,13 @@ def test_what_cannot_be_analysed_is_said_in_one_line_before_anything_is_written(
     monkeypatch.setattr(analysis, '_PACKAGES', {'no_such_module': 'no-such-package'})
     assert "the analysis needs no-such-package: pip install 'timm_pe[analysis]'" in refused([whole], capsys)
     assert not (whole / 'analysis.json').exists()
+
+
+def test_a_teacher_that_has_learnt_other_classes_is_not_measured_by_those_of_the_data(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reopen, 'other_class_of_teacher', lambda flags, data: "class 'aardvark' 0 then")
+    result = analysis.analyze(copy(runs, 'distilled', tmp_path))
+    assert result['teacher_validation'] is result['agreement'] is None
+    assert result['cka']['validation'] > 0
 
 
 def test_data_of_other_classes_than_the_run_has_learnt_is_refused(runs, image_folder, tmp_path, capsys):

@@ -127,6 +127,15 @@ def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
     assert [report.difference(run, runs) for run in runs] == [None, None]
 
 
+def test_runs_whose_learning_rates_differ_by_their_number_of_ranks_have_no_difference(tmp_path):
+    taught, alone = read_runs([make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')])
+    assert report.difference(taught, [taught, alone]) is not None
+    for run, rate in ((taught, 0.2), (alone, 0.1)):
+        run.rows[0]['lr'] = rate
+    assert report.difference(taught, [taught, alone]) is None
+    assert report.why_no_difference(taught, [taught, alone]) == 'none to alone: highest learning rate 0.2 and 0.1'
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ('differs', 'why'),
@@ -146,6 +155,8 @@ def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
         ({'grad_accum_steps': 2}, 'grad accum steps 1 and 2'),
         ({'num_classes': 5}, 'num classes 3 and 5'),
         ({'lr': 0.5}, 'lr none and 0.5'),
+        ({'lr_base_size': 64}, 'lr base size 256 and 64'),
+        ({'lr_base_scale': 'sqrt'}, 'lr base scale none and sqrt'),
         ({'opt': 'adamw'}, 'opt sgd and adamw'),
         ({'class_map': 'some.txt'}, 'class map none and some.txt'),
         ({'seed': 7}, 'seed 42 and 7'),

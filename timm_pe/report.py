@@ -332,7 +332,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _data_name(run: Run) -> str:
-    folder = run.args.get('data') or run.args.get('data_dir') or ''
+    folder = run.args.get('data_dir') or run.args.get('data') or ''
     folders = [folder] if run.has_labels else run.args['unlabeled']
     return run.args.get('dataset') or ', '.join(os.path.basename(os.path.normpath(path)) for path in folders)
 

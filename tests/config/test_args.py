@@ -67,6 +67,14 @@ def test_a_flag_is_marked_as_added_exactly_where_timm_has_none_of_its_name():
             [*DATA, '--teacher', 'resnet18', '--pe-projector', 'identity', '--pe-projectors', '5'],
             'leave --pe-projectors off',
         ),
+        (
+            [*DATA, '--teacher', 'resnet18', '--pe-projector', 'identity', '--pe-act', 'relu'],
+            '--pe-act relu has no effect on --pe-projector identity',
+        ),
+        (
+            [*DATA, '--train-crop-pad', '4', '--train-interpolation', 'bilinear'],
+            '--train-interpolation is for the crop that --train-crop-pad replaces',
+        ),
         ([*DATA, '--teacher', 'resnet18', '--pe-projector', 'lin'], "invalid choice: 'lin' (choose from"),
         ([*DATA, '--teacher', 'resnet18', '--pe-loss', 'l1'], "invalid choice: 'l1' (choose from"),
         ([*DATA, '--pe-projectors', '2'], '--pe-projectors needs --teacher'),

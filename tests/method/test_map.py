@@ -62,6 +62,14 @@ class NoAttention(nn.Module):
         return torch.zeros_like(x)
 
 
+def test_a_student_that_drops_patches_has_no_whole_map():
+    student = timm.create_model('test_vit', img_size=64, patch_drop_rate=0.5)
+    teacher = timm.create_model('test_resnet')
+    ProjectorEnsembleTask(student, teacher, verbose=False)
+    with pytest.raises(UsageError, match='the student drops patches in training'):
+        ProjectorEnsembleTask(student, timm.create_model('test_resnet'), map_weight=1.0, verbose=False)
+
+
 def test_a_position_of_a_map_of_tokens_is_that_of_its_patch():
     torch.manual_seed(0)
     model = timm.create_model('test_vit', dynamic_img_size=True).eval()

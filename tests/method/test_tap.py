@@ -368,6 +368,28 @@ def test_path_taps_the_input_of_any_module(name, path, width):
     torch.testing.assert_close(tap.pop(), expected)
 
 
+@pytest.mark.parametrize(
+    ('name', 'path', 'size', 'positions'),
+    [
+        ('cifar_resnet8x4', 'layer1', 32, (2, 3)),
+        ('test_efficientnet', 'blocks.1', 32, (2, 3)),
+        ('test_resnet', 'conv1.1', 32, (2, 3)),
+        ('test_mambaout', 'stages.1', 96, (1, 2)),
+    ],
+)
+def test_a_map_of_as_many_columns_as_channels_is_averaged_over_its_positions(name, path, size, positions):
+    model = timm.create_model(name).eval()
+    entered = []
+    model.get_submodule(path).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    model(_images(size))
+    channels = entered[0].shape[1 if positions == (2, 3) else -1]
+    side = size * channels // entered[0].shape[2]  # where the map is as wide as it has channels
+    tap = FeatureTap(model, path)
+    model(_images(side))
+    assert entered[-1].shape[1:] == (channels,) * 3
+    torch.testing.assert_close(tap.pop(), entered[-1].mean(positions))
+
+
 def test_path_taps_plain_modules_called_with_a_keyword():
     class Net(nn.Module):
         def __init__(self):
@@ -505,7 +527,10 @@ def test_feature_passes_through_ddp(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-ONE_LAYER_CLASSIFIES = ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'cifar_resnet8', 'densenet121']
+ONE_LAYER_CLASSIFIES = [
+    *('test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'cifar_resnet8', 'densenet121'),
+    *('mambaout_femto', 'inception_next_atto', 'shvit_s1'),
+]
 
 
 @pytest.mark.parametrize('name', ONE_LAYER_CLASSIFIES)
@@ -518,7 +543,8 @@ def test_before_dropout_the_feature_is_whole_and_the_logits_stay_bit_for_bit(nam
     expected = untouched(images)
     tap = FeatureTap(model, before_dropout=True)
     entered = []
-    model.get_classifier().register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(1)))
+    classifier = model.head if name == 'shvit_s1' else model.get_classifier()  # with the norm that is a part of it
+    classifier.register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(1)))
     torch.manual_seed(1)
     assert torch.equal(model(images), expected)
     feature = tap.pop()

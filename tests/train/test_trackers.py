@@ -280,19 +280,28 @@ def test_the_norm_is_that_of_the_gradient_before_clipping(clip):
 def test_a_point_shows_the_mean_since_the_one_before():
     recorder = Recorder()
     curves = curves_of(Trackers([recorder]), SimpleNamespace(task_loss_weight=2.0))
-    curves.log(3, 24, 40, {'loss': 4.0, 'task_loss': 1.0}, 10.0, 0.1)
-    curves.log(7, 28, 80, {'loss': 3.0, 'task_loss': 1.0}, 11.0, 0.2)
+    curves.log(3, 24, 40, 40, {'loss': 4.0, 'task_loss': 1.0}, 10.0, 0.1)
+    curves.log(7, 28, 80, 80, {'loss': 3.0, 'task_loss': 1.0}, 11.0, 0.2)
     (_, first), (step, second) = recorder.points
     assert (first['step/loss'], second['step/loss'], step) == (4.0, pytest.approx(2.0), 28)
     assert (second['step/task_loss_weighted'], second['step/lr'], second['epoch']) == (2.0, 0.2, 2.8)
     assert 'step/grad_norm' not in second
 
 
+def test_a_point_of_the_loss_on_labels_is_a_mean_over_the_labelled_images_since_the_one_before():
+    recorder = Recorder()
+    curves = curves_of(Trackers([recorder]), SimpleNamespace())
+    for i, labeled, mean in ((0, 2, 3.0), (1, 2, 3.0), (2, 5, 2.4)):
+        curves.log(i, i, 8 * (i + 1), labeled, {'loss': 1.0, 'task_loss': mean}, 10.0, 0.1)
+    points = [values.get('step/task_loss') for _, values in recorder.points]
+    assert points == [3.0, None, pytest.approx(2.0)]  # (5 x 2.4 - 2 x 3) / 3
+
+
 def test_the_first_point_after_a_resume_shows_the_mean_of_the_rest_alone():
     recorder = Recorder()
     curves = curves_of(Trackers([recorder]), SimpleNamespace())
-    curves.go_on({'loss': 4.0}, 40)  # of batches 0 to 3
-    curves.log(7, 28, 80, {'loss': 3.0}, 11.0, 0.2)
+    curves.go_on({'loss': 4.0}, 40, 40)  # of batches 0 to 3
+    curves.log(7, 28, 80, 80, {'loss': 3.0}, 11.0, 0.2)
     assert recorder.points[0][1]['step/loss'] == pytest.approx(2.0)
 
 
@@ -306,7 +315,7 @@ def test_the_first_batch_is_shown_once_denormalized_and_never_to_a_resumed_run()
             curves.keep_samples((pixels - 0.5) / 0.25)
             curves.keep_samples(torch.zeros(2, 3, 6, 6))
             for i in (3, 7):
-                curves.log(i, 24, 40, {'loss': 4.0}, 10.0, 0.1)
+                curves.log(i, 24, 40, 40, {'loss': 4.0}, 10.0, 0.1)
         assert [(step, name) for step, name, _ in recorder.pictures] == [(24, 'first_batch')] * show
     grid = sample_grid((pixels - 0.5) / 0.25, (0.5,) * 3, (0.25,) * 3)
     torch.testing.assert_close(grid[:, 2:8, 2:8], pixels[0])

@@ -67,6 +67,12 @@ def finished(images, tmp_path_factory):
     return output / 'run', argv, out.stderr
 
 
+@pytest.mark.parametrize(('tap', 'warns'), [('layer3', True), ('fc', False)])
+def test_layers_behind_a_tap_that_nothing_trains_are_warned_of(tap, warns, argv, capsys):
+    said = run([*argv, '--epochs', '1', '--student-tap', tap], capsys)
+    assert (f'nothing trains the layers behind --student-tap {tap}' in said) is warns
+
+
 def test_the_summary_has_what_the_teacher_asks_for_and_nothing_of_labels(finished):
     rows = summary(finished[0])
     columns = 'epoch train_loss train_pe_loss train_images_per_s eval_loss eval_cosine eval_effective_rank lr'

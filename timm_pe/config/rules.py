@@ -271,6 +271,10 @@ def _check_teacher(config: 'RunConfig', refuse: Refuse) -> None:
     if config.task == 'multilabel' and (config.kd_loss_weight or config.pe_target == 'logits'):
         flag = '--kd-loss-weight' if config.kd_loss_weight else '--pe-target logits'
         refuse(f'{flag} compares softmax logits, --task multilabel has none: leave it off')
+    if config.pe_projector == 'identity' and config.pe_act == 'relu':
+        refuse(
+            '--pe-act relu has no effect on --pe-projector identity, which gives the feature as it is: leave one out'
+        )
     if config.pe_target == 'logits' and config.pe_teacher_norm != 'none':
         refuse('--pe-teacher-norm is for features, it does not go with --pe-target logits')
 
@@ -376,7 +380,7 @@ def _check_mixing(config: 'RunConfig', refuse: Refuse) -> None:
 def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
     if not config.train_crop_pad:
         return
-    for name in ('scale', 'ratio', 'train_crop_mode'):
+    for name in ('scale', 'ratio', 'train_crop_mode', 'train_interpolation'):
         if config.is_given(name):
             refuse(f'{name_of(name)} is for the crop that --train-crop-pad replaces: give one of the two')
     for name in ('no_aug', 'naflex_loader', 'train_img_sizes', 'aug_splits'):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
+from timm.layers import PatchDropout
 
 from ..errors import UsageError
 from .aims import Aim, has_rows
@@ -67,6 +68,19 @@ def widths_of(
         return tap.width, teacher.width
     check_logits(teacher)
     return _num_classes(student, 'student'), _num_classes(teacher, 'teacher')
+
+
+def check_whole_maps(student: nn.Module) -> None:
+    """Refuse a student that drops patches in training: what is left is no map.
+
+    Raises:
+        UsageError: It does.
+    """
+    if any(isinstance(module, PatchDropout) and module.prob > 0 for module in student.modules()):
+        raise UsageError(
+            'the student drops patches in training (patch_drop_rate), so it has no whole map: leave that off, or give no map '
+            'weight'
+        )
 
 
 def check_drop(drop: float, teachers: int, loss: nn.Module, loss_name: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -87,9 +88,12 @@ class _Site:
     def __init__(self, module: nn.Module, width: int, pools_token: bool = False, output: bool = False) -> None:
         self.width = width
         self._pools_token = pools_token
+        self._channels_first = _takes_channels_first(module)
         self._value: torch.Tensor | None = None
         # what entered the dropout module in front of the hooked one, in this forward
         self._undropped: torch.Tensor | None = None
+        # input and output of a dropout module that may be in front of the hooked one
+        self._dropped: tuple[torch.Tensor, torch.Tensor] | None = None
         # module whose dropout the tap applies in its place, and its drop_rate
         self._drops_for: tuple[Any, float] | None = None
         # bound methods: a deepcopied model calls the deepcopied site
@@ -100,7 +104,7 @@ class _Site:
 
     def __getstate__(self) -> dict[str, Any]:
         # a tensor inside an autograd graph can't be deepcopied
-        return {**self.__dict__, '_value': None, '_undropped': None}
+        return {**self.__dict__, '_value': None, '_undropped': None, '_dropped': None}
 
     def pop(self) -> torch.Tensor | None:
         value, self._value = self._value, None
@@ -109,7 +113,7 @@ class _Site:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._value = self._undropped = None
+        self._value = self._undropped = self._dropped = None
         if self._drops_for is not None:
             owner, owner.drop_rate = self._drops_for[0], self._drops_for[1]
             self._drops_for = None
@@ -117,6 +121,10 @@ class _Site:
     def look_before(self, dropout: nn.Dropout) -> None:
         """Take the input of this dropout module as the feature when it runs in training."""
         self._handles.append(dropout.register_forward_pre_hook(self._keep_undropped))
+
+    def look_before_any(self, dropouts: Iterable[nn.Dropout]) -> None:
+        """Take the input of one of these dropout modules as the feature when its output is what enters the hooked module."""
+        self._handles += [dropout.register_forward_hook(self._keep_dropped) for dropout in dropouts]
 
     def drop_for(self, owner: Any) -> None:
         """Apply dropout behind the tap, in place of `owner`, which applies it in front by its `drop_rate`."""
@@ -126,11 +134,17 @@ class _Site:
     def _keep_undropped(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._undropped = args[0] if module.training else None
 
+    def _keep_dropped(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._dropped = (args[0], output) if module.training else None
+
     def _keep_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         entered = args[0] if args else next(iter(kwargs.values()))
         undropped, self._undropped = self._undropped, None
+        dropped_before, self._dropped = self._dropped, None
+        if dropped_before is not None and dropped_before[1] is entered:
+            undropped = dropped_before[0]
         self._value = self._pool(entered if undropped is None else undropped)
         if self._drops_for is None or not module.training:
             return None
@@ -151,8 +165,10 @@ class _Site:
             return x
         if self._pools_token:
             return x[:, 0]
-        channel_dim = -1 if x.shape[-1] == self.width else 1
-        return x.movedim(channel_dim, 1).flatten(2).mean(2)
+        last = x.shape[-1] == self.width
+        if x.ndim == 4 and last and x.shape[1] == self.width:  # as many columns as channels
+            last = not self._channels_first
+        return x.movedim(-1 if last else 1, 1).flatten(2).mean(2)
 
 
 def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
@@ -219,9 +235,8 @@ def _tap_layer(model: nn.Module, layer: nn.Module, before_dropout: bool) -> _Sit
     # attention pooling may classify every token and pool after that
     pools_token = getattr(parent, 'pool_type', None) == 'token'
     site = _Site(hooked, _in_width(hooked) or _declared_width(model), pools_token=pools_token)
-    # a parent's input is in front of its dropout already
-    if before_dropout and hooked is layer:
-        _pass_dropout(site, model, layer)
+    if before_dropout:
+        _pass_dropout(site, model, hooked)
     return site
 
 
@@ -232,10 +247,10 @@ def _parent_of(model: nn.Module, layer: nn.Module) -> nn.Module:
 def _pass_dropout(site: _Site, model: nn.Module, layer: nn.Module) -> None:
     """Put a site in front of the dropout of what enters its layer, if there is one.
 
-    timm has two ways: a `Dropout` registered just before the layer, and `F.dropout` by the `drop_rate` of the module that
-    holds the layer.
+    timm has three ways: a `Dropout` registered just before the layer, one registered after it whose output enters it, and
+    `F.dropout` by the `drop_rate` of the module that holds the layer.
     """
-    drops_itself = any(isinstance(x, nn.Dropout) for x in layer.modules())
+    drops_itself = any(isinstance(x, nn.Dropout) and x.p for x in layer.modules())
     parent = _parent_of(model, layer)
     while isinstance(parent, nn.Sequential) and next(parent.children()) is layer:
         layer, parent = parent, _parent_of(model, parent)
@@ -246,8 +261,10 @@ def _pass_dropout(site: _Site, model: nn.Module, layer: nn.Module) -> None:
     if before and isinstance(before[-1], nn.Dropout):
         if not before[-1].inplace:
             site.look_before(before[-1])
-    # if the module or its classifier has dropout modules, its drop_rate has created them
-    elif getattr(parent, 'drop_rate', 0) and not drops_itself and not any(isinstance(x, nn.Dropout) for x in children):
+    elif any(isinstance(x, nn.Dropout) for x in children):  # registered after the layer, and perhaps in front of it
+        site.look_before_any(x for x in children if isinstance(x, nn.Dropout) and x.p and not x.inplace)
+    # if the classifier has dropout modules, the drop_rate has created them
+    elif getattr(parent, 'drop_rate', 0) and not drops_itself:
         site.drop_for(parent)
 
 
@@ -267,6 +284,20 @@ def _in_width(module: nn.Module) -> int | None:
             if width:
                 return width if isinstance(width, int) else width[-1]
     return None
+
+
+def _takes_channels_first(module: nn.Module) -> bool:
+    """Whether a module takes `[b, d, h, w]`, by its first layer that tells; those of most networks do."""
+    for layer in module.modules():
+        pools_over = getattr(layer, 'dim', None)  # timm's pooling layers
+        is_leaf = not any(True for _ in layer.children())
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)) or pools_over == (2, 3):
+            return True
+        if is_leaf and type(layer).__name__.endswith('2d'):
+            return True
+        if isinstance(layer, (nn.Linear, nn.LayerNorm)) or pools_over == (1, 2):
+            return False
+    return True
 
 
 def _declared_width(model: nn.Module) -> int:

@@ -18,7 +18,16 @@ from timm.utils import unwrap_model
 
 from ..errors import UsageError, one_line
 from .aims import Aim, measure_aims, sum_of
-from .checks import check_dim, check_drop, check_settings, check_weights, create_frozen_loss, has_classifier, widths_of
+from .checks import (
+    check_dim,
+    check_drop,
+    check_settings,
+    check_weights,
+    check_whole_maps,
+    create_frozen_loss,
+    has_classifier,
+    widths_of,
+)
 from .losses import DirectionLoss, average_logits, kd_loss
 from .map_tap import MapTap
 from .names import TARGETS
@@ -151,6 +160,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         check_single(len(models), *of_one, teacher_feature_dim)
         weights = normalize_weights(teacher_weights, len(models))
         check_apart(student, models)
+        if map_weight:
+            check_whole_maps(student)
         map_tap = MapTap(student) if map_weight else None  # before the other tap: it runs the model
         tap = FeatureTap(student, student_tap, before_dropout=True)
         given = *of_one, input_mean, input_std, self.device, needs_logits

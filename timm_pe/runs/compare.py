@@ -37,6 +37,8 @@ _OF_A_PAIR = (
         'opt',
         'lr',
         'lr_base',
+        'lr_base_size',
+        'lr_base_scale',
         'class_map',
         'class_depth',
         'seed',
@@ -129,6 +131,7 @@ def differing(run: Run, other: Run) -> list[str]:
         pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '') else value for value in values)
     known = {
         'num classes': [r.args.get('num_classes') for r in (run, other)],
+        'highest learning rate': [r.highest_rate for r in (run, other)],
         'last epoch': [r.final.get('epoch') for r in (run, other)],
         'validation images': [((r.analysis or {}).get('images') or {}).get('validation') for r in (run, other)],
     }

@@ -72,6 +72,11 @@ class Run:
         return next((int(cast(float, row['epoch'])) + 1 for row in reached), None)
 
     @property
+    def highest_rate(self) -> float | None:
+        """The highest learning rate of its epochs; None if it does not tell."""
+        return max((rate for row in self.rows if (rate := row.get('lr')) is not None), default=None)
+
+    @property
     def exported(self) -> dict[str, float | None]:
         """The row of student.safetensors and model_best: the first best by --eval-metric; empty without one."""
         metric = f'eval_{self.args.get("eval_metric") or "top1"}'

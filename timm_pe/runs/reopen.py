@@ -32,7 +32,7 @@ from ..run_folder import RunFolder
 from ..train.build import build, hint
 from ..train.checkpoints import check_learnt_classes, saved_args, saved_precisions
 from ..train.position import changed_teacher, read_run_state
-from ..train.run_task import create_run_teachers
+from ..train.run_task import create_run_teachers, other_class_of_teacher
 from ..train.student import place_student
 
 CHECKPOINTS = ('last', 'best')
@@ -93,6 +93,7 @@ class OpenRun:
         tap: Gives its penultimate feature.
         teachers: The teachers that it is compared with.
         teacher_names: Names of their models.
+        same_classes: Of each, whether it has learnt the classes of the data, as far as that is known.
         task: The task with its projectors; None for a run without them.
         loaders: 'train' and 'validation', both with the transforms of validation. For a run that was taught on maps also
             'mixed': the validation images as `mixed_order` has them, in batches of the size of training.
@@ -108,6 +109,7 @@ class OpenRun:
     tap: FeatureTap
     teachers: list[Teacher]
     teacher_names: list[str]
+    same_classes: list[bool]
     task: ProjectorEnsembleTask | None
     loaders: dict[str, Any]
     class_names: list[str]
@@ -236,6 +238,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         changed = changed_teacher(state, config.teacher, teachers)
         if changed:
             raise UsageError(f'its teacher has other weights than when it taught ({changed}; {HINTS["teacher"]})')
+    of_teachers = teachers_of(teacher_config) if teacher_config else []
     for teacher in teachers:
         teacher.needs_logits = True  # the run may not have needed them
     student = task.trainable_module.student if task else place_student(student, config, parts.runtime)
@@ -249,7 +252,8 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         student=student.eval(),
         tap=FeatureTap(student, config.student_tap),
         teachers=teachers,
-        teacher_names=[flags.name for flags in teachers_of(teacher_config)] if teacher_config else [],
+        teacher_names=[flags.name for flags in of_teachers],
+        same_classes=[not other_class_of_teacher(flags, parts.data) for flags in of_teachers],
         task=task.eval() if task else None,
         loaders=loaders,
         class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),
@@ -363,9 +367,10 @@ def collect(run: OpenRun, split: str) -> Split:
         said = {'feature': feature.float(), 'logits': logits.float(), 'labels': target}
         for name, values in own.items():
             values.append(said[name].cpu())
-        for teacher, output, (features, its_logits) in zip(run.teachers, outputs, theirs, strict=True):
+        of_teachers = zip(run.teachers, run.same_classes, outputs, theirs, strict=True)
+        for teacher, same_classes, output, (features, its_logits) in of_teachers:
             features.append(output.feature.float().cpu())
-            if teacher.num_classes == len(run.class_names):
+            if same_classes and teacher.num_classes == len(run.class_names):
                 its_logits.append(output.logits.float().cpu())
     taught = [TeacherOutput(torch.cat(f), torch.cat(given) if given else None) for f, given in theirs]
     found = Split(**{name: torch.cat(values) for name, values in own.items()}, teachers=taught)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.auto_augment import RandAugment
 from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
@@ -125,5 +126,10 @@ def _show(value: Any, other: Any) -> str:
 
 
 def _describe_transform(dataset: Dataset[Any]) -> list[str]:
-    text = re.sub(r' at 0x[0-9a-f]+', '', repr(getattr(dataset, 'transform', None)))
-    return [line.strip() for line in text.splitlines()]
+    transform = getattr(dataset, 'transform', None)
+    text = re.sub(r' at 0x[0-9a-f]+', '', repr(transform))
+    lines = [line.strip() for line in text.splitlines()]
+    for step in getattr(transform, 'transforms', []):
+        if isinstance(step, RandAugment):  # what it does not tell of itself
+            lines += [f'weights {step.choice_weights}', *sorted({str(op.hparams) for op in step.ops})]
+    return lines

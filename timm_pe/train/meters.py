@@ -36,12 +36,13 @@ class LossMeter:
 
     Attributes:
         count: Images of all ranks in the means, as of the last reading.
+        labeled: Of those, the images that the task loss is a mean of.
         bad: With `skip`, which terms were not finite since `forget_bad`, and at which batch first, as of the last reading.
     """
 
     def __init__(self, device: torch.device, distributed: bool, skip: bool = False):
         self.device, self.distributed, self.skip = device, distributed, skip
-        self.bad, self.count = '', 0.0
+        self.bad, self.count, self.labeled = '', 0.0, 0.0
         self.names: list[str] = []
         self.steps = 0
         # sums of the task loss and of the images that it is a mean of, if these are not all images
@@ -111,21 +112,20 @@ class LossMeter:
             NonFiniteLoss: A term was not finite at some step, on some rank.
         """
         sums, first_bad = self.sums.clone(), self.first_bad.clone()
+        labeled = sums[-1:]
         if self.of_labels is not None:  # as if it were a mean over all images
             i = self.names.index('task_loss')
             of_labels = self.of_labels.clone()
             if self.distributed:
                 dist.all_reduce(of_labels)
             sums[i] = of_labels[0] / of_labels[1].clamp(min=1) * sums[-1]
+            labeled = of_labels[1:]
         if self.distributed:
             dist.all_reduce(sums)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
-        numbers = torch.cat([sums, first_bad.float()]).tolist()  # all in one transfer: the host waits once
-        totals, self.count, firsts = (
-            numbers[: len(self.names)],
-            numbers[len(self.names)],
-            numbers[len(self.names) + 1 :],
-        )
+        numbers = torch.cat([sums, labeled, first_bad.float()]).tolist()  # all in one transfer: the host waits once
+        terms = len(self.names)
+        totals, (self.count, self.labeled), firsts = numbers[:terms], numbers[terms : terms + 2], numbers[terms + 2 :]
         step = min(firsts)
         if step < _NEVER:
             # 'loss', the weighted sum, is only to blame if no term is
@@ -233,7 +233,7 @@ class EpochCount:
         """Count a batch and its loss terms; see `LossMeter.update`."""
         if self.meter.names and self.meter.names != list(terms):
             self.meter.start_anew(terms)
-            self.curves.go_on({}, 0)
+            self.curves.go_on({}, 0, 0)
         self.meter.update(terms, batch_size, labeled)
         self.images += batch_size * world_size
 

@@ -250,7 +250,7 @@ def _create_projector_task(
         _logger.warning(
             "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."
         )
-    return ProjectorEnsembleTask(
+    task = ProjectorEnsembleTask(
         student_model=student,
         teacher_model=teachers,
         criterion=criterion,
@@ -272,6 +272,18 @@ def _create_projector_task(
         map_weight=config.pe_map_weight,
         **common,
     )
+    if config.student_tap and not config.has_labels and not _holds_classifier(student, config.student_tap):
+        _logger.warning(
+            f'Without labels nothing trains the layers behind --student-tap {config.student_tap}: those of a backbone that is '
+            f'exported stay as they start.'
+        )
+    return task
+
+
+def _holds_classifier(student: nn.Module, path: str) -> bool:
+    """Whether a module of a student is its classifier, or holds it."""
+    classifier = cast(Any, student).get_classifier() if hasattr(student, 'get_classifier') else None
+    return any(module is classifier for module in student.get_submodule(path).modules())
 
 
 def _create_timm_kd_task(

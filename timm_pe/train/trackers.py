@@ -304,7 +304,8 @@ class StepCurves:
         self.mean, self.std = mean, std
         self.samples: torch.Tensor | None = None
         self.norm: torch.Tensor | None = None
-        self.images_before = 0.0
+        # images that each term was a mean of, and their sums, at the last point
+        self.images_before: dict[str, float] = {}
         self.sums_before: dict[str, float] = {}
 
     def keep_samples(self, input: Any) -> None:
@@ -325,27 +326,36 @@ class StepCurves:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         self.norm = get_total_norm(gradients)
 
-    def go_on(self, terms: Mapping[str, float], images: float) -> None:
-        """Start in the middle of an epoch: `terms` are the means over its `images` so far."""
-        self.images_before, self.sums_before = images, {name: mean * images for name, mean in terms.items()}
+    def go_on(self, terms: Mapping[str, float], images: float, labeled: float) -> None:
+        """Start in the middle of an epoch: `terms` are the means over its `images` so far, 'task_loss' over `labeled` ones."""
+        self.images_before = {name: labeled if name == 'task_loss' else images for name in terms}
+        self.sums_before = {name: mean * self.images_before[name] for name, mean in terms.items()}
 
-    def log(self, i: int, step: int, images: float, terms: Mapping[str, float], speed: float, lr: float) -> None:
+    def log(
+        self, i: int, step: int, images: float, labeled: float, terms: Mapping[str, float], speed: float, lr: float
+    ) -> None:
         """Add a point after batch `i`.
 
         Args:
             i: Number of the batch in the epoch.
             step: Optimizer updates since the start of the run.
             images: Images of the epoch so far.
-            terms: Means of loss and raw terms over them; the curve shows those since its last point.
+            labeled: Of those, the images that the task loss is a mean of.
+            terms: Means of loss and raw terms over them; the curve shows those since its last point, and no term that has
+                no image since.
             speed: Images per second.
             lr: Learning rate.
         """
         if not self.trackers:
             return
         images_before, sums_before = self.images_before, self.sums_before
-        self.go_on(terms, images)
-        new = max(images - images_before, 1)
-        since = {name: (total - sums_before.get(name, 0.0)) / new for name, total in self.sums_before.items()}
+        self.go_on(terms, images, labeled)
+        new = {name: number - images_before.get(name, 0.0) for name, number in self.images_before.items()}
+        since = {
+            name: (total - sums_before.get(name, 0.0)) / new[name]
+            for name, total in self.sums_before.items()
+            if new[name] > 0
+        }
         values = {**weighted_terms(self.task, since), 'lr': lr, 'images_per_s': speed}
         if self.norm is not None:
             values['grad_norm'] = self.norm.item()

@@ -286,7 +286,7 @@ class Trainer:
             std=self.data.config['std'],
         )
         if losses:
-            curves.go_on(meter.read(), meter.count)
+            curves.go_on(meter.read(), meter.count, meter.labeled)
         progress = Progress(f'Train {number + 1}/{self.span.schedule}', num_batches, runtime.is_primary)
         update = number * self.updates_per_epoch + self.accumulation.updates_after(start)
         return EpochCount(number, num_batches, self.accumulation, meter, curves, progress, update)
@@ -307,7 +307,7 @@ class Trainer:
         shown = epoch.meter.read(), epoch.images_per_s, mean_lr(self.optimizer)
         left = self.pace.left(epoch.number + (i + 1) / epoch.num_batches)
         epoch.progress.update(i + 1, *shown, left=left, waiting=epoch.waiting)
-        epoch.curves.log(i, epoch.update, epoch.meter.count, *shown)
+        epoch.curves.log(i, epoch.update, epoch.meter.count, epoch.meter.labeled, *shown)
         if self.guard is not None:
             self.guard.say(epoch.meter.bad)
             epoch.meter.forget_bad()

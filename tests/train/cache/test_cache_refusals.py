@@ -12,10 +12,12 @@ import torch
 from cache_runs import PAIR, open_caches, opened, small_cache, stages
 from helpers import refused, run
 from PIL import Image
+from timm.data import create_transform
 
 from timm_pe import UsageError, precompute
 from timm_pe.data.fingerprint import hash_names
 from timm_pe.method.weight_files import hash_tensors
+from timm_pe.train import cache_manifest
 
 
 def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv, tmp_path):
@@ -70,6 +72,15 @@ def test_a_run_that_would_see_other_features_is_refused(argv, more, names, tmp_p
     for name in names:
         assert name in error
     assert not (tmp_path / 'run').exists()
+
+
+def test_augmentations_that_timm_describes_alike_are_told_apart():
+    described = [
+        cache_manifest._describe_transform(SimpleNamespace(transform=create_transform(32, True, auto_augment=given)))
+        for given in ('rand-m9-t3a', 'rand-m9-t3aw', 'rand-m9-t3a')
+    ]
+    assert described[0] != described[1]
+    assert described[0] == described[2]
 
 
 def test_what_does_not_touch_the_features_may_change(argv, tmp_path, filled_cache, forwards):
