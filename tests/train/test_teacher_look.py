@@ -53,6 +53,11 @@ def test_the_alarm_is_raised_where_both_numbers_are_at_chance(small_run, taught,
     assert ('CHANCE LEVEL' in run([*small_run, *argv], capsys)) == alarm
 
 
+def test_a_teacher_of_images_in_another_colour_space_is_refused(small_run, taught, capsys):
+    argv = [*small_run, '--model', 'test_vit', '--teacher-checkpoint', str(taught), '--input-img-mode', 'HSV']
+    assert 'was trained with --input-img-mode RGB, this one has HSV: give both the same' in refused(argv, capsys)
+
+
 def test_the_wrong_name_for_a_run_folder_says_which_network_that_is(small_run, taught, tmp_path, capsys):
     argv = [*small_run, '--model', 'test_vit', '--teacher', 'test_efficientnet', '--teacher-checkpoint', str(taught)]
     said = refused(argv, capsys)

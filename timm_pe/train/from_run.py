@@ -129,16 +129,27 @@ def _shown(value: Any) -> str:
 # A teacher -------------------------------------------------------------------------------------------------------------
 
 
-def check_teacher_run(flags: OneTeacher) -> None:
+def check_teacher_run(flags: OneTeacher, input_img_mode: str | None = None) -> None:
     """Refuse a teacher's run folder whose settings cannot be read, before anything is built.
 
+    Args:
+        flags: The teacher.
+        input_img_mode: That of the run that it teaches.
+
     Raises:
-        UsageError: See `read_settings`.
+        UsageError: See `read_settings`; or it was trained on images of another PIL mode, of which only grey ones are
+            converted.
     """
     folder = RunFolder.around(flags.checkpoint)
     if folder is None:
         return
-    trained = read_settings(folder, '--teacher-checkpoint', _OF_A_TEACHER)['model']
+    settings = read_settings(folder, '--teacher-checkpoint', (*_OF_A_TEACHER, 'input_img_mode'))
+    trained, mode = settings['model'], settings['input_img_mode']
+    if mode != input_img_mode and {mode, input_img_mode} - {None, 'L', 'RGB'}:
+        raise UsageError(
+            f"--teacher-checkpoint: the run in '{folder.path}' was trained with --input-img-mode {mode or 'RGB'}, this one has "
+            f'{input_img_mode or "RGB"}: give both the same'
+        )
     if trained and ':' not in f'{trained}{flags.name}' and trained.split('.')[0] != flags.name.split('.')[0]:
         raise UsageError(
             f"--teacher {flags.name}: the run in '{folder.path}' has trained {trained}: leave --teacher out, it is taken from "

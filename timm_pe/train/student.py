@@ -59,7 +59,7 @@ def check_names(config: RunConfig) -> None:
         if path and os.path.exists(path) and not os.path.isfile(path):  # reading a device would never end
             raise UsageError(f"--{flag.replace('_', '-')}: '{path}' is no file")
     for teacher in teachers:
-        check_teacher_run(teacher)
+        check_teacher_run(teacher, config.input_img_mode)
     said = describe_evaluation(config)
     if said:
         _logger.info(said)
