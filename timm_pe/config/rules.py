@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .declare import declared_in, name_of
-from .flags import DataFlags
+from .flags import DataFlags, TrackerFlags
 from .teachers import check_each
 from .without_labels import METRICS, check_without_labels
 
@@ -429,5 +429,6 @@ def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
         refuse('--resume auto needs --experiment: it continues in the folder of that name')
     if config.evaluate and config.recovery_interval:
         refuse('--recovery-interval does not go with --evaluate')
-    if config.evaluate and (config.log_tb or config.log_wandb or config.log_trackio):
-        refuse('--log-tb, --log-wandb and --log-trackio track a training run, --evaluate is none: leave them out')
+    for name in declared_in(TrackerFlags):
+        if config.evaluate and getattr(config, name):
+            refuse(f'{name_of(name)} is about the tracking of a training run, --evaluate is none: leave it out')

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 
-from ..config.declare import name_of
+from ..config.declare import declared_in, name_of
+from ..config.flags import TrackerFlags
 from ..config.run_config import RunConfig
 from ..errors import UsageError
 
@@ -26,8 +27,16 @@ _NOT_COMPARED = {
     *('teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem'),
-    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'log_tb', 'log_trackio', 'log_wandb'),
-    *('wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'recovery_interval', 'save_epochs', 'overwrite'),
+    *(
+        'use_multi_epochs_loader',
+        'persistent_workers',
+        'log_interval',
+        'save_images',
+        'recovery_interval',
+        'save_epochs',
+    ),
+    'overwrite',
+    *declared_in(TrackerFlags),
     *('checkpoint_hist', 'teacher_cache', 'evaluate', 'opt', 'eval_metric'),
     *(_RATE + _STEP),
 }

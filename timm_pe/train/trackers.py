@@ -14,6 +14,7 @@ from timm.task import TrainingTask
 from torch.nn.utils import get_total_norm
 from torchvision.transforms.functional import to_pil_image
 
+from ..config.declare import name_of
 from ..config.flags import TrackerFlags
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
@@ -98,6 +99,8 @@ class WandbTracker:
         folder: The run's folder.
         resumed: Whether to continue the run that was last tracked in this folder.
     """
+
+    HINT = ' (WANDB_MODE=offline needs neither key nor network)'
 
     def __init__(self, flags: TrackerFlags, folder: str, resumed: bool):
         import wandb
@@ -252,8 +255,7 @@ def start_trackers(config: RunConfig, folder: str, resumed: bool) -> Trackers:
             tracker.config({k: v for k, v in config.as_dict().items() if not k.startswith('wandb')})
         except Exception as e:
             started.close(failed=True)
-            hint = ' (WANDB_MODE=offline needs neither key nor network)' if flag == 'log_wandb' else ''
-            raise UsageError(f'--{flag.replace("_", "-")} does not start: {one_line(e)}{hint}') from e
+            raise UsageError(f'{name_of(flag)} does not start: {one_line(e)}{getattr(kind, "HINT", "")}') from e
     return started
 
 
