@@ -214,6 +214,8 @@ def _column(titles: list[str], labels: list[list[str]]) -> tuple[Figure, list[An
 
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # the name of a clip is a hash of places that float noise changes
     partial = path.with_suffix('.tmp')
     with matplotlib.rc_context({'svg.hashsalt': 'timm_pe', 'svg.fonttype': 'none'}):
         figure.savefig(partial, format='svg', transparent=True, metadata={'Date': None})
