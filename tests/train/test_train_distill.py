@@ -308,6 +308,20 @@ def test_a_teacher_whose_run_has_learnt_the_classes_in_another_order_gives_no_lo
     assert 'Teacher: top-1' in run([*argv, '--kd-loss-weight', '1', *other], capsys)
 
 
+@pytest.mark.parametrize(
+    ('flags', 'hints'),
+    [
+        (['--model', 'test_convnext'], True),
+        (['--model', 'test_convnext', '--pe-projector', 'identity'], False),
+        (['--model', 'test_resnet'], False),  # of another width
+    ],
+    ids=['equal widths', 'no projector', 'another width'],
+)
+def test_a_short_run_at_equal_widths_hints_at_no_projector(flags, hints, small_run, capsys):
+    said = run([*small_run, *flags, '--teacher', 'test_vit', '--no-teacher-pretrained', '--epochs', '1'], capsys)
+    assert ('Compare with --pe-projector identity' in said) is hints
+
+
 def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_path, capsys):
     how = ['--mean', '0.3', '--std', '0.7', '--model-kwargs', 'drop_rate=0.1']
     run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '1', *how])

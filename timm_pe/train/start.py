@@ -34,7 +34,7 @@ from . import checkpoints
 from .build import Parts
 from .cache import TeacherCache
 from .checkpoints import Saver
-from .console import start_table, warn_of_settings
+from .console import hint_at_short_run, start_table, warn_of_settings
 from .first_look import prepare_teachers
 from .meters import Accumulation
 from .nonfinite import UpdateGuard
@@ -116,6 +116,8 @@ def start(parts: Parts) -> Trainer | None:
     allocate_caches(caches, parts.teachers, runtime)
     folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
     _announce(parts, span, rates, caches, folder)
+    if not found.path:
+        hint_at_short_run(task, span.schedule * accumulation.updates_after(accumulation.num_batches))
     return Trainer(
         parts,
         optimizer,
