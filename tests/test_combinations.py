@@ -205,6 +205,7 @@ REFUSALS = [
     Refusal({'beside': ('yes',), 'mixing': _MIXED}, 'mixes labels', ''),
     Refusal({'beside': ('yes',), 'sizes': _SIZES}, '--train-img-sizes makes batches of its own', ''),
     Refusal({'class-weights': ('given',), 'loss': ('ce', 'poly')}, 'only supported by bce', "timm's losses"),
+    Refusal({'projector': ('identity',), 'act': ('relu',)}, 'identity', 'it gives the feature as it is'),
     # in the array identity has features of width 64 alone
     Refusal({'projector': ('identity',), 'student': ('resnet', 'efficientnet')}, 'identity', 'it changes no width'),
     Refusal({'projector': ('identity',), 'teacher': ('name', 'run', 'no classes')}, 'identity', 'likewise'),
