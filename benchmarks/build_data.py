@@ -223,7 +223,7 @@ def run_tool(command: list[str], folder: Path, purpose: str) -> None:
         raise UsageError(f'{tool} is missing: {WHERE_MISSING[tool]}')
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors='replace')
     if result.returncode:
-        said = [line for line in result.stderr.splitlines() if re.match(r'(npm )?err|E:', line, re.IGNORECASE)]
+        said = [line for line in result.stderr.splitlines() if re.match(r'(npm )?err', line, re.IGNORECASE)]
         reason = one_line(UsageError('\n'.join(said) or result.stderr or f'exit code {result.returncode}'))
         raise UsageError(f'could not {purpose}: {reason}')
 

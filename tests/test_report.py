@@ -155,8 +155,6 @@ def test_runs_whose_learning_rates_differ_by_their_number_of_ranks_have_no_diffe
         ({'grad_accum_steps': 2}, 'grad accum steps 1 and 2'),
         ({'num_classes': 5}, 'num classes 3 and 5'),
         ({'lr': 0.5}, 'lr none and 0.5'),
-        ({'lr_base_size': 64}, 'lr base size 256 and 64'),
-        ({'lr_base_scale': 'sqrt'}, 'lr base scale none and sqrt'),
         ({'opt': 'adamw'}, 'opt sgd and adamw'),
         ({'class_map': 'some.txt'}, 'class map none and some.txt'),
         ({'seed': 7}, 'seed 42 and 7'),

@@ -332,9 +332,8 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _data_name(run: Run) -> str:
-    folder = run.args.get('data_dir') or run.args.get('data') or ''
-    folders = [folder] if run.has_labels else run.args['unlabeled']
-    return run.args.get('dataset') or ', '.join(os.path.basename(os.path.normpath(path)) for path in folders)
+    names = (os.path.basename(os.path.normpath(path)) for path in run.data_folders)
+    return run.args.get('dataset') or ', '.join(names)
 
 
 def has_other_teacher(run: Run, runs: Sequence[Run]) -> bool:

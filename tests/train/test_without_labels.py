@@ -73,6 +73,11 @@ def test_layers_behind_a_tap_that_nothing_trains_are_warned_of(tap, warns, argv,
     assert (f'nothing trains the layers behind --student-tap {tap}' in said) is warns
 
 
+def test_a_student_that_does_not_find_its_removed_classifier_can_be_tapped(argv, capsys):
+    said = run([*argv, '--epochs', '1', '--model', 'shvit_s1', '--student-tap', 'stages.1'], capsys)
+    assert 'nothing trains the layers behind --student-tap stages.1' in said
+
+
 def test_the_summary_has_what_the_teacher_asks_for_and_nothing_of_labels(finished):
     rows = summary(finished[0])
     columns = 'epoch train_loss train_pe_loss train_images_per_s eval_loss eval_cosine eval_effective_rank lr'

@@ -1,9 +1,9 @@
 """What arguments of a task cannot be, and what they say about one of its parts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch.nn as nn
-from timm.layers import PatchDropout
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 
 from ..errors import UsageError
 from .aims import Aim, has_rows
@@ -31,7 +31,7 @@ def check_settings(target: str, teacher_norm: str, temperature: float, compares_
         raise UsageError(f"teacher_norm '{teacher_norm}' is for features, it does not go with target 'logits'")
 
 
-def check_weights(weights: Mapping[str, float | None]) -> None:
+def check_weights(**weights: float | None) -> None:
     """Refuse weights of the loss, by their names, that are no number from 0 on; None is the default one.
 
     Raises:
@@ -76,7 +76,9 @@ def check_whole_maps(student: nn.Module) -> None:
     Raises:
         UsageError: It does.
     """
-    if any(isinstance(module, PatchDropout) and module.prob > 0 for module in student.modules()):
+    if any(
+        isinstance(module, (PatchDropout, PatchDropoutWithIndices)) and module.prob > 0 for module in student.modules()
+    ):
         raise UsageError(
             'the student drops patches in training (patch_drop_rate), so it has no whole map: leave that off, or give no map '
             'weight'

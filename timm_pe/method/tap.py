@@ -178,7 +178,7 @@ def _mean(xs: list[torch.Tensor]) -> torch.Tensor:
 
 def _tap_classifier(model: nn.Module, before_dropout: bool) -> list[list[_Site]]:
     """Hook a timm model's classifying layers: alternative heads in the outer list, branches of a head in the inner."""
-    heads = _classifiers(model)
+    heads = classifiers(model)
     # several layers may share one dropout
     before_dropout = before_dropout and sum(map(len, heads)) == 1
     if any(_in_width(layer) or any(True for _ in layer.parameters()) for branches in heads for layer in branches):
@@ -186,7 +186,7 @@ def _tap_classifier(model: nn.Module, before_dropout: bool) -> list[list[_Site]]
     return [[_Site(model, _declared_width(model), output=True)]]
 
 
-def _classifiers(model: nn.Module) -> list[list[nn.Module]]:
+def classifiers(model: nn.Module) -> list[list[nn.Module]]:
     """The layers that classify, as `_tap_classifier` hooks them; none for an encoder."""
     if not hasattr(model, 'get_classifier'):
         return _without_classifier(model)

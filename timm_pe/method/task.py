@@ -153,8 +153,12 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         TrainingTask.__init__(self, device=device, dtype=dtype, verbose=verbose)
         needs_logits = bool(kd_loss_weight) or target == 'logits'
         check_settings(target, teacher_norm, kd_temperature, multi_label and needs_logits)
-        losses = {'distill_loss_weight': distill_loss_weight, 'task_loss_weight': task_loss_weight}
-        check_weights({**losses, 'kd_loss_weight': kd_loss_weight, 'map_weight': map_weight})
+        check_weights(
+            distill_loss_weight=distill_loss_weight,
+            task_loss_weight=task_loss_weight,
+            kd_loss_weight=kd_loss_weight,
+            map_weight=map_weight,
+        )
         models, student = as_list(teacher_model), unwrap_model(student_model)
         of_one = teacher_pretrained_path, teacher_pretrained_cfg_overlay, teacher_tap
         check_single(len(models), *of_one, teacher_feature_dim)

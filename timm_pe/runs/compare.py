@@ -37,8 +37,6 @@ _OF_A_PAIR = (
         'opt',
         'lr',
         'lr_base',
-        'lr_base_size',
-        'lr_base_scale',
         'class_map',
         'class_depth',
         'seed',
@@ -140,10 +138,7 @@ def differing(run: Run, other: Run) -> list[str]:
 
 
 def _data_folder(run: Run) -> str:
-    if not run.has_labels:
-        return ' '.join(map(os.path.abspath, run.args['unlabeled']))
-    folder = run.args.get('data_dir') or run.args.get('data')
-    return os.path.abspath(folder) if folder else 'none'
+    return ' '.join(map(os.path.abspath, run.data_folders)) or 'none'
 
 
 def difference(run: Run, runs: Sequence[Run]) -> float | None:

@@ -57,6 +57,14 @@ class Run:
         return not self.args.get('unlabeled') or any(self.args.get(k) for k in ('data', 'data_dir', 'dataset'))
 
     @property
+    def data_folders(self) -> list[str]:
+        """The folders of its images, as they were given; none for a data set that needs no folder."""
+        if not self.has_labels:
+            return list(self.args['unlabeled'])
+        folder = self.args.get('data_dir') or self.args.get('data')
+        return [folder] if folder else []
+
+    @property
     def final(self) -> dict[str, float | None]:
         """The last validated row; empty if there is none."""
         return self.validated[-1] if self.validated else {}

@@ -81,8 +81,7 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
         onnx: Whether there is a model.onnx beside them.
     """
     run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
-    folders = [args['data_dir'] or args['data'] or ''] if run.has_labels else args['unlabeled']
-    data = args['dataset'] or ' '.join(map(_shown, folders))
+    data = args['dataset'] or ' '.join(map(_shown, run.data_folders))
     others = ' '.join(map(_shown, args['unlabeled']))
     row = _kept_row(run)
     details = {

@@ -130,6 +130,6 @@ def _describe_transform(dataset: Dataset[Any]) -> list[str]:
     text = re.sub(r' at 0x[0-9a-f]+', '', repr(transform))
     lines = [line.strip() for line in text.splitlines()]
     for step in getattr(transform, 'transforms', []):
-        if isinstance(step, RandAugment):  # what it does not tell of itself
-            lines += [f'weights {step.choice_weights}', *sorted({str(op.hparams) for op in step.ops})]
+        if isinstance(step, RandAugment) and step.choice_weights is not None:  # which it does not tell
+            lines.append(f'weights {list(step.choice_weights)}')
     return lines

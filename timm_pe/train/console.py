@@ -115,14 +115,14 @@ def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
 
 
 def hint_at_short_run(task: TrainingTask, updates: int) -> None:
-    """Say where features are equally wide and the run is so short that projectors have rather cost than gained."""
+    """Say where features are equally wide and the run is so short that projectors cost accuracy when it was measured."""
     if not isinstance(task, ProjectorEnsembleTask) or task.criterion is None or updates >= SHORT_RUN:
         return
     for aim, projectors in zip(task.aims, task.projectors, strict=True):
         if aim.tapped == 'feature' and projectors.in_dim == projectors.out_dim and projectors.projector != 'identity':
             _logger.info(
-                f'A short run, {updates:,} updates, of features that are equally wide ({projectors.in_dim}): in such runs '
-                f'students without projectors were better. Compare with --pe-projector identity (docs/guide/teachers.md).'
+                f'A short run, {updates:,} updates, and both features are {projectors.in_dim} wide: where that was measured, '
+                f'no projector was better. Compare with --pe-projector identity (docs/guide/teachers.md).'
             )
             return
 

@@ -27,16 +27,8 @@ _NOT_COMPARED = {
     *('teacher_checkpoint', 'teacher_pretrained'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
     *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem'),
-    *(
-        'use_multi_epochs_loader',
-        'persistent_workers',
-        'log_interval',
-        'save_images',
-        'recovery_interval',
-        'save_epochs',
-    ),
-    'overwrite',
-    *declared_in(TrackerFlags),
+    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'save_images', 'recovery_interval'),
+    *('save_epochs', 'overwrite', *declared_in(TrackerFlags)),
     *('checkpoint_hist', 'teacher_cache', 'evaluate', 'opt', 'eval_metric'),
     *(_RATE + _STEP),
 }

@@ -33,6 +33,7 @@ from ..data.loaders import Data
 from ..errors import NoPretrainedWeights, UsageError, one_line
 from ..method.input_size import Size
 from ..method.names import TARGETS
+from ..method.tap import classifiers
 from ..method.task import ProjectorEnsembleTask
 from ..method.teacher import Teacher, create_teacher
 from ..method.weight_files import announce_download, read_state_dict
@@ -282,8 +283,8 @@ def _create_projector_task(
 
 def _holds_classifier(student: nn.Module, path: str) -> bool:
     """Whether a module of a student is its classifier, or holds it."""
-    classifier = cast(Any, student).get_classifier() if hasattr(student, 'get_classifier') else None
-    return any(module is classifier for module in student.get_submodule(path).modules())
+    layers = [layer for head in classifiers(student) for layer in head]
+    return any(module is layer for module in student.get_submodule(path).modules() for layer in layers)
 
 
 def _create_timm_kd_task(
