@@ -19,6 +19,7 @@ from .data.epochs import first_batch, view_loader
 from .data.loaders import Data
 from .method.teacher import Teacher
 from .process.runtime import Runtime
+from .process.signals import stopping_at_once
 from .train.build import build
 from .train.cache import TeacherCache
 from .train.console import Progress, setup_logging
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
         if not given:
             exit_with_error(f'it needs {name}: it fills the cache of a training run', prog=prog)
     setup_logging()
-    with one_line_errors(prog, 'the same command goes on where it was stopped'):
+    goes_on = 'the same command goes on where it was stopped'
+    with one_line_errors(prog, goes_on), stopping_at_once('while it filled the cache'):
         parts = build(config)  # as for training, so that it refuses what the training run would refuse
         data, runtime, teachers = parts.data, parts.runtime, parts.teachers
         settle_precision(

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed ends bit for bit as one that was left alone."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -25,7 +26,7 @@ from timm_pe import ProjectorEnsembleTask
 from timm_pe.config.run_config import parse_config
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
-from timm_pe.process.signals import Interrupts, ignore_in_worker
+from timm_pe.process.signals import Interrupted, Interrupts, ignore_in_worker, stopping_at_once
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position, start
 from timm_pe.train.resumed_settings import check_same_student
@@ -624,17 +625,45 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
     assert command_to_go_on([*argv, *anew], 'x') == command_to_go_on(argv, 'x')
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def taken_for_an_error(signum):
+    """Let a signal come up where Python 3.11 makes a RuntimeError of it, as while it imports a module."""
+
+    class Hears:
+        def __set_name__(self, owner, name):
+            signal.raise_signal(signum)
+
+    try:
+        type('Owner', (), {'hears': Hears()})
+    except RuntimeError as e:  # as an opener of data sets does
+        raise UsageError(f'cannot open: {e}') from e
+
+
+@pytest.mark.parametrize('fate', [signal.raise_signal, taken_for_an_error])
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_before_training_has_its_code_and_its_line_and_leaves_nothing(
-    signum, images, tmp_path, capsys, monkeypatch
+    signum, fate, images, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(start, 'prepare_teachers', lambda *args: signal.raise_signal(signum))
+    monkeypatch.setattr(start, 'prepare_teachers', lambda *args: fate(signum))
     with pytest.raises(SystemExit) as e:
         train_distill.main([str(images), *COMMON, '--output', str(tmp_path), '--experiment', 'run'])
     assert e.value.code == 128 + signum
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f'train_distill: stopped by {signum.name} before training began; the same command starts again'
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_some_code_drops_stops_the_run_before_training_all_the_same():
+    with pytest.raises(Interrupted), stopping_at_once('then'), contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_the_parent_process_ignores_is_ignored_before_training_too():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell script does for a command with `&`
+    try:
+        with stopping_at_once('then'):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # The same folder again --------------------------------------------------------------------------------------------------

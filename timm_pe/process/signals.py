@@ -51,22 +51,34 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def stopping_at_once(where: str) -> Iterator[None]:
-    """Before training begins, let SIGTERM and SIGUSR1 end the process as SIGINT does, with its clean-up.
+    """Outside of training, let each of the signals end the process with its clean-up.
+
+    An exception out of a signal handler may come up in any code, which may take it for an error of its own (Python
+    3.11 makes one in an import a RuntimeError) or drop it. So the signal is kept, and ends the process in each case.
 
     Raises:
         Interrupted: One came; `where` says when.
     """
+    came: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum, where, of_all=False)
+        came.append(signum)
+        # SIGINT as Python has it: loader workers are quiet about a KeyboardInterrupt
+        raise KeyboardInterrupt if signum == signal.SIGINT else Interrupted(signum, where, of_all=False)
 
     here = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, stop) for number in here if number != signal.SIGINT}
+    before = {number: signal.signal(number, stop) for number in here if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
+    except BaseException as e:
+        if came:
+            raise Interrupted(came[0], where, of_all=False) from e
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:
+        raise Interrupted(came[0], where, of_all=False)
 
 
 class Interrupts:

@@ -109,7 +109,8 @@ def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> No
         prog: Command to name in messages.
     """
     setup_logging(log_level)
-    with one_line_errors(prog), stopping_at_once('before training began'):
+    where = 'during the evaluation' if config.evaluate else 'before training began'
+    with one_line_errors(prog), stopping_at_once(where):
         parts = build(config)  # device, student, data, teacher, task
         if config.evaluate:
             evaluate_checkpoint(parts)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -154,6 +155,27 @@ def test_a_cache_that_was_stopped_in_the_middle_goes_on(argv, tmp_path, forwards
     forwards.clear()
     precompute.main(argv)
     assert not forwards
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_precompute_and_the_same_command_fills_what_is_left(signum, argv, tmp_path, monkeypatch, capsys):
+    fill, views = precompute.fill_view, []
+
+    def filled(*args):
+        fill(*args)
+        if not views:
+            views.append(1)
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(precompute, 'fill_view', filled)
+    with pytest.raises(SystemExit) as e:
+        precompute.main(argv)
+    assert e.value.code == 128 + signum
+    line = f'stopped by {signum.name} while it filled the cache; the same command goes on where it was stopped'
+    assert capsys.readouterr().err.splitlines()[-1].endswith(line)
+    precompute.main(argv)
+    assert '36 of 72 rows there' in (said := capsys.readouterr().err)
+    assert '72 of 72 rows there' in said
 
 
 def test_precompute_trains_nothing_and_makes_no_run_folder(argv, tmp_path):
