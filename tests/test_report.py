@@ -2,11 +2,13 @@ import json
 import os
 import re
 import shlex
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure
 from report_runs import HOSTILE, analysis, make_family, make_run
@@ -18,6 +20,7 @@ from timm_pe.report import write_report
 from timm_pe.runs import compare, plots, report_bars
 from timm_pe.runs.compare import command, confidence_interval, describe_method, format_command, group_seeds
 from timm_pe.runs.finished import read_runs
+from timm_pe.train.position import RunState
 
 NAME = f'{HOSTILE} & "b" \'c\' $x_$'
 
@@ -157,6 +160,11 @@ def test_runs_whose_learning_rates_differ_by_their_number_of_ranks_have_no_diffe
         ({'lr': 0.5}, 'lr none and 0.5'),
         ({'opt': 'adamw'}, 'opt sgd and adamw'),
         ({'class_map': 'some.txt'}, 'class map none and some.txt'),
+        ({'weight_decay': 0.1}, 'weight decay 2e-05 and 0.1'),
+        ({'mixup': 0.8}, 'mixup 0.0 and 0.8'),
+        ({'smoothing': 0.0}, 'smoothing none and 0.0'),
+        ({'model_ema': True}, 'model ema False and True'),
+        ({'amp': True}, 'amp False and True'),
         ({'seed': 7}, 'seed 42 and 7'),
         ({'seed': 7, 'epochs': 10}, 'epochs 4 and 10, seed 42 and 7'),
     ],
@@ -183,6 +191,38 @@ def test_runs_that_ended_after_other_epochs_or_saw_other_numbers_of_validation_i
     assert compare.differing(taught, alone) == ['validation images 10 and 11']
     alone.analysis = None
     assert report.difference(taught, [taught, alone]) == 0  # what is not known is not held against it
+
+
+def test_what_a_teacher_brings_and_what_changes_nothing_that_is_learnt_may_differ(tmp_path):
+    brought = {'teacher': 'resnet18', 'teacher_cache': 'cache', 'pe_projectors': 1, 'task_loss_weight': 0.5}
+    machine = {'workers': 8, 'device': 'cuda', 'val_interval': 2, 'log_tb': True, 'checkpoint_hist': 3}
+    taught, alone = read_runs([make_run(tmp_path, 'taught', **brought, **machine), make_run(tmp_path, 'alone')])
+    assert compare.differing(taught, alone) == []
+
+
+def test_of_many_differences_some_are_named_and_the_others_counted(tmp_path):
+    others = {
+        'drop': 0.1,
+        'mixup': 0.1,
+        'cutmix': 0.1,
+        'reprob': 0.1,
+        'epochs': 5,
+        'momentum': 0.8,
+        'sched': 'step',
+        'seed': 1,
+    }
+    taught, alone = read_runs([make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone', **others)])
+    why = report.why_no_difference(taught, [taught, alone])
+    assert why.endswith(', 2 more')
+    assert why.count(' and ') == 6
+
+
+def test_runs_on_other_numbers_of_ranks_have_no_difference(tmp_path):
+    """At one --lr and --batch-size, twice the ranks take half the updates."""
+    taught, alone = read_runs([make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')])
+    for run, ranks in ((taught, 2), (alone, 1)):
+        torch.save({'saver': {'run': asdict(RunState(0, settings={'ranks': ranks}))}}, run.folder.last_file)
+    assert report.why_no_difference(taught, [taught, alone]) == 'none to alone: ranks 2 and 1'
 
 
 def test_an_argument_that_earlier_versions_did_not_know_is_the_default(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..config.declare import NOT_GIVEN, default_of
-from ..config.run_config import RunConfig, create_parser
+from ..config.declare import NOT_GIVEN, declared_in, default_of
+from ..config.flags import CacheFlags, ProjectorFlags, TeacherFlags, TimmDistillationFlags, TrackerFlags
+from ..config.run_config import GROUPS, RunConfig, create_parser
 from ..config.teachers import as_each
 from ..method.names import TARGETS
 from ..method.weight_files import BEST, LAST, STUDENT
@@ -25,24 +27,26 @@ _OF_A_SEED = ('seed', 'experiment')
 _PATHS_OF_A_SEED = ('teacher_cache', 'pretrained_path', 'initial_checkpoint')
 # flags that identify a student, whether it is trained with a teacher or without
 _OF_A_STUDENT = ('model', 'model_kwargs')
-# flags that two of them must share, besides the data folder, for their difference to be due to the teacher
-_OF_A_PAIR = (
-    *('dataset', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'input_key', 'target_key'),
-    *('input_img_mode', 'in_chans', 'img_size', 'input_size', 'crop_pct', 'interpolation', 'tta'),
+# flags in which a run with a teacher and one without may differ: those of the teacher, those that do not change what is
+# learnt, and those that `differing` compares by what came of them
+_NOT_OF_A_PAIR = {
     *(
-        'epochs',
-        'stop_epoch',
-        'batch_size',
-        'grad_accum_steps',
-        'opt',
-        'lr',
-        'lr_base',
-        'class_map',
-        'class_depth',
-        'seed',
+        name
+        for group in (TeacherFlags, CacheFlags, ProjectorFlags, TimmDistillationFlags)
+        for name in declared_in(group)
     ),
-    *('pretrained', 'pretrained_path', 'initial_checkpoint'),
-)
+    *('unlabeled', 'unlabeled_ratio', 'val_fraction', 'knn_data'),
+    *declared_in(TrackerFlags),
+    *('config', 'output', 'experiment', 'overwrite', 'resume', 'no_resume_opt', 'start_epoch', 'evaluate'),
+    *('log_interval', 'val_interval', 'recovery_interval', 'save_epochs', 'save_images', 'checkpoint_hist'),
+    *('eval_metric', 'nonfinite', 'validation_batch_size', 'dataset_download', 'dataset_trust_remote_code'),
+    *('workers', 'pin_mem', 'use_multi_epochs_loader', 'persistent_workers', 'model_ema_force_cpu'),
+    *('device', 'device_modules', 'local_rank', 'no_ddp_bb', 'synchronize_step', 'channels_last', 'fuser'),
+    *('torchscript', 'torchcompile', 'torchcompile_mode'),
+    *('data', 'data_dir', 'num_classes'),
+}
+# at most so many differences are named
+_NAMED = 6
 
 
 @dataclass
@@ -123,17 +127,19 @@ def _without_teacher(run: Run, runs: Sequence[Run]) -> list[Run]:
 
 def differing(run: Run, other: Run) -> list[str]:
     """The conditions that two runs do not share, each with both values; numbers that one of them lacks are not compared."""
-    pairs: dict[str, tuple[Any, ...]] = {'data folder': (_data_folder(run), _data_folder(other))}
-    for name in _OF_A_PAIR:
-        values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
-        pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '') else value for value in values)
     known = {
         'num classes': [r.args.get('num_classes') for r in (run, other)],
+        'ranks': [r.ranks for r in (run, other)],
         'highest learning rate': [r.highest_rate for r in (run, other)],
         'last epoch': [r.final.get('epoch') for r in (run, other)],
         'validation images': [((r.analysis or {}).get('images') or {}).get('validation') for r in (run, other)],
     }
+    pairs: dict[str, tuple[Any, ...]] = {'data folder': (_data_folder(run), _data_folder(other))}
     pairs.update({name: (f'{a:g}', f'{b:g}') for name, (a, b) in known.items() if None not in (a, b)})
+    for name in itertools.chain.from_iterable(map(declared_in, GROUPS)):
+        if name not in _NOT_OF_A_PAIR:
+            values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
+            pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '', [], {}) else value for value in values)
     return [f'{name} {a} and {b}' for name, (a, b) in pairs.items() if a != b]
 
 
@@ -176,7 +182,8 @@ def why_no_difference(run: Run, runs: Sequence[Run]) -> str:
     if not others or baseline(run, runs):
         return ''
     differences, name = min(others, key=lambda o: len(o[0]))
-    return f'none to {name}: {", ".join(differences)}'
+    more = [f'{len(differences) - _NAMED} more'] if len(differences) > _NAMED else []
+    return f'none to {name}: {", ".join([*differences[:_NAMED], *more])}'
 
 
 def teaches(run: Run, runs: Sequence[Run]) -> bool:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
+from ..train.checkpoints import saved_ranks
 
 # keys of an analysis.json that the report reads
 _KEYS = {
@@ -83,6 +84,11 @@ class Run:
     def highest_rate(self) -> float | None:
         """The highest learning rate of its epochs; None if it does not tell."""
         return max((rate for row in self.rows if (rate := row.get('lr')) is not None), default=None)
+
+    @cached_property
+    def ranks(self) -> int | None:
+        """Number of ranks that trained it, each with a batch of its own; None if its newest checkpoint does not say."""
+        return saved_ranks(self.folder)
 
     @property
     def exported(self) -> dict[str, float | None]:

@@ -215,6 +215,15 @@ def best_epoch(folder: RunFolder) -> int | None:
         return None
 
 
+def saved_ranks(folder: RunFolder) -> int | None:
+    """Number of ranks that trained a run's newest epoch; None if it has no checkpoint that says it."""
+    try:
+        state = read_run_state(load_checkpoint_metadata(str(folder.last_file)), str(folder.last_file))
+    except Exception:  # gone, or whatever it may be by now
+        return None
+    return state.settings.get('ranks') if state else None
+
+
 def saved_classes(folder: RunFolder) -> dict[str, int] | None:
     """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
     for file in (folder.last_file, folder.best_file):
