@@ -382,12 +382,14 @@ def test_shapes_of_compiled_teachers_may_vary_only_where_the_batches_do(flags, d
     assert [kwargs.get('dynamic') for kwargs in calls] == [None] * 2 + [dynamic] * 4
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs g++')
 def test_inductor_equals_eager():
     eager, compiled = steps(compiled_task(None), 3), steps(compiled_task('inductor'), 3)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ('teachers', 'maps'), [({'test_vit': None}, 0.0), ({'test_vit': None, 'test_resnet': 48}, 1.0)]
 )

@@ -165,6 +165,7 @@ def test_a_bound_holds_when_the_lower_end_of_its_interval_is_not_above_it(bench)
         assert [(b['ratio'], b['holds']) for b in bench.bounds(memory)] == [expected]
 
 
+@pytest.mark.long
 def test_peak_memory_is_that_of_the_variant_in_a_process_of_its_own(bench):
     case = bench.Case('cifar_resnet8', 'cifar_resnet8', batch_size=64, image_size=32, device='cpu')
     small = bench.measure_memory(case, ['student', 'teacher'], runs=2)

@@ -185,6 +185,7 @@ def test_the_command_ends_with_code_2_and_one_line(name, outcomes):
     assert untouched
 
 
+@pytest.mark.long
 def test_no_command_took_much_memory(outcomes):
     peaks = [outcome.peak_mb for outcome in outcomes.values()]
     assert 100 < max(peaks) < 1500

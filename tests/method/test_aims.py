@@ -343,6 +343,7 @@ def test_a_checkpoint_of_other_teachers_is_refused_in_one_line():
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.long
 def test_compiled_tasks_of_several_teachers_equal_eager_ones_with_fullgraph():
     compiled, eager = compiled_and_eager(lambda: make_task(teacher_drop=0.5), batch)
     assert all(t._compiled for t in compiled.teachers)

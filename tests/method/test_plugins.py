@@ -68,7 +68,10 @@ def installed(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-@pytest.mark.parametrize('launcher', [[], ['-m', 'torch.distributed.run', '--nproc-per-node', '1']])
+TORCHRUN = ['-m', 'torch.distributed.run', '--nproc-per-node', '1']
+
+
+@pytest.mark.parametrize('launcher', [[], pytest.param(TORCHRUN, marks=pytest.mark.long)], ids=['python', 'torchrun'])
 def test_a_package_outside_the_tree_trains_with_its_projector_and_loss(launcher, small_run, tmp_path):
     install(tmp_path / 'site', 'my-projectors', GOOD)
     script = Path(train_distill.__file__)

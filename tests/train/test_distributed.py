@@ -114,12 +114,14 @@ def start_ranks(script):
     return said, [rank.returncode for rank in ranks]
 
 
+@pytest.mark.long
 def test_ranks_wait_for_rank_0_longer_than_their_devices_would():
     said, codes = start_ranks(BUSY)
     assert codes == [0, 0], said
     assert '2 ranks connect by gloo, network interface: ' in said[0]
 
 
+@pytest.mark.long
 def test_hosts_that_cannot_connect_say_so_and_wait_on_their_devices():
     refuse = """
 def refuse(**kwargs):
@@ -191,6 +193,7 @@ def test_two_ranks_with_batch_norm_average_accumulation_and_workers(small_run, t
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.long
 def test_the_average_begins_equal_on_all_ranks_at_any_epoch(small_run, tmp_path):
     dump_average = """
 fit_and_dump = Trainer.fit if 'RANK' in os.environ else None
@@ -210,6 +213,7 @@ if fit_and_dump is not None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.long
 def test_repeated_augmentation_works_over_ranks(small_run, tmp_path):
     more = ['--model', 'test_resnet', '--teacher', 'test_vit', '--aug-repeats', '2', '-b', '4', '--mixup', '0.3']
     out = launch([*small_run, *PAIR, *more], tmp_path)
@@ -219,6 +223,7 @@ def test_repeated_augmentation_works_over_ranks(small_run, tmp_path):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
 def test_a_rank_without_a_cuda_device_stops_in_place_of_training_on_the_cpu(small_run, tmp_path):
     argv = [word for word in small_run if word not in ('--device', 'cpu')]
@@ -228,12 +233,14 @@ def test_a_rank_without_a_cuda_device_stops_in_place_of_training_on_the_cpu(smal
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.long
 def test_synchronized_batch_norm_on_the_cpu_is_refused(small_run, tmp_path):
     out = launch([*small_run, *PAIR, '--sync-bn'], tmp_path)
     assert out.returncode != 0
     assert out.stderr.count('train_distill: error: --sync-bn needs GPUs') == 1
 
 
+@pytest.mark.long
 def test_two_machines_meet_and_train_as_one(small_run, tmp_path):
     """Two torchrun agents on this machine, one process each, over a c10d rendezvous on loopback."""
     with socket.socket() as s:
@@ -303,6 +310,7 @@ if os.environ.get('RANK') == '1':
     assert time.monotonic() - start < 120
 
 
+@pytest.mark.long
 def test_ranks_that_find_different_checkpoints_are_refused(small_run, tmp_path):
     lose_it = """
 import os
@@ -318,6 +326,7 @@ if os.environ.get('RANK') == '1':
     assert len(summary(tmp_path / 'run')) == 2
 
 
+@pytest.mark.long
 def test_without_broadcast_buffers_projectors_still_start_equal_on_all_ranks(small_run, tmp_path):
     more = ['--pe-projector', 'orthogonal', '--pe-projectors', '1', '--no-ddp-bb']
     out = launch([*small_run, *PAIR, *more], tmp_path)
@@ -329,6 +338,7 @@ def test_without_broadcast_buffers_projectors_still_start_equal_on_all_ranks(sma
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.long
 def test_agreement_with_the_teacher_counts_each_image_once_where_ranks_share_an_odd_number(
     small_run, image_folder, tmp_path
 ):
@@ -361,6 +371,7 @@ agreement.compare = telling(agreement.compare, 1)
     assert [value for _, value in curves['eval_teacher_agreement']] == pytest.approx([100 * 10 / 11] * 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('task', ['classification', 'multilabel'])
 def test_a_stream_is_validated_on_each_image_once_however_its_shards_are_shared(
     task, uneven_shards, small_run, tmp_path, capsys
@@ -376,6 +387,7 @@ def test_a_stream_is_validated_on_each_image_once_however_its_shards_are_shared(
     assert f'val loss {float(trained["eval_loss"]):.4f} on 12 images' in said
 
 
+@pytest.mark.long
 def test_ranks_that_find_other_classes_are_refused(small_run, tmp_path):
     other_order = """
 import os
@@ -390,6 +402,7 @@ if os.environ.get('RANK') == '1':
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', ['a file less', 'other images held out'])
 def test_ranks_that_find_other_images_are_refused(case, small_run, image_folder, tmp_path):
     other_files = """
@@ -423,6 +436,7 @@ if os.environ.get('RANK') == '1':
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.long
 def test_ranks_wait_while_rank_0_looks_for_images_that_it_has_twice(small_run, image_folder, tmp_path):
     slow = """
 import time, torch.distributed

@@ -287,6 +287,7 @@ def test_a_run_does_not_go_on_with_a_student_that_is_built_or_fed_otherwise(alon
     assert [row['epoch'] for row in summary(tmp_path / 'new')] == ['2', '3']
 
 
+@pytest.mark.long
 def test_a_student_of_a_fixed_size_or_of_one_channel_resumes_as_it_was_and_not_otherwise(alone, tmp_path, capsys):
     argv = [*alone('plain')[1], '--output', str(tmp_path), '--model', 'test_vit', '--in-chans', '1', '--mean', '0.3']
     argv += ['--experiment', 'run', '--resume', 'auto']

@@ -258,6 +258,7 @@ def test_maps_are_compared_position_by_position_on_all_validation_images(two):
     assert picture.width > picture.height > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('norm', ['batch', 'none'])
 def test_the_cosine_of_maps_does_not_depend_on_the_batch_of_the_analysis(image_folder, tmp_path, norm):
     argv = [

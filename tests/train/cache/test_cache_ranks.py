@@ -62,6 +62,7 @@ def test_a_rank_that_looks_later_still_takes_its_own_share(argv):
         assert cache.missing(1).tolist() == ([] if rank else list(range(1, IMAGES, 2)))
 
 
+@pytest.mark.long
 def test_two_ranks_agree_on_what_has_changed(images, argv, tmp_path):
     precompute.main(argv)
     change(images / 'train' / 'bee' / '4.png')
@@ -73,6 +74,7 @@ def test_two_ranks_agree_on_what_has_changed(images, argv, tmp_path):
     assert_replays_the_online_teacher(argv)
 
 
+@pytest.mark.long
 def test_under_torchrun_a_mismatch_is_said_once(argv, tmp_path, filled_cache):
     os.symlink(filled_cache, tmp_path / 'cache')
     out = torchrun([str(ROOT / 'train_distill.py')], [*argv, '--hflip', '0'])
