@@ -19,7 +19,7 @@ from timm_pe.process.runtime import setup_runtime
 from timm_pe.train.cache import TeacherCache
 from timm_pe.train.evaluate import batch_to_device
 from timm_pe.train.run_cache import open_teacher_caches
-from timm_pe.train.run_task import create_run_teachers
+from timm_pe.train.run_teachers import create_run_teachers
 from timm_pe.train.student import create_student
 from timm_pe.train.teacher_precision import settle_precision
 

@@ -17,7 +17,7 @@ from timm_pe.data.draws import LabeledTarget
 from timm_pe.data.unlabeled import reader_of
 from timm_pe.export import main as export
 from timm_pe.process.signals import Interrupts
-from timm_pe.train.run_task import LabeledLoss
+from timm_pe.train.task_loss import LabeledLoss
 
 PAIR = ['--model', 'test_resnet', '--teacher', 'test_vit', '--no-teacher-pretrained']
 
@@ -115,7 +115,7 @@ def test_a_ratio_that_repeats_images_does_not_go_with_a_cache(argv, tmp_path, ca
 
 
 def test_the_task_loss_of_ranks_is_the_mean_over_the_labelled_images_of_all(monkeypatch):
-    monkeypatch.setattr('timm_pe.train.run_task.dist.all_reduce', lambda count: count.fill_(5))
+    monkeypatch.setattr('timm_pe.train.task_loss.dist.all_reduce', lambda count: count.fill_(5))
     logits, labels = torch.randn(8, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
     rows = [torch.tensor([1]), torch.tensor([0, 1, 2, 3]), torch.tensor([], dtype=torch.long)]
     losses, start = [], 0

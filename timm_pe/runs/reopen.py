@@ -32,7 +32,7 @@ from ..run_folder import RunFolder
 from ..train.build import build, hint
 from ..train.checkpoints import check_learnt_classes, saved_args, saved_precisions
 from ..train.position import changed_teacher, read_run_state
-from ..train.run_task import create_run_teachers, other_class_of_teacher
+from ..train.run_teachers import create_run_teachers, other_class_of_teacher
 from ..train.student import place_student
 
 CHECKPOINTS = ('last', 'best')

@@ -17,8 +17,10 @@ from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
 from .checkpoints import find_resume, keeps_teacher_size
-from .run_task import check_loss_weights, create_run_task, create_run_teachers
+from .run_task import create_run_task
+from .run_teachers import create_run_teachers
 from .student import check_names, choose_num_classes, create_student, input_channels
+from .task_loss import check_loss_weights
 
 
 @dataclass(frozen=True)

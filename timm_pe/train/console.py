@@ -31,7 +31,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, describe_precision
 from ..version import __version__
 from .cache import TeacherCache
-from .run_task import LabeledLoss
+from .task_loss import LabeledLoss
 
 _logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from .cache import TeacherCache
 from .evaluate import format_metrics, validate
 from .from_run import teacher_input
 from .run_cache import open_teacher_caches, outputs_of
-from .run_task import other_class_of_teacher
+from .run_teachers import other_class_of_teacher
 from .teacher_precision import settle_precision
 from .trackers import TeacherAgreement, is_tracked
 

@@ -26,8 +26,8 @@ from .meters import Accumulation, EpochCount, LossMeter, Pace, batch_scale, batc
 from .nonfinite import UpdateGuard, check_finite
 from .position import RunState, Span, precisions_of, restore_rank_state, run_settings, take_rank_state, take_schedule
 from .run_cache import outputs_of
-from .run_task import LabeledLoss
 from .student import describe_use
+from .task_loss import LabeledLoss
 from .trackers import StepCurves, Trackers, flat_metrics, log_epoch
 from .validation import Validation
 
