@@ -305,6 +305,14 @@ def test_seeds_with_one_path_or_each_with_its_own_are_one_group(tmp_path, flag, 
     assert [len(group.runs) for group in group_seeds(runs)] == [len(paths) // groups] * groups
 
 
+def test_seeds_of_which_one_was_resumed_or_ran_elsewhere_are_one_group(tmp_path):
+    runs = [
+        make_run(tmp_path, 'a-1', seed=1),
+        make_run(tmp_path, 'a-2', seed=2, resume='auto', device='cuda', workers=2),
+    ]
+    assert [len(group.runs) for group in group_seeds(read_runs(runs))] == [2]
+
+
 def test_the_epochs_of_a_run_whose_columns_changed_are_all_read(tmp_path):
     folder = make_run(tmp_path, 'resumed', 80.0)
     lines = (folder / 'summary.csv').read_text().splitlines()

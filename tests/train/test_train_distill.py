@@ -15,7 +15,8 @@ import yaml
 from helpers import load, refused, run, stopped, summary
 
 import train_distill
-from timm_pe.config.run_config import GROUPS, parse_config
+from timm_pe.config.declare import neutral_in
+from timm_pe.config.run_config import GROUPS, RunConfig, parse_config
 from timm_pe.config.teachers import teachers_of
 from timm_pe.train import build
 from timm_pe.train.from_run import teacher_settings
@@ -817,3 +818,21 @@ def test_fine_tuning_a_saved_model_gives_it_the_classes_and_pooling_of_the_flags
     state = load(tmp_path / 'run' / 'last.pth.tar')['state_dict']
     assert state['fc.weight'].shape[0] == 3
     torch.testing.assert_close(state['conv1.0.weight'], saved.state_dict()['conv1.0.weight'], atol=1e-5, rtol=0)
+
+
+def test_neutral_flags_change_nothing_that_is_learnt(small_run, image_folder, tmp_path):
+    """Those that the machine allows, all at once."""
+    neutral = '--log-interval 1 --recovery-interval 1 --save-epochs 1 --save-images --checkpoint-hist 1 --log-tb -j 1'
+    neutral += (
+        f' --no-persistent-workers --no-pin-mem --use-multi-epochs-loader --eval-metric loss --knn-data {image_folder}'
+    )
+    flags = neutral.split()
+    given, plain = (parse_config([*small_run, *PAIR, *more]).as_dict() for more in (flags, []))
+    other = {name for name in given if given[name] != plain[name]}
+    assert other <= neutral_in(RunConfig)
+    assert len(other) >= 10
+    students = []
+    for name, more in (('plain', []), ('neutral', flags)):
+        run([*small_run, *PAIR, '--epochs', '2', '--output', str(tmp_path), '--experiment', name, *more])
+        students.append(torch.load(tmp_path / name / 'last.pth.tar', weights_only=False)['state_dict'])
+    assert all(torch.equal(students[0][k], students[1][k]) for k in students[0] | students[1])

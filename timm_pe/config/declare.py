@@ -53,6 +53,7 @@ class Flag:
         each: Whether it may have one value for each of several teachers (see `Each`).
         package: The package that it needs, and the extra of timm_pe that installs it.
         added: Whether it is this project's flag, not timm's; the docs list these.
+        neutral: Whether it changes nothing that a run learns: where its files go, how it is executed, what it shows.
     """
 
     help: str
@@ -75,6 +76,7 @@ class Flag:
     each: bool = False
     package: tuple[str, str] | None = None
     added: bool = False
+    neutral: bool = False
 
 
 def flag(
@@ -102,6 +104,11 @@ def switch(help: str, *, default: bool = False, **more: Any) -> Any:
 def name_of(dest: str) -> str:
     """The flag of a field on the command line: `img_size` is `--img-size`."""
     return '--' + dest.replace('_', '-')
+
+
+def neutral_in(group: type) -> set[str]:
+    """Those of the flags of a group that change nothing that a run learns."""
+    return {name for name, declared in declared_in(group).items() if declared.neutral}
 
 
 def declared_in(group: type) -> dict[str, Flag]:

@@ -80,18 +80,18 @@ class DataFlags:
     val_split: str = flag('validation', 'validation split', metavar='NAME')
     train_num_samples: int | None = flag(None, 'images in the training split, where a stream cannot tell', metavar='N', at_least=1, unset='as the data set says')
     val_num_samples: int | None = flag(None, 'images in the validation split, where a stream cannot tell', metavar='N', at_least=1, unset='as the data set says')
-    dataset_download: bool = switch('let torch/ and tfds/ data sets download themselves')
+    dataset_download: bool = switch('let torch/ and tfds/ data sets download themselves', neutral=True)
     class_map: str = flag('', 'text file with one class name a line, in the order of the labels', metavar='FILE', unset='as the data set says')
     class_depth: int | None = flag(None, 'level of the folder below that of the split that is the class of an image', metavar='N', unset='the innermost folder', at_least=1, added=True)
     input_img_mode: str | None = flag(None, 'PIL mode that images are converted to', unset="'RGB' for 3 channels, else 'L'", allowed=(None, 'L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV'))
     input_key: str | None = flag(None, 'name of the image column of the data set', unset='by the type of the data set')
     target_key: str | None = flag(None, 'name of the label column of the data set', unset='by the type of the data set')
     target_format: str | None = flag(None, 'multi-label targets of the data set: lists of class indices or 0/1 vectors', choices=['indices', 'multihot'])
-    dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import')
+    dataset_trust_remote_code: bool = switch('let a Hugging Face data set run its own code on import', neutral=True)
     unlabeled: list[str] = flag([], 'train on images without labels too: all images in these folders, at any depth, and in .tar files within them or named here. Without a data folder the student is a backbone without a classifier, taught by the teacher alone', metavar='DIR', needs='teacher', added=True)
     val_fraction: float = flag(0.05, 'without a data folder: share of the images of --unlabeled that is held out for validation, chosen by their content', metavar='R', above=0, at_most=0.5, needs='unlabeled', added=True)
     unlabeled_ratio: float | None = flag(None, 'with a data folder: number of images without labels per labelled image in an epoch', metavar='R', above=0, unset='an epoch goes once through both', needs='unlabeled', added=True)
-    knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), at the end how well a linear probe does, and both of the teacher at the start", metavar='DIR', needs='teacher', added=True)
+    knn_data: str | None = flag(None, "folder with the splits train and val of labelled images: measure after each validation how well the nearest neighbours of the student's features tell their classes (top-1, k = 20), at the end how well a linear probe does, and both of the teacher at the start", metavar='DIR', needs='teacher', added=True, neutral=True)
 
     @property
     def root(self) -> str:
@@ -142,11 +142,11 @@ class LoaderFlags:
     """Loader."""
 
     worker_seeding: str = flag('all', 'seeding of loader workers, for data without an index', allowed=('all', 'part'))
-    workers: int | None = flag(None, 'loader processes on each rank', unset="this rank's share of the cores, from 1 to 4; for streams and NaFlex, whose draws depend on the number, 4", metavar='N', also=('-j',), at_least=0, at_most=MAX_WORKERS)
-    pin_mem: bool = switch('with CUDA: pin host memory, so that copies run beside the computation', default=True, off='--no-pin-mem')
+    workers: int | None = flag(None, 'loader processes on each rank', unset="this rank's share of the cores, from 1 to 4; for streams and NaFlex, whose draws depend on the number, 4", metavar='N', also=('-j',), at_least=0, at_most=MAX_WORKERS, neutral=True)
+    pin_mem: bool = switch('with CUDA: pin host memory, so that copies run beside the computation', default=True, off='--no-pin-mem', neutral=True)
     no_prefetcher: bool = switch('plain DataLoader, no prefetching to the device')
-    use_multi_epochs_loader: bool = switch('keep the iterator of the training loader between epochs')
-    persistent_workers: bool = switch('keep loader processes between epochs', default=True, off='--no-persistent-workers')
+    use_multi_epochs_loader: bool = switch('keep the iterator of the training loader between epochs', neutral=True)
+    persistent_workers: bool = switch('keep loader processes between epochs', default=True, off='--no-persistent-workers', neutral=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,14 +328,14 @@ class AverageFlags:
 class DeviceFlags:
     """Device and precision."""
 
-    device: str = flag('cuda', 'cuda, cuda:1, cpu, ...; falls back to the CPU where there is no cuda')
+    device: str = flag('cuda', 'cuda, cuda:1, cpu, ...; falls back to the CPU where there is no cuda', neutral=True)
     amp: bool = switch('mixed precision')
     amp_dtype: str = flag('float16', 'low precision of --amp', allowed=('float16', 'bfloat16'), idle_without='amp')
     model_dtype: str | None = flag(None, 'dtype of the parameters', allowed=DTYPES, unset='float32')
-    no_ddp_bb: bool = switch('DDP: do not broadcast buffers in every forward')
-    synchronize_step: bool = switch('wait for the device after each step')
-    device_modules: list[str] | None = flag(None, 'Python modules to import for the device; command line only')
-    local_rank: int = flag(0, 'set by launchers', also=('--local_rank',))
+    no_ddp_bb: bool = switch('DDP: do not broadcast buffers in every forward', neutral=True)
+    synchronize_step: bool = switch('wait for the device after each step', neutral=True)
+    device_modules: list[str] | None = flag(None, 'Python modules to import for the device; command line only', neutral=True)
+    local_rank: int = flag(0, 'set by launchers', also=('--local_rank',), neutral=True)
     channels_last: bool = switch('memory format channels_last')
     fuser: str = flag('', 'TorchScript fuser', allowed=('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'))
     torchscript: bool = switch('script the model with TorchScript (not with a teacher)')
@@ -347,12 +347,12 @@ class DeviceFlags:
 class TrackerFlags:
     """Trackers."""
 
-    log_tb: bool = switch('log to TensorBoard: RUN/tensorboard', package=('tensorboard', 'tensorboard'), added=True)
-    log_trackio: bool = switch('log to trackio: RUN/trackio, or TRACKIO_DIR of the environment', package=('trackio', 'trackio'), added=True)
-    log_wandb: bool = switch('log to Weights & Biases', package=('wandb', 'wandb'))
-    wandb_project: str | None = flag(None, 'project of Weights & Biases', needs='log_wandb', unset="the package's own")
-    wandb_tags: list[str] = flag([], 'tags of Weights & Biases', needs='log_wandb')
-    wandb_resume_id: str = flag('', 'run of Weights & Biases to continue', needs='log_wandb', unset='a new run')
+    log_tb: bool = switch('log to TensorBoard: RUN/tensorboard', package=('tensorboard', 'tensorboard'), added=True, neutral=True)
+    log_trackio: bool = switch('log to trackio: RUN/trackio, or TRACKIO_DIR of the environment', package=('trackio', 'trackio'), added=True, neutral=True)
+    log_wandb: bool = switch('log to Weights & Biases', package=('wandb', 'wandb'), neutral=True)
+    wandb_project: str | None = flag(None, 'project of Weights & Biases', needs='log_wandb', unset="the package's own", neutral=True)
+    wandb_tags: list[str] = flag([], 'tags of Weights & Biases', needs='log_wandb', neutral=True)
+    wandb_resume_id: str = flag('', 'run of Weights & Biases to continue', needs='log_wandb', unset='a new run', neutral=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,18 +360,18 @@ class RunFlags:
     """Run."""
 
     seed: int = flag(42, 'random seed', metavar='N', at_least=0)
-    log_interval: int = flag(50, 'batches between log lines', metavar='N', at_least=1)
+    log_interval: int = flag(50, 'batches between log lines', metavar='N', at_least=1, neutral=True)
     val_interval: int = flag(1, 'epochs between validations', metavar='N', at_least=1)
-    recovery_interval: int = flag(0, 'batches between recovery checkpoints; 0 writes none', metavar='N', at_least=0)
-    save_epochs: list[int] | None = flag(None, 'keep milestone-N.pth.tar after these numbers of epochs, and validate there', metavar='N')
-    checkpoint_hist: int = flag(10, 'number of checkpoints kept', metavar='N', at_least=1)
-    save_images: bool = switch('save a training batch as a picture at each log interval')
-    output: str = flag('', "parent of the run's folder", metavar='DIR', unset='./output/train')
-    experiment: str = flag('', "name of the run's folder", metavar='NAME', unset='date, model, size')
-    overwrite: bool = switch("delete an earlier run in the run's folder; without this flag the earlier run is moved aside, to NAME.1 and so on", added=True)
-    eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label, cosine without labels')
+    recovery_interval: int = flag(0, 'batches between recovery checkpoints; 0 writes none', metavar='N', at_least=0, neutral=True)
+    save_epochs: list[int] | None = flag(None, 'keep milestone-N.pth.tar after these numbers of epochs, and validate there', metavar='N', neutral=True)
+    checkpoint_hist: int = flag(10, 'number of checkpoints kept', metavar='N', at_least=1, neutral=True)
+    save_images: bool = switch('save a training batch as a picture at each log interval', neutral=True)
+    output: str = flag('', "parent of the run's folder", metavar='DIR', unset='./output/train', neutral=True)
+    experiment: str = flag('', "name of the run's folder", metavar='NAME', unset='date, model, size', neutral=True)
+    overwrite: bool = switch("delete an earlier run in the run's folder; without this flag the earlier run is moved aside, to NAME.1 and so on", added=True, neutral=True)
+    eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label, cosine without labels', neutral=True)
     tta: int = flag(0, 'validation: average the outputs of this many images in a row; 0 averages none')
-    resume: str = flag('', "continue from this checkpoint, or 'auto' from the newest in the run's folder: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run')
-    no_resume_opt: bool = switch('with --resume: weights only, fresh optimizer and schedule state', needs='resume')
+    resume: str = flag('', "continue from this checkpoint, or 'auto' from the newest in the run's folder: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run', neutral=True)
+    no_resume_opt: bool = switch('with --resume: weights only, fresh optimizer and schedule state', needs='resume', neutral=True)
     nonfinite: str = flag('stop', "what a loss or gradient that is NaN or infinite does: 'stop' the run, or 'skip' the update and say so, until all updates between log lines are skipped and more than one in a row (with float16's loss scale, which first has to fall: more than 32)", choices=('stop', 'skip'), added=True)
-    evaluate: str = flag('', 'validate the student in this checkpoint or run folder, and stop; model, data, sizes and normalization are those of its run unless given; a --teacher is not even loaded', metavar='PATH', added=True)
+    evaluate: str = flag('', 'validate the student in this checkpoint or run folder, and stop; model, data, sizes and normalization are those of its run unless given; a --teacher is not even loaded', metavar='PATH', added=True, neutral=True)

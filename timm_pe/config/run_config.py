@@ -62,7 +62,7 @@ class RunConfig(
     All flags, flat, under timm's names. Values derived from them come from `derive.py` and are never stored here.
     """
 
-    config: str = flag('', 'YAML file of flags, or the name of a recipe of hparams/; the command line wins', metavar='FILE', also=('-c',))  # fmt: skip
+    config: str = flag('', 'YAML file of flags, or the name of a recipe of hparams/; the command line wins', metavar='FILE', also=('-c',), neutral=True)  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """Flags and their values by name, as args.yaml holds them."""

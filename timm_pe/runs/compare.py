@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..config.declare import NOT_GIVEN, declared_in, default_of
-from ..config.flags import CacheFlags, ProjectorFlags, TeacherFlags, TimmDistillationFlags, TrackerFlags
+from ..config.declare import NOT_GIVEN, declared_in, default_of, neutral_in
+from ..config.flags import CacheFlags, ProjectorFlags, TeacherFlags, TimmDistillationFlags
 from ..config.run_config import GROUPS, RunConfig, create_parser
 from ..config.teachers import as_each
 from ..method.names import TARGETS
@@ -22,7 +22,7 @@ from ..method.weight_files import BEST, LAST, STUDENT
 from .finished import Run
 
 # flags in which two runs of one method may differ, besides the number in their name
-_OF_A_SEED = ('seed', 'experiment')
+_OF_A_SEED = {'seed', *neutral_in(RunConfig)}
 # flags whose path may have the number of the run in it
 _PATHS_OF_A_SEED = ('teacher_cache', 'pretrained_path', 'initial_checkpoint')
 # flags that identify a student, whether it is trained with a teacher or without
@@ -35,14 +35,10 @@ _NOT_OF_A_PAIR = {
         for group in (TeacherFlags, CacheFlags, ProjectorFlags, TimmDistillationFlags)
         for name in declared_in(group)
     ),
-    *('unlabeled', 'unlabeled_ratio', 'val_fraction', 'knn_data'),
-    *declared_in(TrackerFlags),
-    *('config', 'output', 'experiment', 'overwrite', 'resume', 'no_resume_opt', 'start_epoch', 'evaluate'),
-    *('log_interval', 'val_interval', 'recovery_interval', 'save_epochs', 'save_images', 'checkpoint_hist'),
-    *('eval_metric', 'nonfinite', 'validation_batch_size', 'dataset_download', 'dataset_trust_remote_code'),
-    *('workers', 'pin_mem', 'use_multi_epochs_loader', 'persistent_workers', 'model_ema_force_cpu'),
-    *('device', 'device_modules', 'local_rank', 'no_ddp_bb', 'synchronize_step', 'channels_last', 'fuser'),
-    *('torchscript', 'torchcompile', 'torchcompile_mode'),
+    *('unlabeled', 'unlabeled_ratio', 'val_fraction'),
+    *neutral_in(RunConfig),
+    *('val_interval', 'validation_batch_size', 'nonfinite', 'model_ema_force_cpu'),
+    *('channels_last', 'fuser', 'torchscript', 'torchcompile', 'torchcompile_mode'),
     *('data', 'data_dir', 'num_classes'),
 }
 # at most so many differences are named
@@ -80,7 +76,7 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         match = re.fullmatch(r'(.+)-\d+', run.name)
-        settings = {k: v for k, v in run.args.items() if k not in (*_OF_A_SEED, *_PATHS_OF_A_SEED)}
+        settings = {k: v for k, v in run.args.items() if k not in {*_OF_A_SEED, *_PATHS_OF_A_SEED}}
         key = (match[1], json.dumps(settings, sort_keys=True, default=str)) if match else (run.name, '')
         alike.setdefault(key, []).append(run)
     groups: dict[tuple[str, ...], list[Run]] = {}

@@ -10,8 +10,7 @@ import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 
-from ..config.declare import declared_in, name_of
-from ..config.flags import TrackerFlags
+from ..config.declare import name_of, neutral_in
 from ..config.run_config import RunConfig
 from ..errors import UsageError
 
@@ -20,16 +19,12 @@ _logger = logging.getLogger(__name__)
 # flags that a resumed optimizer decides
 _RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'weight_decay')
 _STEP = ('momentum', 'opt_betas', 'opt_eps', 'opt_kwargs', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale')  # fmt: skip
-# flags about where and how a run is executed, or whose changes are reported elsewhere
+# flags that are not compared, as they change nothing that is learnt or their changes are reported elsewhere
 _NOT_COMPARED = {
-    *('config', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'output', 'experiment'),
-    *('data', 'data_dir', 'unlabeled', 'knn_data', 'dataset_download', 'dataset_trust_remote_code'),
-    *('teacher_checkpoint', 'teacher_pretrained'),
-    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias', 'teacher_eval'),
-    *('device', 'device_modules', 'local_rank', 'synchronize_step', 'no_ddp_bb', 'workers', 'pin_mem'),
-    *('use_multi_epochs_loader', 'persistent_workers', 'log_interval', 'save_images', 'recovery_interval'),
-    *('save_epochs', 'overwrite', *declared_in(TrackerFlags)),
-    *('checkpoint_hist', 'teacher_cache', 'evaluate', 'opt', 'eval_metric'),
+    *neutral_in(RunConfig),
+    *('start_epoch', 'stop_epoch', 'data', 'data_dir', 'unlabeled', 'opt'),
+    *('teacher_checkpoint', 'teacher_pretrained', 'teacher_eval', 'teacher_cache'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'head_init_scale', 'head_init_bias'),
     *(_RATE + _STEP),
 }
 # those that say how a student is built
