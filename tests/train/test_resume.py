@@ -613,8 +613,9 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
     (only,) = (tmp_path / 'a b').iterdir()
     assert compare(folder, only) == []
     assert words[-3:-1] == ['auto', '--experiment']
-    again = command_to_go_on([*argv, '--experiment', 'x', '--resume=auto'], 'x')
-    assert again.count('--experiment x') == again.count('--resume auto') == 1
+    x = RunFolder(tmp_path / 'a b' / 'x')
+    again = command_to_go_on([*argv, '--experiment', 'x', '--resume=auto'], x, str(tmp_path / 'a b'))
+    assert again.count('--experiment x') == again.count('--resume auto') == again.count('--output') == 1
     anew = [
         '--resume',
         'old',
@@ -623,7 +624,44 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(alone, tmp_path, s
         '0',
         '--start-epoch=0',
     ]  # would begin again each time
-    assert command_to_go_on([*argv, *anew], 'x') == command_to_go_on(argv, 'x')
+    assert command_to_go_on([*argv, *anew], x) == command_to_go_on(argv, x)
+
+
+@pytest.mark.parametrize('output', [True, False])
+def test_a_folder_that_resume_names_goes_on_in_place_from_its_newest_checkpoint(
+    output, alone, tmp_path, stop_at, capsys, monkeypatch
+):
+    folder, argv = alone('plain')
+    where = ['--output', str(tmp_path)] if output else []
+    stop_at(10)
+    stopped([*argv, '--output', str(tmp_path), '--experiment', 'run'], capsys)
+    assert list((tmp_path / 'run').glob('recovery-*'))
+    again = [*argv, *where, '--resume', str(tmp_path / 'run')]
+    stop_at(20)
+    said, command = stopped(again, capsys)
+    assert 'of 9 of epoch 3 of 4' in said
+    words = shlex.split(command)
+    assert (words[words.index('--experiment') + 1], words[words.index('--output') + 1]) == ('run', str(tmp_path))
+    monkeypatch.undo()
+    run(again)
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert compare(folder, tmp_path / 'run') == []
+
+
+def test_a_folder_that_resume_names_goes_on_elsewhere_where_the_command_says_so(
+    alone, tmp_path, stop_at, capsys, monkeypatch
+):
+    _, argv = alone('plain')
+    stop_at(10)
+    stopped([*argv, '--output', str(tmp_path), '--experiment', 'run'], capsys)
+    monkeypatch.undo()
+    before = files_of(tmp_path / 'run')
+    for more in (['--output', str(tmp_path), '--experiment', 'new'], ['--output', str(tmp_path / 'other')]):
+        said = run([*argv, *more, '--resume', str(tmp_path / 'run')], capsys)
+        assert '/run/recovery-' in said
+    assert files_of(tmp_path / 'run') == before
+    assert (tmp_path / 'new' / 'student.safetensors').exists()
+    assert len(list((tmp_path / 'other').glob('*/student.safetensors'))) == 1
 
 
 def taken_for_an_error(signum):

@@ -371,7 +371,7 @@ class RunFlags:
     overwrite: bool = switch("delete an earlier run in the run's folder; without this flag the earlier run is moved aside, to NAME.1 and so on", added=True, neutral=True)
     eval_metric: str | None = flag(None, 'metric that names the best epoch', metavar='NAME', unset='top1, map for multi-label, cosine without labels', neutral=True)
     tta: int = flag(0, 'validation: average the outputs of this many images in a row; 0 averages none')
-    resume: str = flag('', "continue from this checkpoint, or 'auto' from the newest in the run's folder: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run', neutral=True)
+    resume: str = flag('', "continue from this checkpoint, or the newest in this run folder, or 'auto' in the folder of --experiment: weights, optimizer, scaler, EMA, epoch", metavar='PATH', unset='a fresh run', neutral=True)
     no_resume_opt: bool = switch('with --resume: weights only, fresh optimizer and schedule state', needs='resume', neutral=True)
     nonfinite: str = flag('stop', "what a loss or gradient that is NaN or infinite does: 'stop' the run, or 'skip' the update and say so, until all updates between log lines are skipped and more than one in a row (with float16's loss scale, which first has to fall: more than 32)", choices=('stop', 'skip'), added=True)
     evaluate: str = flag('', 'validate the student in this checkpoint or run folder, and stop; model, data, sizes and normalization are those of its run unless given; a --teacher is not even loaded', metavar='PATH', added=True, neutral=True)

@@ -297,19 +297,27 @@ def keeps_teacher_size(path: str) -> bool:
 def find_resume(flags: RunFlags) -> str:
     """The training checkpoint that --resume means.
 
-    A path, or the `last` of a run folder. 'auto' is the newest complete checkpoint of the experiment's own folder, or
-    '' if there is none yet.
+    A file, or the newest complete checkpoint of a run folder. 'auto' is that of the experiment's own folder, or '' if
+    there is none yet.
 
     Raises:
         UsageError: No such checkpoint.
     """
-    if flags.resume != 'auto':
-        return str(find_checkpoint(flags.resume, '--resume', (LAST,))) if flags.resume else ''
-    folder = RunFolder(os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment))
-    for path in folder.resumable():
+    if not flags.resume:
+        return ''
+    auto = flags.resume == 'auto'
+    if not auto and not os.path.isdir(flags.resume):
+        return str(find_checkpoint(flags.resume, '--resume'))
+    folder = RunFolder(os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment) if auto else flags.resume)
+    paths = folder.resumable()
+    if not paths and not auto:
+        find_checkpoint(flags.resume, '--resume', (LAST,))  # raises
+    for path in paths:
         try:
             _read(str(path))
         except UsageError as e:
+            if path == paths[-1] and not auto:
+                raise
             _logger.warning(f'{e}: trying the one before.')
             continue
         return str(path)

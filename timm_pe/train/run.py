@@ -16,6 +16,7 @@ from ..config.cli import exit_after_signal, exit_with_error
 from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, is_out_of_memory, one_line
 from ..process.signals import Interrupted, stopping_at_once
+from ..run_folder import DEFAULT_OUTPUT, RunFolder
 from .build import build
 from .console import setup_logging
 from .evaluate import evaluate_checkpoint
@@ -29,20 +30,29 @@ OUT_OF_MEMORY = (
 NOT_BEGUN = 'the same command starts again'
 
 
-def command_to_go_on(argv: Sequence[str], experiment: str) -> str:
+def command_to_go_on(argv: Sequence[str], folder: RunFolder, output: str = '') -> str:
     """The command that resumes a run: its own, with --resume auto and the name of its folder.
 
     Flags about its start are omitted: the checkpoint has the position.
+
+    Args:
+        argv: The command line of the run.
+        folder: Its folder.
+        output: --output of the run, as given there or in YAML.
     """
     words = [word for word in argv if word not in ('--overwrite', '--no-resume-opt')]
     for flag in ('--resume', '--experiment', '--start-epoch'):
         while flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
         words = [word for word in words if not word.startswith(f'{flag}=')]
+    more = ['--resume', 'auto', '--experiment', folder.name]
+    where = folder.path.parent
+    if os.path.realpath(where) != os.path.realpath(output or DEFAULT_OUTPUT):  # of a run that --resume FOLDER names
+        more += ['--output', str(where)]
     ranks = world_info_from_env()[2]
     here = f'python {shlex.quote(sys.argv[0])}' if sys.argv[0].endswith('.py') else 'train-distill'
     start = here if ranks == 1 else f'./distributed_train.sh {os.environ.get("LOCAL_WORLD_SIZE", ranks)}'
-    return f'{start} {shlex.join([*words, "--resume", "auto", "--experiment", experiment])}'
+    return f'{start} {shlex.join([*words, *more])}'
 
 
 def leave_ranks() -> None:
@@ -118,6 +128,6 @@ def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> No
             return
         trainer = start(parts)  # optimizer, resumed state, schedule, folder
     if trainer is not None:
-        with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder.name)}'):
+        with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder, config.output)}'):
             trainer.fit()
     leave_ranks()

@@ -110,7 +110,7 @@ def start(parts: Parts) -> Trainer | None:
     if config.resume == 'auto' and span.first >= span.end:
         _finish(parts, optimizer, found, span)
         return None
-    if _goes_on(found, span, _folder_path(parts)):
+    if _goes_on(found, span, _folder_path(parts, span)):
         check_same_student(config, saved, found.path, parts.student)
     validation = create_validation(parts)
     allocate_caches(caches, parts.teachers, runtime)
@@ -286,7 +286,7 @@ def _open_run_folder(
 ) -> tuple[RunFolder, Saver | None, Trackers]:
     """Make the run's folder with args.yaml, and on the primary rank saver and trackers; the first files written."""
     config, runtime = parts.config, parts.runtime
-    folder, saver, trackers = RunFolder(_folder_path(parts)), None, Trackers()
+    folder, saver, trackers = RunFolder(_folder_path(parts, span)), None, Trackers()
     with ranks_together(runtime):
         if runtime.is_primary:
             try:
@@ -299,8 +299,13 @@ def _open_run_folder(
     return folder, saver, trackers
 
 
-def _folder_path(parts: Parts) -> str:
+def _folder_path(parts: Parts, span: Span) -> str:
+    """The folder of --experiment; without a name that of the run that --resume names and continues, else one by the time."""
     config, size = parts.config, parts.data.config['input_size'][-1]
+    if not config.experiment and os.path.isdir(config.resume) and (span.first > 0 or span.resumed):
+        resumed = os.path.abspath(config.resume)
+        if not config.output or os.path.realpath(config.output) == os.path.realpath(os.path.dirname(resumed)):
+            return resumed
     name = config.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}'
     return os.path.join(config.output or DEFAULT_OUTPUT, name)
 
