@@ -225,6 +225,28 @@ def test_runs_on_other_numbers_of_ranks_have_no_difference(tmp_path):
     assert report.why_no_difference(taught, [taught, alone]) == 'none to alone: ranks 2 and 1'
 
 
+@pytest.mark.parametrize(
+    ('taught', 'alone', 'why'),
+    [
+        ({'resume': 'alone', 'no_resume_opt': True}, {}, ['resume', 'no resume opt']),
+        ({'model_ema': True}, {'model_ema': True, 'model_ema_force_cpu': True}, ['model ema force cpu']),
+        ({'eval_metric': 'loss', 'val_interval': 2}, {}, ['val interval', 'eval metric']),
+        ({'naflex_loader': True, 'workers': 2}, {'naflex_loader': True, 'workers': 4}, ['workers']),
+        ({'dataset': 'wds/x', 'workers': 2}, {'dataset': 'wds/x', 'workers': 4}, ['workers']),
+        ({'resume': 'auto'}, {'workers': 4, 'eval_metric': 'loss'}, []),
+    ],
+)
+def test_what_changes_nothing_elsewhere_is_compared_where_it_does(taught, alone, why, tmp_path):
+    plateau = {'sched': 'plateau'} if 'val interval' in why else {}
+    runs = (
+        make_run(tmp_path, 'taught', teacher='resnet18', **taught, **plateau),
+        make_run(tmp_path, 'alone', **alone, **plateau),
+    )
+    said = compare.differing(*read_runs(runs))
+    assert len(said) == len(why)
+    assert all(any(text.startswith(name) for text in said) for name in why)
+
+
 def test_an_argument_that_earlier_versions_did_not_know_is_the_default(tmp_path):
     folders = [make_run(tmp_path, 'taught', teacher='resnet18'), make_run(tmp_path, 'alone')]
     args = yaml.safe_load((folders[1] / 'args.yaml').read_text())
@@ -330,6 +352,8 @@ def test_a_run_is_finished_after_cooldown_and_warmup_prefix(tmp_path):
         ({'cooldown_epochs': 2, 'sched': 'multistep'}, ''),
         ({'warmup_prefix': True, 'warmup_epochs': 1, 'epochs': 3}, ''),
         ({'cooldown_epochs': 2, 'stop_epoch': 4}, ''),
+        ({'lr_cycle_limit': 2}, '4 of 8 epochs'),
+        ({'warmup_prefix': True, 'warmup_epochs': 1, 'sched': 'step'}, '4 of 5 epochs'),
     ):
         run = read_runs([make_run(tmp_path / str(len(list(tmp_path.iterdir()))), 'run', 80.0, **args)])[0]
         assert run.unfinished == unfinished, args

@@ -327,6 +327,7 @@ def render(runs: Sequence[Run]) -> str:
         maps=map_pictures(groups),
         samples=collect_samples(groups, runs),
         commands={run.name: format_command(command(run)) for run in runs},
+        of_best=[run.name for run in runs if run.analysis and run.analysis['checkpoint'] != 'last'],
         configs={run.name: yaml.safe_dump(run.args, default_flow_style=False, allow_unicode=True) for run in runs},
     )
 

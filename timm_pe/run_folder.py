@@ -107,7 +107,7 @@ class RunFolder:
         os.rename(self.path, aside)
         self.path.mkdir()
         _logger.info(
-            f"The earlier run in '{self.path}' is now '{aside}' (--resume auto goes on with a run, --overwrite deletes it)."
+            f"The earlier run in '{self.path}' is now '{aside}' (--resume {aside} goes on with it, --overwrite deletes one)."
         )
 
     # Settings -----------------------------------------------------------------------------------------------------------

@@ -273,6 +273,10 @@ def test_what_is_drawn_by_worker_has_timms_number_of_them_on_any_machine(monkeyp
         (['--lr', '0.1', '--lr-base', '0.2'], '--lr-base with --lr'),
         (['--no-aug', '--hflip', '0'], '--hflip with --no-aug'),
         (['--no-aug', '--reprob', '0.5', '--no-prefetcher'], '--reprob with --no-aug'),
+        (['--no-aug', '--reprob', '0.5'], '--reprob with --no-aug'),
+        (['--lr-cycle-decay', '0.3'], '--lr-cycle-decay without --lr-cycle-limit'),
+        (['--naflex-loader', '--mixup', '0.2', '--mixup-mode', 'elem'], '--mixup-mode with --naflex-loader'),
+        (['--teacher', 'x', '--no-teacher-ema'], '--no-teacher-ema without --teacher-checkpoint'),
     ],
 )
 def test_a_flag_of_timm_that_does_nothing_is_named_with_the_reason(argv, said):
@@ -319,7 +323,7 @@ def test_a_flag_is_said_to_do_nothing_in_exactly_the_schedules_that_it_does_not_
         ['--clip-mode', 'agc', '--clip-grad', '0.1'],
         ['--cutmix-minmax', '0.2', '0.8', '--mixup-mode', 'elem'],
         ['--sched', 'plateau', '--patience-epochs', '3', '--decay-rate', '0.5'],
-        ['--no-aug', '--reprob', '0.5'],
+        ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--lr-cycle-decay', '0.3'],
     ],
 )
 def test_nothing_is_said_of_flags_that_do_something(argv):

@@ -535,6 +535,18 @@ def test_two_answers_to_what_the_images_are_normalized_with_are_refused():
         ProjectorEnsembleTask(student, shared, input_mean=mean, input_std=std, verbose=False)
 
 
+def test_what_the_maker_of_one_teacher_says_of_the_images_holds_for_the_others_of_the_task():
+    student, teacher = student_and_teacher_of_other_normalizations()
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    told = create_teacher(copy.deepcopy(teacher), input_mean=mean, input_std=std)
+    others = [create_teacher(copy.deepcopy(teacher)), copy.deepcopy(teacher)]
+    task = ProjectorEnsembleTask(student, [others[0], told, others[1]], verbose=False)
+    assert [(t.input_mean, t.input_std) for t in task.teachers] == [(mean, std)] * 3
+    otherwise = create_teacher(copy.deepcopy(teacher), input_mean=(0.7,) * 3, input_std=std)
+    with pytest.raises(UsageError, match=r'teachers were made for images of mean and std .*0.1.* and .*0.7'):
+        ProjectorEnsembleTask(copy.deepcopy(student), [told, otherwise], verbose=False)
+
+
 def test_a_teacher_is_told_by_a_task_that_came_to_be_and_by_no_other():
     student, teacher = student_and_teacher_of_other_normalizations()
     made, own = create_teacher(teacher), tuple(teacher.pretrained_cfg['mean'])

@@ -499,7 +499,7 @@ def test_a_resume_that_makes_another_run_of_it_is_refused_and_no_resume_opt_star
     more = [str(teachers / 'b.pth') if word == 'b' else word for word in more]
     before = bytes_of(tmp_path / 'run')
     said = refused([*begun, *more], capsys)
-    assert re.search(f'is of a run about something else .*{why}', said)
+    assert re.search(f'is of another run .*{why}', said)
     assert 'add --no-resume-opt --start-epoch 0 to start a new run on its student' in said
     assert bytes_of(tmp_path / 'run') == before
     if '--model' in more:  # whose weights are no others
@@ -550,7 +550,7 @@ def test_a_checkpoint_of_an_earlier_commit_is_not_asked_for_what_it_does_not_hol
     del ranks[0]['generators']
     change_run(tmp_path / 'run', meaning=None, seconds=None, ranks=ranks)
     said = run([*begun, '--teacher-checkpoint', str(teachers / 'b.pth')], capsys)
-    assert 'something else' not in said
+    assert 'of another run' not in said
     assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1', '2', '3']
 
 

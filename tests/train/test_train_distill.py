@@ -486,6 +486,20 @@ def test_one_loss_weight_and_one_a_class_train(small_run, tmp_path):
         assert summary(tmp_path / str(i))
 
 
+def test_a_student_from_a_run_of_another_normalization_says_so(small_run, tmp_path, capsys):
+    student = ['--model', 'test_resnet', '--epochs', '1', '--output', str(tmp_path)]
+    run([*small_run, *student, '--experiment', 'first', '--mean', '0.1', '0.2', '0.3'])
+    more = [*small_run, *student, '--experiment', 'second', '--pretrained-path', str(tmp_path / 'first')]
+    capsys.readouterr()
+    assert "first' was trained with --mean 0.1 0.2 0.3, this run has" in run(more, capsys)
+    assert 'was trained with' not in run([*more, '--mean', '0.1', '0.2', '0.3'], capsys)
+
+
+def test_an_evaluation_with_tta_says_that_its_numbers_mean_nothing(finished, capsys):
+    folder, _, _ = finished
+    assert 'the metrics mean nothing' in run(['--evaluate', str(folder), '--tta', '2', '--device', 'cpu'], capsys)
+
+
 def test_pretrained_path_fetches_nothing_and_says_so_of_nothing(small_run, tmp_path, capsys):
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
     argv = [*small_run, '--model', 'test_resnet', '--epochs', '1']

@@ -30,7 +30,7 @@ class TeacherFlags:
     teacher_pretrained: bool = switch("without --teacher-checkpoint: load the weights that belong to the teacher's name, or leave the teacher random", needs='teacher', added=True, default=True, off='no')
     teacher_checkpoint: Each[str | None] = flag(None, 'weights of the teacher: a file (.safetensors, .pth, .pth.tar) or a run folder; nothing is downloaded then', metavar='PATH', needs='teacher', each=True, added=True)
     teacher_eval: bool = switch("validate the teacher before the first epoch, where its classes are the student's", needs='teacher', added=True, default=True, off='no')
-    teacher_ema: bool = switch('prefer the moving average in --teacher-checkpoint, where the file has one', needs='teacher', added=True, default=True, off='no')
+    teacher_ema: bool = switch('prefer the moving average in --teacher-checkpoint, where the file has one', needs='teacher', idle_without='teacher_checkpoint', added=True, default=True, off='no')
     teacher_num_classes: Each[int | None] = flag(None, 'classes of the teacher', metavar='N', unset="the checkpoint's, or what belongs to its name", at_least=0, needs='teacher', each=True, added=True)
     teacher_input_size: Each[int | None] = flag(None, 'side in pixels that the teacher sees (bicubic)', metavar='N', unset="the student's where its architecture can take it, or be built for it in whole patches, else its own", at_least=1, at_most=MAX_SIDE, needs='teacher', each=True, added=True)
     teacher_mean: Each[list[float] | None] = flag(None, 'mean the teacher was trained with', metavar='R', unset='that of its run folder, or what belongs to its name', needs='teacher', each=True, added=True)

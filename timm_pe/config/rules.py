@@ -153,7 +153,7 @@ def _check_needs(config: 'RunConfig', refuse: Refuse) -> None:
 # flags that --no-aug disables
 _AUGMENTATIONS = (
     *('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob'),
-    *('gaussian_blur_prob', 'aa', 'train_interpolation'),
+    *('gaussian_blur_prob', 'aa', 'train_interpolation', 'reprob'),
 )
 # flags that a schedule does not read
 _IDLE_IN_SCHEDULE = {
@@ -176,12 +176,17 @@ def without_effect(config: 'RunConfig') -> list[str]:
             and not any(_is_on(config, w) for w in declared.idle_without)
         ):
             wanted = ' or '.join(name_of(w).replace('=', ' ') for w in declared.idle_without)
-            found.append(f'{name_of(name)} without {wanted}')
+            flag = f'--{declared.off}-{name_of(name)[2:]}' if declared.off == 'no' else name_of(name)
+            found.append(f'{flag} without {wanted}')
     if config.no_aug:
-        left_out = (*_AUGMENTATIONS, *(('reprob',) if config.no_prefetcher else ()))
-        found += [f'{name_of(name)} with --no-aug' for name in left_out if config.is_given(name)]
+        found += [f'{name_of(name)} with --no-aug' for name in _AUGMENTATIONS if config.is_given(name)]
     if not config.no_aug and config.aa and '3a' not in config.aa:
         found += [f'{name_of(n)} with --aa' for n in ('color_jitter', 'color_jitter_prob') if config.is_given(n)]
+    if config.naflex_loader and config.is_given('mixup_mode'):
+        found.append('--mixup-mode with --naflex-loader')
+    if config.lr_cycle_limit < 2:
+        cycles = ('lr_cycle_mul', 'lr_cycle_decay')
+        found += [f'{name_of(n)} without --lr-cycle-limit' for n in cycles if config.is_given(n)]
     if config.lr is not None:
         found += [f'{name_of(n)} with --lr' for n in ('lr_base', 'lr_base_size', 'lr_base_scale') if config.is_given(n)]
     if config.drop_path is not None and config.is_given('drop_connect'):
@@ -347,10 +352,11 @@ def _check_sizes(config: 'RunConfig', refuse: Refuse) -> None:
         refuse('--variable-batch-loss-scale needs --train-batch-sizes')
     if sizes and (config.naflex_loader or config.aug_splits or config.use_multi_epochs_loader):
         refuse('--train-img-sizes does not go with --naflex-loader, --aug-splits or --use-multi-epochs-loader')
-    names = ('aug_repeats', 'aug_splits', 'resplit', 'torchscript', 'save_images')
+    names = ('aug_repeats', 'aug_splits', 'resplit', 'torchscript', 'save_images', 'cutmix_minmax')
     if config.naflex_loader and any(getattr(config, name) for name in names):
         refuse(
-            '--naflex-loader does not go with --aug-repeats, --aug-splits, --resplit, --torchscript or --save-images'
+            '--naflex-loader does not go with --aug-repeats, --aug-splits, --resplit, --torchscript, --save-images or '
+            '--cutmix-minmax'
         )
 
 
@@ -388,15 +394,15 @@ def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f'--train-crop-pad does not go with {name_of(name)}')
 
 
+# kinds of data sets that are read as a stream
+STREAMED_KINDS = ('hfids', 'tfds', 'wds')
 # flags that apply to some kinds of data sets only; '' is a folder of images or a tar
 _ONLY_OF_KINDS = {
     'class_depth': ('', 'folder'),
     'class_map': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
     'input_key': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
     'target_key': ('hfds', 'hfids', 'tfds', 'wds'),
-    'train_num_samples': ('hfids', 'tfds', 'wds'),
-    'val_num_samples': ('hfids', 'tfds', 'wds'),
-    'epoch_repeats': ('hfids', 'tfds', 'wds'),
+    **dict.fromkeys(('train_num_samples', 'val_num_samples', 'epoch_repeats'), STREAMED_KINDS),
 }
 
 

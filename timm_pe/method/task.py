@@ -44,6 +44,7 @@ from .teachers import (
     resolve_teacher,
     settle_input_norms,
     teachers_of_classes,
+    told_input_norm,
 )
 from .trainable import ProjectorEnsembleModule
 
@@ -168,6 +169,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             check_whole_maps(student)
         map_tap = MapTap(student) if map_weight else None  # before the other tap: it runs the model
         tap = FeatureTap(student, student_tap, before_dropout=True)
+        input_mean, input_std = told_input_norm(models, input_mean, input_std)
         given = *of_one, input_mean, input_std, self.device, needs_logits
         self._set_teachers([resolve_teacher(model, student, *given) for model in models], weights)
         check_dim('student_feature_dim', student_feature_dim, tap.width)

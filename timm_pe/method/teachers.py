@@ -158,6 +158,25 @@ def _norm_of_student(
     return mean or own['mean'], std or own['std']
 
 
+def told_input_norm(
+    teachers: Sequence[TeacherLike], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """What the batches of a task are normalized with: as the task is told, else as those were told that made its teachers.
+
+    Raises:
+        UsageError: Two teachers were told otherwise, and the task nothing.
+    """
+    told = {(t.input_mean, t.input_std) for t in teachers if isinstance(t, Teacher) and t.input_norm_by == 'caller'}
+    if mean or std or not told:
+        return mean, std
+    if len(told) > 1:
+        raise UsageError(
+            f'the teachers were made for images of mean and std {" and ".join(map(str, sorted(told)))}, and a batch has '
+            f'one of them: make them with the same input_mean and input_std'
+        )
+    return told.pop()
+
+
 def settle_input_norms(
     teachers: Sequence[Teacher], student: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:

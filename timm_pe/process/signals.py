@@ -67,7 +67,9 @@ def stopping_at_once(where: str) -> Iterator[None]:
         raise KeyboardInterrupt if signum == signal.SIGINT else Interrupted(signum, where, of_all=False)
 
     here = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, stop) for number in here if signal.getsignal(number) != signal.SIG_IGN}
+    # not where the parent process ignores it, or code outside of Python handles it
+    left = (signal.SIG_IGN, None)
+    before = {number: signal.signal(number, stop) for number in here if signal.getsignal(number) not in left}
     try:
         yield
     except BaseException as e:

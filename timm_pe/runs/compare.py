@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from ..config.declare import NOT_GIVEN, declared_in, default_of, neutral_in
 from ..config.flags import CacheFlags, ProjectorFlags, TeacherFlags, TimmDistillationFlags
+from ..config.rules import STREAMED_KINDS
 from ..config.run_config import GROUPS, RunConfig, create_parser
 from ..config.teachers import as_each
 from ..method.names import TARGETS
@@ -37,7 +38,7 @@ _NOT_OF_A_PAIR = {
     ),
     *('unlabeled', 'unlabeled_ratio', 'val_fraction'),
     *neutral_in(RunConfig),
-    *('val_interval', 'validation_batch_size', 'nonfinite', 'model_ema_force_cpu'),
+    *('val_interval', 'validation_batch_size', 'nonfinite'),
     *('channels_last', 'fuser', 'torchscript', 'torchcompile', 'torchcompile_mode'),
     *('data', 'data_dir', 'num_classes'),
 }
@@ -132,11 +133,22 @@ def differing(run: Run, other: Run) -> list[str]:
     }
     pairs: dict[str, tuple[Any, ...]] = {'data folder': (_data_folder(run), _data_folder(other))}
     pairs.update({name: (f'{a:g}', f'{b:g}') for name, (a, b) in known.items() if None not in (a, b)})
+    compared = {name for name in declared_in(RunConfig) if name not in _NOT_OF_A_PAIR}
+    if any(r.args.get('no_resume_opt') for r in (run, other)):  # they start from weights of another run
+        compared |= {'resume', 'no_resume_opt'}
+    if 'plateau' in (run.args.get('sched'), other.args.get('sched')):  # the schedule follows what is measured
+        compared |= {'eval_metric', 'val_interval', 'save_epochs'}
+    if any(r.args.get('naflex_loader') or _is_streamed(r) for r in (run, other)):
+        compared.add('workers')  # what is drawn depends on their number
     for name in itertools.chain.from_iterable(map(declared_in, GROUPS)):
-        if name not in _NOT_OF_A_PAIR:
+        if name in compared:
             values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
             pairs[name.replace('_', ' ')] = tuple('none' if value in (None, '', [], {}) else value for value in values)
     return [f'{name} {a} and {b}' for name, (a, b) in pairs.items() if a != b]
+
+
+def _is_streamed(run: Run) -> bool:
+    return str(run.args.get('dataset')).lower().split('/')[0] in STREAMED_KINDS
 
 
 def _data_folder(run: Run) -> str:

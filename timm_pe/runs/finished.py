@@ -1,5 +1,6 @@
 """Finished runs, as the report, the model card and the benchmarks read them."""
 
+import argparse
 import difflib
 import json
 import math
@@ -10,8 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from ..config.declare import declared_in, default_of
+from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
 from ..train.checkpoints import saved_ranks
@@ -100,10 +105,7 @@ class Run:
     @property
     def planned(self) -> int:
         """Number of epochs that it is to have; 0 if it does not say."""
-        # timm's other schedules end with their epochs
-        more = [self.args.get('cooldown_epochs'), self.args.get('warmup_prefix') and self.args.get('warmup_epochs')]
-        beyond = sum(filter(None, more)) if self.args.get('sched', 'cosine') in ('cosine', 'tanh', 'poly') else 0
-        return self.args.get('stop_epoch') or (self.args.get('epochs') or 0) + beyond
+        return self.args.get('stop_epoch') or _scheduled_epochs(self.args)
 
     @property
     def unfinished(self) -> str:
@@ -141,6 +143,19 @@ class Run:
                 return sum(math.prod(f.get_slice(n).get_shape()) for n in names)
         except (OSError, SafetensorError):
             return None
+
+
+def _scheduled_epochs(args: Mapping[str, Any]) -> int:
+    """Number of epochs of a run's schedule, as timm counts them: with cycles, warmup prefix and cooldown."""
+    settings = {name: args.get(name, default_of(RunConfig, name)) for name in declared_in(RunConfig)}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        kwargs = scheduler_kwargs(
+            argparse.Namespace(**{**settings, 'sched_on_updates': False}), decreasing_metric=False
+        )
+        return int(create_scheduler_v2(optimizer, **kwargs)[1])
+    except (TypeError, ValueError, AssertionError):  # settings that no run has had
+        return 0
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
 from .checkpoints import find_resume, keeps_teacher_size
+from .from_run import warn_of_other_normalization
 from .run_task import create_run_task
 from .run_teachers import create_run_teachers
 from .student import check_names, choose_num_classes, create_student, input_channels
@@ -97,6 +98,8 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     data = create_data(config, (datasets[0] if training else None, datasets[1]), student, runtime)
     if config.evaluate:
         return Parts(config, runtime, student, datasets, data, [], None)
+    if training and not checkpoint:
+        warn_of_other_normalization(config, data.config['mean'], data.config['std'])
     with hint(hints.get('teacher')):
         teachers = create_run_teachers(config, data, runtime, not keeps_teacher_size(weights))
     task = create_run_task(config, student, teachers, data.config, runtime) if training or teachers else None

@@ -349,7 +349,7 @@ def resume(
     run = read_run_state(checkpoint, path)
     changes = changes_of_meaning(run.meaning, meaning) if run else {}
     if changes:
-        said = f"--resume: '{path}' is of a run about something else ({'; '.join(changes.values())})"
+        said = f"--resume: '{path}' is of another run ({'; '.join(changes.values())})"
         if not config.no_resume_opt:
             raise UsageError(
                 f'{said}: give it the same, or add --no-resume-opt --start-epoch 0 to start a new run on its student'

@@ -93,6 +93,15 @@ def count_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def warn_of_tta(config: RunConfig) -> None:
+    """Say that --tta averages different images."""
+    if config.tta > 1:
+        _logger.warning(
+            f'--tta {config.tta} averages {config.tta} images in a row, as in timm; this loader gives each image once, so '
+            f'different images are averaged and the metrics mean nothing.'
+        )
+
+
 def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
     """Name flags without effect, labels that are not used, and a warmup that fills the run of `num_epochs` at learning
     rate `lr`.
@@ -102,11 +111,7 @@ def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
         _logger.warning(f'Without effect: {", ".join(idle)}.')
     if not config.has_labels:
         warn_of_splits(config.unlabeled)
-    if config.tta > 1:
-        _logger.warning(
-            f'--tta {config.tta} averages {config.tta} images in a row, as in timm; this loader gives each image once, so '
-            f'different images are averaged and the metrics mean nothing.'
-        )
+    warn_of_tta(config)
     if config.sched != 'none' and not config.warmup_prefix and config.warmup_epochs >= num_epochs:
         _logger.warning(
             f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
@@ -122,7 +127,7 @@ def hint_at_short_run(task: TrainingTask, updates: int) -> None:
         if aim.tapped == 'feature' and projectors.in_dim == projectors.out_dim and projectors.projector != 'identity':
             _logger.info(
                 f'A short run, {updates:,} updates, and both features are {projectors.in_dim} wide: where that was measured, '
-                f'no projector was better. Compare with --pe-projector identity (docs/guide/teachers.md).'
+                f'students did better without projectors. Try --pe-projector identity too (docs/guide/teachers.md).'
             )
             return
 
@@ -259,7 +264,8 @@ def _run_rows(
     if config.epochs == default_of(type(config), 'epochs'):
         first += f"; {config.epochs} is timm's default, --epochs sets it"
     rows.append(('epochs', f'{num_epochs} of {len(data.train)} batches{warmup}{first}'))
-    mixing = [f'{n} {getattr(config, n):g}' for n in ('mixup', 'cutmix', 'reprob', 'drop') if getattr(config, n)]
+    names = ('mixup', 'cutmix', *(() if config.no_aug else ('reprob',)), 'drop')
+    mixing = [f'{n} {getattr(config, n):g}' for n in names if getattr(config, n)]
     smoothing = [f'smoothing {label_smoothing(config):g}'] if config.has_labels else []
     rows.append(('regularization', ', '.join([*mixing, *smoothing]) or 'none'))
     average = f'decay {config.model_ema_decay:g}' if config.model_ema else 'none'

@@ -21,7 +21,7 @@ from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .build import Parts
 from .checkpoints import check_learnt_classes
-from .console import Progress
+from .console import Progress, warn_of_tta
 from .student import place_student
 
 _logger = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def evaluate_checkpoint(parts: Parts) -> None:
     state_dict = read_state_dict(path, '--evaluate', use_ema=not config.model_ema_force_cpu)
     load_weights(parts.student, state_dict, '--evaluate', path)
     student = place_student(parts.student, config, parts.runtime).eval()
+    warn_of_tta(config)
     metrics = validate(student, parts.data.eval, parts.runtime, config, 'Evaluate')
     _logger.info(
         f"'{path}': {format_metrics(metrics, parts.num_classes)} on {count_images(parts.data.eval.dataset)} images."

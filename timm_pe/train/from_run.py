@@ -1,6 +1,7 @@
 """Settings taken from another run's folder: how its student was built and fed, for an evaluation or for a teacher."""
 
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -8,7 +9,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import resolve_model_input_args
 from timm.utils import unwrap_model
 
-from ..config.declare import default_of
+from ..config.declare import default_of, name_of
 from ..config.rules import odd_value, out_of_bounds
 from ..config.run_config import RunConfig
 from ..config.teachers import OneTeacher, values_of
@@ -16,6 +17,8 @@ from ..config.yaml_file import runs_code, typed_value
 from ..errors import UsageError, one_line
 from ..method.teacher import Teacher
 from ..run_folder import RunFolder
+
+_logger = logging.getLogger(__name__)
 
 # flags that say how a run's student was built and fed: those that a teacher takes, ...
 _OF_A_TEACHER = ('model', 'model_kwargs', 'pretrained_cfg_overlay', 'in_chans', 'gp', 'bn_eps', 'img_size', 'input_size', 'mean', 'std')  # fmt: skip
@@ -118,6 +121,30 @@ def describe_evaluation(config: RunConfig) -> str:
     other = [f'{name} {_shown(value)}' for name, value in run.items() if getattr(config, name) != value]
     otherwise = f'; given otherwise: {", ".join(other)}' if other else ''
     return f"--evaluate: from '{folder.args_file}': {', '.join(same) or 'nothing'}{otherwise}."
+
+
+def warn_of_other_normalization(config: RunConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say where a student starts from a run that was told another normalization of its images than this one has.
+
+    Args:
+        config: Run settings.
+        mean: The mean of this run's images, by channel.
+        std: Their standard deviation.
+    """
+    for flag in ('pretrained_path', 'initial_checkpoint'):
+        folder = RunFolder.around(getattr(config, flag))
+        if folder is None:
+            continue
+        try:
+            run = read_settings(folder, name_of(flag), ('mean', 'std'))
+        except UsageError:  # its weights can be read all the same
+            continue
+        for name, value in (('mean', mean), ('std', std)):
+            if run[name] and list(run[name]) != list(value):
+                _logger.warning(
+                    f"{name_of(flag)}: '{folder.path}' was trained with --{name} {_shown(run[name])}, this run has "
+                    f'{_shown(list(value))}: give it the same to keep what the weights are used to.'
+                )
 
 
 def _shown(value: Any) -> str:

@@ -109,7 +109,7 @@ class Trainer:
         if self.runtime.is_primary and best[0] is not None:
             _logger.info(
                 f'Best {METRIC_NAMES.get(metric_name, metric_name)} {best[0]:.3f} in epoch {cast(int, best[1]) + 1} of {span.schedule} '
-                f"(row {best[1]} of summary.csv), {self.pace.describe()}. The student: '{self.folder.student_file}'.\n"
+                f"(epoch {best[1]} of summary.csv, which counts from 0), {self.pace.describe()}. The student: '{self.folder.student_file}'.\n"
                 f'{describe_use(config, self.folder, self.num_classes)}'
             )
 
