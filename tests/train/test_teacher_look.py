@@ -32,7 +32,8 @@ def test_a_run_folder_names_its_network_and_is_validated_by_its_own_transforms_t
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['teacher'] == 'test_resnet'
     found = re.search(
         r'Teacher: top-1 ([\d.]+) %  val loss [\d.]+ on the validation split by its own transforms '
-        r"\(40x40, crop 1, bilinear\), top-1 [\d.]+ %  val loss [\d.]+ by this run's \(32x32, crop 0\.95, bicubic\)\.",
+        r'\(40x40, crop 1, bilinear\),\n'
+        r"(?:.*)Teacher: top-1 [\d.]+ %  val loss [\d.]+ by this run's \(32x32, crop 0\.95, bicubic\), as it teaches\.",
         said,
     )
     assert float(found[1]) == pytest.approx(best(taught), abs=1e-3)
@@ -43,6 +44,14 @@ def test_one_number_is_said_where_the_transforms_are_the_same(small_run, taught,
     said = run([*small_run, '--model', 'test_efficientnet', '--teacher-checkpoint', str(taught), *same], capsys)
     assert f'Teacher: top-1 {best(taught):.3f} %' in said
     assert 'own transforms' not in said
+
+
+@pytest.mark.parametrize('name', ['', 'local-dir:'])
+def test_a_run_folder_in_place_of_a_models_name_is_refused_with_the_flag_that_takes_it(name, small_run, taught, capsys):
+    error = refused([*small_run, '--model', 'test_resnet', '--teacher', f'{name}{taught}'], capsys)
+    assert f"is a run folder, and no model's name: give --teacher-checkpoint {taught} in its place" in error
+    error = refused([*small_run, '--model', f'{name}{taught}'], capsys)
+    assert f'--pretrained-path {taught} for its weights or --resume {taught} to go on' in error
 
 
 @pytest.mark.parametrize(('own', 'alarm'), [(90.0, False), (33.4, True)])

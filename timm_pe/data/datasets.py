@@ -286,6 +286,13 @@ def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any]) -> None:
     )
 
 
+def warn_of_empty_classes(train: Dataset[Any]) -> None:
+    """Name class folders of the training split that hold no image: the student does not have these classes."""
+    reader = _folder_reader(train)
+    if reader is not None and reader.empty:
+        _logger.warning(f"No image in class folder {name_some(reader.empty)} of '{reader.root}': it is no class.")
+
+
 def _describe_empty(*datasets: Dataset[Any] | None) -> str:
     """Class folders without an image, and why, as the end of an error message; '' if there are none."""
     said = []

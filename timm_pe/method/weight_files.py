@@ -22,6 +22,11 @@ _logger = logging.getLogger(__name__)
 
 # what a run folder of train_distill holds, the evaluated student first
 STUDENT, BEST, LAST = RUN_FOLDER_FILES = ('student.safetensors', 'model_best.pth.tar', 'last.pth.tar')
+# flags of a model's name, and what takes a run folder in their place
+_TAKES_RUNS = {
+    '--teacher': 'give --teacher-checkpoint {} in its place',
+    '--model': 'give the name of its model, and --pretrained-path {0} for its weights or --resume {0} to go on',
+}
 # first bytes of a torch.save file: a zip, before torch 1.6 a pickle of this number
 _ZIP, _OLD_MAGIC = b'PK\x03\x04', torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
 
@@ -36,6 +41,9 @@ def check_model_name(name: str, what: str) -> None:
     Raises:
         UsageError: Unknown name (with near ones), unknown pretrained tag (with the known ones), or no such folder.
     """
+    folder = name.removeprefix('local-dir:')
+    if what in _TAKES_RUNS and any(os.path.isfile(os.path.join(folder, file)) for file in RUN_FOLDER_FILES):
+        raise UsageError(f"{what} '{name}' is a run folder, and no model's name: {_TAKES_RUNS[what].format(folder)}")
     try:
         source, model_id = parse_model_name(name)
     except ValueError as e:

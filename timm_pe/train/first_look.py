@@ -155,10 +155,12 @@ def _check_teacher(parts: Parts, flags: OneTeacher, teacher: Teacher) -> Teacher
         loader = create_eval_loader(config, copy.copy(data.eval.dataset), own, runtime)
         own_metrics = validate(teacher.forward_logits, loader, runtime, config, who)
         best = max(best, own_metrics['top1'])
-        _logger.info(
-            f'{who}: {format_metrics(own_metrics, num_classes)} on the validation split by its own transforms '
-            f"({_describe_input(own)}), {said} by this run's ({_describe_input(data.config)})."
-        )
+        own_said = format_metrics(own_metrics, num_classes)
+        if own_said == said:
+            _logger.info(f"{who}: {said} on the validation split, by its own transforms as by this run's.")
+        else:
+            _logger.info(f'{who}: {own_said} on the validation split by its own transforms ({_describe_input(own)}),')
+            _logger.info(f"{who}: {said} by this run's ({_describe_input(data.config)}), as it teaches.")
     chance, images = 1 / num_classes, len(data.eval.dataset)
     at_chance = num_classes > 1 and best / 100 < chance + 3 * (chance * (1 - chance) / images) ** 0.5
     if at_chance and not flags.is_random:

@@ -23,6 +23,7 @@ from ..config.declare import name_of
 from ..config.derive import learning_rate, ranked_by
 from ..config.flags import AverageFlags
 from ..config.run_config import RunConfig
+from ..data.datasets import warn_of_empty_classes
 from ..data.epochs import plain_loader
 from ..data.fingerprint import hash_names
 from ..data.loaders import Data
@@ -412,6 +413,8 @@ def _announce(
 ) -> None:
     """Print every resolved choice, once."""
     task = parts.training_task
+    if parts.config.has_labels:
+        warn_of_empty_classes(parts.data.train.dataset)
     table = start_table(
         parts.config,
         parts.runtime,
