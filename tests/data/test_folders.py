@@ -15,7 +15,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from timm_pe import UsageError
 from timm_pe.config.run_config import parse_config
-from timm_pe.data.datasets import class_map_of, class_sizes, create_datasets, describe_data
+from timm_pe.data.datasets import class_map_of, class_sizes, create_datasets, describe_data, warn_of_empty_classes
 from timm_pe.data.folders import FolderReader, describe_ignored, find_split, image_endings, natural_key
 from timm_pe.data.unlabeled import find_images
 
@@ -273,13 +273,15 @@ def test_digits_have_ten_classes_without_being_told(tmp_path, capsys):
     assert 'classes         10 (of the data)' in said
 
 
-def test_the_start_table_says_sizes_small_classes_empty_folders_and_what_is_left_out(tmp_path):
+def test_the_start_table_says_sizes_small_classes_empty_folders_and_what_is_left_out(tmp_path, caplog):
     names = [f'train/{name}/{i}.png' for name, n in (('ant', 3), ('bee', 7)) for i in range(n)]
     tree(tmp_path, *names, 'val/ant/0.png', 'val/bee/0.png')
     (tmp_path / 'train/dog').mkdir()
     (tmp_path / 'train/notes.txt').write_text('')
     datasets = create_datasets(parse_config([str(tmp_path)]))
     assert class_sizes(datasets[0]) == {'ant': 3, 'bee': 7}
+    warn_of_empty_classes(datasets[0])
+    assert "No image in class folder dog of '" in caplog.text
     assert dict(describe_data(*datasets)) == {
         'data': '10 training, 2 validation images of 2 classes',
         'class sizes': '3 (ant) to 7 (bee), training images',
