@@ -6,6 +6,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 import json
 import logging
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,14 @@ def image_folder(tmp_path_factory) -> Path:
                 pixels[..., c] += 100
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
     return root
+
+
+@pytest.fixture
+def hears_sigint():
+    """SIGINT as a terminal sets it: a shell that starts tests in the background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ class RunFolder:
         os.rename(self.path, aside)
         self.path.mkdir()
         _logger.info(
-            f"The earlier run in '{self.path}' is now '{aside}' (--resume {aside} goes on with it, --overwrite deletes one)."
+            f"The earlier run in '{self.path}' is now '{aside}' (--resume {shlex.quote(aside)} goes on with it, --overwrite deletes one)."
         )
 
     # Settings -----------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path
     folder, argv = alone('plain')
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']
     assert re.search(
-        r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), \d+ s\. ',
+        r'Best top-1 [\d.]+ in epoch \d of \d \(epoch \d of summary\.csv, which counts from 0\), \d+ s\. ',
         run([*argv, '--stop-epoch', '1'], capsys),
     )
     change_run(tmp_path / 'run', seconds=5000.0)
@@ -175,7 +175,8 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(alone, tmp_path
     stopped(argv, capsys)
     monkeypatch.undo()
     assert re.search(
-        r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), 50\d\d s in all\. ', run(argv, capsys)
+        r'Best top-1 [\d.]+ in epoch \d of \d \(epoch \d of summary\.csv, which counts from 0\), 50\d\d s in all\. ',
+        run(argv, capsys),
     )
 
 
@@ -187,7 +188,8 @@ def test_seconds_that_a_checkpoint_does_not_know_are_not_made_up(alone, tmp_path
     for stop in ('2', '4'):  # nor by the checkpoints that follow
         said = run([*argv, '--stop-epoch', stop], capsys)
         assert re.search(
-            r'Best top-1 [\d.]+ in epoch \d of \d \(row \d of summary\.csv\), \d+ s since it was resumed\. ', said
+            r'Best top-1 [\d.]+ in epoch \d of \d \(epoch \d of summary\.csv, which counts from 0\), \d+ s since it was resumed\. ',
+            said,
         )
 
 
@@ -677,6 +679,7 @@ def taken_for_an_error(signum):
         raise UsageError(f'cannot open: {e}') from e
 
 
+@pytest.mark.usefixtures('hears_sigint')
 @pytest.mark.parametrize('fate', [signal.raise_signal, taken_for_an_error])
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_before_training_has_its_code_and_its_line_and_leaves_nothing(
@@ -719,7 +722,10 @@ def test_the_same_command_again_moves_the_earlier_run_aside_with_all_that_is_in_
     (tmp_path / 'run' / 'notes.txt').write_text('mine')
     first = files_of(tmp_path / 'run')
     said = run([*argv, '--seed', '1'], capsys)
-    assert f"The earlier run in '{tmp_path / 'run'}' is now '{tmp_path / 'run'}.1' (--resume auto goes on" in said
+    assert (
+        f"The earlier run in '{tmp_path / 'run'}' is now '{tmp_path / 'run'}.1' (--resume {tmp_path / 'run'}.1 goes on with it"
+        in said
+    )
     assert files_of(tmp_path / 'run.1') == first
     second = files_of(tmp_path / 'run')
     assert 'notes.txt' not in second

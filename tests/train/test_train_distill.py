@@ -320,7 +320,7 @@ def test_a_teacher_whose_run_has_learnt_the_classes_in_another_order_gives_no_lo
 )
 def test_a_short_run_at_equal_widths_hints_at_no_projector(flags, hints, small_run, capsys):
     said = run([*small_run, *flags, '--teacher', 'test_vit', '--no-teacher-pretrained', '--epochs', '1'], capsys)
-    assert ('Compare with --pe-projector identity' in said) is hints
+    assert ('Try --pe-projector identity too' in said) is hints
 
 
 def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_path, capsys):

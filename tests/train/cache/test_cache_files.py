@@ -157,6 +157,7 @@ def test_a_cache_that_was_stopped_in_the_middle_goes_on(argv, tmp_path, forwards
     assert not forwards
 
 
+@pytest.mark.usefixtures('hears_sigint')
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_precompute_and_the_same_command_fills_what_is_left(signum, argv, tmp_path, monkeypatch, capsys):
     fill, views = precompute.fill_view, []
