@@ -335,6 +335,19 @@ def test_seeds_of_which_one_was_resumed_or_ran_elsewhere_are_one_group(tmp_path)
     assert [len(group.runs) for group in group_seeds(read_runs(runs))] == [2]
 
 
+def test_seeds_that_started_or_were_scheduled_otherwise_are_no_group(tmp_path):
+    for number, (first, second) in enumerate(
+        (
+            ({'resume': 'a', 'no_resume_opt': True}, {'resume': 'b', 'no_resume_opt': True}),
+            ({'resume': 'a', 'no_resume_opt': True}, {}),
+            ({'sched': 'plateau', 'eval_metric': 'loss'}, {'sched': 'plateau'}),
+            ({'dataset': 'wds/x', 'workers': 1}, {'dataset': 'wds/x', 'workers': 8}),
+        )
+    ):
+        runs = [make_run(tmp_path / str(number), f'a-{i}', seed=i, **args) for i, args in ((1, first), (2, second))]
+        assert len(group_seeds(read_runs(runs))) == 2
+
+
 def test_the_epochs_of_a_run_whose_columns_changed_are_all_read(tmp_path):
     folder = make_run(tmp_path, 'resumed', 80.0)
     lines = (folder / 'summary.csv').read_text().splitlines()

@@ -108,7 +108,8 @@ class RunFolder:
         os.rename(self.path, aside)
         self.path.mkdir()
         _logger.info(
-            f"The earlier run in '{self.path}' is now '{aside}' (--resume {shlex.quote(aside)} goes on with it, --overwrite deletes one)."
+            f"The earlier run in '{self.path}' is now '{aside}' (--resume auto --experiment {shlex.quote(os.path.basename(aside))} "
+            f'goes on with it, --overwrite deletes one).'
         )
 
     # Settings -----------------------------------------------------------------------------------------------------------

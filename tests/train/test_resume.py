@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 import train_distill
 from timm_pe import ProjectorEnsembleTask
-from timm_pe.config.run_config import parse_config
+from timm_pe.config.run_config import RunConfig, parse_config
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupted, Interrupts, ignore_in_worker, stopping_at_once
@@ -650,6 +650,18 @@ def test_a_folder_that_resume_names_goes_on_in_place_from_its_newest_checkpoint(
     assert compare(folder, tmp_path / 'run') == []
 
 
+def test_the_newest_checkpoint_of_a_folder_is_that_of_the_latest_position_whatever_the_times_of_its_files(
+    alone, tmp_path
+):
+    folder, _ = alone('plain')
+    shutil.copytree(folder, tmp_path / 'copy')
+    for time, path in enumerate(sorted((tmp_path / 'copy').glob('*.pth.tar'), reverse=True)):
+        os.utime(path, (time + 1, time + 1))
+    assert checkpoints.find_resume(RunConfig(resume=str(tmp_path / 'copy'))) == str(tmp_path / 'copy' / 'last.pth.tar')
+    (tmp_path / 'copy' / 'last.pth.tar').unlink()
+    assert checkpoints.find_resume(RunConfig(resume=str(tmp_path / 'copy'))).endswith('checkpoint-3.pth.tar')
+
+
 def test_a_folder_that_resume_names_goes_on_elsewhere_where_the_command_says_so(
     alone, tmp_path, stop_at, capsys, monkeypatch
 ):
@@ -661,7 +673,10 @@ def test_a_folder_that_resume_names_goes_on_elsewhere_where_the_command_says_so(
     for more in (['--output', str(tmp_path), '--experiment', 'new'], ['--output', str(tmp_path / 'other')]):
         said = run([*argv, *more, '--resume', str(tmp_path / 'run')], capsys)
         assert '/run/recovery-' in said
+    for more in (['--no-resume-opt'], ['--start-epoch', '1']):  # another run
+        run([*argv, *more, '--epochs', '5', '--output', str(tmp_path), '--resume', str(tmp_path / 'run')])
     assert files_of(tmp_path / 'run') == before
+    assert len(list(tmp_path.iterdir())) == 5
     assert (tmp_path / 'new' / 'student.safetensors').exists()
     assert len(list((tmp_path / 'other').glob('*/student.safetensors'))) == 1
 
@@ -723,7 +738,7 @@ def test_the_same_command_again_moves_the_earlier_run_aside_with_all_that_is_in_
     first = files_of(tmp_path / 'run')
     said = run([*argv, '--seed', '1'], capsys)
     assert (
-        f"The earlier run in '{tmp_path / 'run'}' is now '{tmp_path / 'run'}.1' (--resume {tmp_path / 'run'}.1 goes on with it"
+        f"The earlier run in '{tmp_path / 'run'}' is now '{tmp_path / 'run'}.1' (--resume auto --experiment run.1 goes on with it"
         in said
     )
     assert files_of(tmp_path / 'run.1') == first

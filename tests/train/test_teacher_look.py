@@ -1,6 +1,7 @@
 """What a run says of its teacher before it begins: how good it is by its own transforms, whether it is random, what is wrong."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def test_a_run_folder_in_place_of_a_models_name_is_refused_with_the_flag_that_ta
     assert f"is a run folder, and no model's name: give --teacher-checkpoint {taught} in its place" in error
     error = refused([*small_run, '--model', f'{name}{taught}'], capsys)
     assert f'--pretrained-path {taught} for its weights or --resume {taught} to go on' in error
+
+
+def test_a_name_of_timm_is_one_beside_a_run_folder_of_that_name_too(small_run, taught, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(taught, 'test_resnet')
+    run(
+        [
+            *small_run,
+            '--model',
+            'test_resnet',
+            '--teacher',
+            'test_resnet',
+            '--teacher-checkpoint',
+            'test_resnet',
+            '--epochs',
+            '1',
+        ]
+    )
 
 
 @pytest.mark.parametrize(('own', 'alarm'), [(90.0, False), (33.4, True)])

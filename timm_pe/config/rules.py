@@ -182,9 +182,9 @@ def without_effect(config: 'RunConfig') -> list[str]:
         found += [f'{name_of(name)} with --no-aug' for name in _AUGMENTATIONS if config.is_given(name)]
     if not config.no_aug and config.aa and '3a' not in config.aa:
         found += [f'{name_of(n)} with --aa' for n in ('color_jitter', 'color_jitter_prob') if config.is_given(n)]
-    if config.naflex_loader and config.is_given('mixup_mode'):
+    if config.naflex_loader and (config.mixup or config.cutmix) and config.is_given('mixup_mode'):
         found.append('--mixup-mode with --naflex-loader')
-    if config.lr_cycle_limit < 2:
+    if config.lr_cycle_limit < 2 and config.sched in ('cosine', 'tanh', 'poly'):
         cycles = ('lr_cycle_mul', 'lr_cycle_decay')
         found += [f'{name_of(n)} without --lr-cycle-limit' for n in cycles if config.is_given(n)]
     if config.lr is not None:

@@ -289,8 +289,9 @@ def _check_splits(train: Dataset[Any] | None, evaluation: Dataset[Any]) -> None:
 def warn_of_empty_classes(train: Dataset[Any]) -> None:
     """Name class folders of the training split that hold no image: the student does not have these classes."""
     reader = _folder_reader(train)
-    if reader is not None and reader.empty:
-        _logger.warning(f"No image in class folder {name_some(reader.empty)} of '{reader.root}': it is no class.")
+    lost = [name for name in reader.empty if name not in reader.class_to_idx] if reader is not None else []
+    if lost:
+        _logger.warning(f"No image in class folder {name_some(lost)} of '{reader.root}': it is no class.")
 
 
 def _describe_empty(*datasets: Dataset[Any] | None) -> str:

@@ -42,22 +42,24 @@ def check_model_name(name: str, what: str) -> None:
         UsageError: Unknown name (with near ones), unknown pretrained tag (with the known ones), or no such folder.
     """
     folder = name.removeprefix('local-dir:')
-    if what in _TAKES_RUNS and any(os.path.isfile(os.path.join(folder, file)) for file in RUN_FOLDER_FILES):
-        raise UsageError(f"{what} '{name}' is a run folder, and no model's name: {_TAKES_RUNS[what].format(folder)}")
+    is_run = what in _TAKES_RUNS and any(os.path.isfile(os.path.join(folder, file)) for file in RUN_FOLDER_FILES)
+    other = (
+        f"{what} '{name}' is a run folder, and no model's name: {_TAKES_RUNS[what].format(folder)}" if is_run else ''
+    )
     try:
         source, model_id = parse_model_name(name)
     except ValueError as e:
-        raise UsageError(f'{what}: {one_line(e)}') from e
+        raise UsageError(other or f'{what}: {one_line(e)}') from e
     if source == 'local-dir':
         if not os.path.isfile(os.path.join(model_id, 'config.json')):
-            raise UsageError(f"{what} '{name}': no folder with a config.json at '{model_id}'")
+            raise UsageError(other or f"{what} '{name}': no folder with a config.json at '{model_id}'")
         return
     if source is not None:
         return
     if not is_model(model_id):
         near = difflib.get_close_matches(model_id.split('.')[0], timm.list_models(), n=5, cutoff=0.6)
         hint = f'did you mean {", ".join(near)}?' if near else "timm.list_models('*word*') lists the known ones"
-        raise UsageError(f"{what}: unknown model '{name}', {hint}")
+        raise UsageError(other or f"{what}: unknown model '{name}', {hint}")
     try:
         get_pretrained_cfg(model_id)
     except RuntimeError as e:

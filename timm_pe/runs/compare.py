@@ -38,7 +38,7 @@ _NOT_OF_A_PAIR = {
     ),
     *('unlabeled', 'unlabeled_ratio', 'val_fraction'),
     *neutral_in(RunConfig),
-    *('val_interval', 'validation_batch_size', 'nonfinite'),
+    *('val_interval', 'validation_batch_size', 'nonfinite', 'grad_checkpointing'),
     *('channels_last', 'fuser', 'torchscript', 'torchcompile', 'torchcompile_mode'),
     *('data', 'data_dir', 'num_classes'),
 }
@@ -77,7 +77,8 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         match = re.fullmatch(r'(.+)-\d+', run.name)
-        settings = {k: v for k, v in run.args.items() if k not in {*_OF_A_SEED, *_PATHS_OF_A_SEED}}
+        left_out = {*(_OF_A_SEED - _learnt_from(run)), *_PATHS_OF_A_SEED, 'resume'}
+        settings = {k: v for k, v in run.args.items() if k not in left_out}
         key = (match[1], json.dumps(settings, sort_keys=True, default=str)) if match else (run.name, '')
         alike.setdefault(key, []).append(run)
     groups: dict[tuple[str, ...], list[Run]] = {}
@@ -97,7 +98,8 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 def _paths(run: Run, numbered: bool = False) -> str:
     """The paths of `_PATHS_OF_A_SEED` of a run; `numbered`: the last mention of its number in each as '#'."""
     number = re.escape(run.name.rpartition('-')[2])
-    paths = [str(run.args.get(name)) for name in _PATHS_OF_A_SEED]
+    names = [*_PATHS_OF_A_SEED, *(['resume'] if run.args.get('no_resume_opt') else [])]
+    paths = [str(run.args.get(name)) for name in names]
     return (
         ' '.join(re.sub(rf'(.*)(?<!\d){number}(?!\d)', r'\1#', path) for path in paths) if numbered else ' '.join(paths)
     )
@@ -133,13 +135,7 @@ def differing(run: Run, other: Run) -> list[str]:
     }
     pairs: dict[str, tuple[Any, ...]] = {'data folder': (_data_folder(run), _data_folder(other))}
     pairs.update({name: (f'{a:g}', f'{b:g}') for name, (a, b) in known.items() if None not in (a, b)})
-    compared = {name for name in declared_in(RunConfig) if name not in _NOT_OF_A_PAIR}
-    if any(r.args.get('no_resume_opt') for r in (run, other)):  # they start from weights of another run
-        compared |= {'resume', 'no_resume_opt'}
-    if 'plateau' in (run.args.get('sched'), other.args.get('sched')):  # the schedule follows what is measured
-        compared |= {'eval_metric', 'val_interval', 'save_epochs'}
-    if any(r.args.get('naflex_loader') or _is_streamed(r) for r in (run, other)):
-        compared.add('workers')  # what is drawn depends on their number
+    compared = (set(declared_in(RunConfig)) - _NOT_OF_A_PAIR) | _learnt_from(run) | _learnt_from(other)
     for name in itertools.chain.from_iterable(map(declared_in, GROUPS)):
         if name in compared:
             values = [r.args.get(name, default_of(RunConfig, name)) for r in (run, other)]
@@ -147,8 +143,16 @@ def differing(run: Run, other: Run) -> list[str]:
     return [f'{name} {a} and {b}' for name, (a, b) in pairs.items() if a != b]
 
 
-def _is_streamed(run: Run) -> bool:
-    return str(run.args.get('dataset')).lower().split('/')[0] in STREAMED_KINDS
+def _learnt_from(run: Run) -> set[str]:
+    """Flags that change nothing elsewhere, and do in this run."""
+    args, found = run.args, set()
+    if args.get('no_resume_opt'):  # it starts from weights of another run
+        found |= {'resume', 'no_resume_opt'}
+    if args.get('sched') == 'plateau':  # the schedule follows what is measured
+        found |= {'eval_metric', 'val_interval', 'save_epochs'}
+    if args.get('naflex_loader') or str(args.get('dataset')).lower().split('/')[0] in STREAMED_KINDS:
+        found.add('workers')  # what is drawn depends on their number
+    return found
 
 
 def _data_folder(run: Run) -> str:

@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,8 +154,10 @@ def _scheduled_epochs(args: Mapping[str, Any]) -> int:
         kwargs = scheduler_kwargs(
             argparse.Namespace(**{**settings, 'sched_on_updates': False}), decreasing_metric=False
         )
-        return int(create_scheduler_v2(optimizer, **kwargs)[1])
-    except (TypeError, ValueError, AssertionError):  # settings that no run has had
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # timm's own of a plateau
+            return int(create_scheduler_v2(optimizer, **kwargs)[1])
+    except (TypeError, ValueError, AssertionError, ArithmeticError):  # settings that no run has had
         return 0
 
 

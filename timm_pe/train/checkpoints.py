@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import reprlib
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -310,8 +312,11 @@ def find_resume(flags: RunFlags) -> str:
         return str(find_checkpoint(flags.resume, '--resume'))
     folder = RunFolder(os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment) if auto else flags.resume)
     paths = folder.resumable()
-    if not paths and not auto:
-        find_checkpoint(flags.resume, '--resume', (LAST,))  # raises
+    if not auto:
+        if not paths:
+            find_checkpoint(flags.resume, '--resume', (LAST,))  # raises
+        # by what they hold: the times of files that were copied say nothing
+        paths.sort(key=lambda path: _position(path, folder.last_file), reverse=True)
     for path in paths:
         try:
             _read(str(path))
@@ -323,6 +328,17 @@ def find_resume(flags: RunFlags) -> str:
         return str(path)
     _logger.info(f"--resume auto: no checkpoint in '{folder.path}' yet, a fresh run.")
     return ''
+
+
+def _position(path: Path, last: Path) -> tuple[float, float, bool, bool]:
+    """A key that sorts the checkpoints of a run by how far they are; those that cannot be read come out as the latest."""
+    try:
+        checkpoint = load_checkpoint_metadata(str(path))
+        run = read_run_state(checkpoint, str(path))
+    except Exception:  # whatever it may be: reading it says so
+        return math.inf, math.inf, True, path == last
+    epoch, batch = (run.epoch, run.batch) if run else (checkpoint.get('epoch') or 0, math.inf)
+    return epoch, batch, run is None or run.validated, path == last
 
 
 def resume(

@@ -140,7 +140,8 @@ def warn_of_other_normalization(config: RunConfig, mean: Sequence[float], std: S
         except UsageError:  # its weights can be read all the same
             continue
         for name, value in (('mean', mean), ('std', std)):
-            if run[name] and list(run[name]) != list(value):
+            then = run[name] and (list(run[name]) * len(value) if len(run[name]) == 1 else list(run[name]))
+            if then and then != list(value):
                 _logger.warning(
                     f"{name_of(flag)}: '{folder.path}' was trained with --{name} {_shown(run[name])}, this run has "
                     f'{_shown(list(value))}: give it the same to keep what the weights are used to.'

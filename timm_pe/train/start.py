@@ -303,7 +303,9 @@ def _open_run_folder(
 def _folder_path(parts: Parts, span: Span) -> str:
     """The folder of --experiment; without a name that of the run that --resume names and continues, else one by the time."""
     config, size = parts.config, parts.data.config['input_size'][-1]
-    if not config.experiment and os.path.isdir(config.resume) and (span.first > 0 or span.resumed):
+    # with a fresh optimizer, or from another epoch on, it is another run
+    is_same = not config.no_resume_opt and config.start_epoch is None and bool(span.first > 0 or span.resumed)
+    if is_same and not config.experiment and os.path.isdir(config.resume):
         resumed = os.path.abspath(config.resume)
         if not config.output or os.path.realpath(config.output) == os.path.realpath(os.path.dirname(resumed)):
             return resumed
