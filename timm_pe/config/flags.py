@@ -56,7 +56,7 @@ class ProjectorFlags:
     """Distillation with teacher and projector ensemble."""
 
     student_tap: str | None = flag(None, "module whose input is the student's feature", metavar='PATH', unset='the classifier', needs='teacher', added=True)
-    pe_projectors: int = flag(3, 'number of projectors; --pe-projector identity has none', metavar='Q', at_least=1, at_most=MAX_PROJECTORS, needs='teacher', added=True)
+    pe_projectors: int = flag(3, 'number of projectors; the kind identity has none', metavar='Q', at_least=1, at_most=MAX_PROJECTORS, needs='teacher', added=True)
     pe_projector: str = flag('linear', 'kind of projector', metavar='NAME', choices=PROJECTORS, needs='teacher', added=True)
     pe_act: str = flag('auto', "activation of the projectors: 'relu', 'none', or 'auto', which is 'relu' exactly when the teacher's features on the first batch, after --pe-teacher-norm, are all >= 0", choices=('auto', 'relu', 'none'), needs='teacher', added=True)
     pe_loss: str | None = flag(None, 'loss between projection and target', metavar='NAME', choices=FEATURE_LOSSES, unset="'direction' for features, 'kl' for logits", needs='teacher', added=True)

@@ -22,11 +22,6 @@ _logger = logging.getLogger(__name__)
 
 # what a run folder of train_distill holds, the evaluated student first
 STUDENT, BEST, LAST = RUN_FOLDER_FILES = ('student.safetensors', 'model_best.pth.tar', 'last.pth.tar')
-# flags of a model's name, and what takes a run folder in their place
-_TAKES_RUNS = {
-    '--teacher': 'give --teacher-checkpoint {} in its place',
-    '--model': 'give the name of its model, and --pretrained-path {0} for its weights or --resume {0} to go on',
-}
 # first bytes of a torch.save file: a zip, before torch 1.6 a pickle of this number
 _ZIP, _OLD_MAGIC = b'PK\x03\x04', torch.serialization.MAGIC_NUMBER.to_bytes(10, 'little')
 
@@ -41,25 +36,20 @@ def check_model_name(name: str, what: str) -> None:
     Raises:
         UsageError: Unknown name (with near ones), unknown pretrained tag (with the known ones), or no such folder.
     """
-    folder = name.removeprefix('local-dir:')
-    is_run = what in _TAKES_RUNS and any(os.path.isfile(os.path.join(folder, file)) for file in RUN_FOLDER_FILES)
-    other = (
-        f"{what} '{name}' is a run folder, and no model's name: {_TAKES_RUNS[what].format(folder)}" if is_run else ''
-    )
     try:
         source, model_id = parse_model_name(name)
     except ValueError as e:
-        raise UsageError(other or f'{what}: {one_line(e)}') from e
+        raise UsageError(f'{what}: {one_line(e)}') from e
     if source == 'local-dir':
         if not os.path.isfile(os.path.join(model_id, 'config.json')):
-            raise UsageError(other or f"{what} '{name}': no folder with a config.json at '{model_id}'")
+            raise UsageError(f"{what} '{name}': no folder with a config.json at '{model_id}'")
         return
     if source is not None:
         return
     if not is_model(model_id):
         near = difflib.get_close_matches(model_id.split('.')[0], timm.list_models(), n=5, cutoff=0.6)
         hint = f'did you mean {", ".join(near)}?' if near else "timm.list_models('*word*') lists the known ones"
-        raise UsageError(other or f"{what}: unknown model '{name}', {hint}")
+        raise UsageError(f"{what}: unknown model '{name}', {hint}")
     try:
         get_pretrained_cfg(model_id)
     except RuntimeError as e:

@@ -42,10 +42,14 @@ def check_names(config: RunConfig) -> None:
     Raises:
         UsageError: See `check_model_name` and `find_checkpoint`.
     """
-    check_model_name(config.model, '--model')
+    _check_name(
+        config.model,
+        '--model',
+        'give the name of its model, and --pretrained-path {0} for its weights or --resume {0} to go on',
+    )
     teachers = teachers_of(config)
     for teacher in teachers:
-        check_model_name(teacher.name, '--teacher')
+        _check_name(teacher.name, '--teacher', 'give --teacher-checkpoint {0} in its place')
     if config.kd_model_name:
         check_model_name(config.kd_model_name, '--kd-model-name')
     for teacher in teachers:
@@ -63,6 +67,17 @@ def check_names(config: RunConfig) -> None:
     said = describe_evaluation(config)
     if said:
         _logger.info(said)
+
+
+def _check_name(name: str, flag: str, instead: str) -> None:
+    """Refuse what is no model's name; for a run folder the message says what takes one."""
+    try:
+        check_model_name(name, flag)
+    except UsageError as e:
+        folder = name.removeprefix('local-dir:')
+        if RunFolder.around(folder) is None or not os.path.isdir(folder):
+            raise
+        raise UsageError(f"{flag} '{name}' is a run folder, and no model's name: {instead.format(folder)}") from e
 
 
 def input_channels(config: RunConfig) -> int:
