@@ -231,6 +231,12 @@ def test_runs_on_other_numbers_of_ranks_have_no_difference(tmp_path):
         ({'resume': 'alone', 'no_resume_opt': True}, {}, ['resume', 'no resume opt']),
         ({'model_ema': True}, {'model_ema': True, 'model_ema_force_cpu': True}, ['model ema force cpu']),
         ({'eval_metric': 'loss', 'val_interval': 2}, {}, ['val interval', 'eval metric']),
+        (
+            {'sched': 'plateau', 'eval_metric': 'knn', 'knn_data': 'a'},
+            {'sched': 'plateau', 'eval_metric': 'knn', 'knn_data': 'b'},
+            ['knn data'],
+        ),
+        ({'knn_data': 'a'}, {'knn_data': 'b'}, []),
         ({'naflex_loader': True, 'workers': 2}, {'naflex_loader': True, 'workers': 4}, ['workers']),
         ({'dataset': 'wds/x', 'workers': 2}, {'dataset': 'wds/x', 'workers': 4}, ['workers']),
         ({'resume': 'auto'}, {'workers': 4, 'eval_metric': 'loss'}, []),

@@ -29,7 +29,7 @@ from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupted, Interrupts, ignore_in_worker, stopping_at_once
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import checkpoints, position, start
-from timm_pe.train.resumed_settings import check_same_student
+from timm_pe.train.resumed_settings import check_same_student, describe_differences
 from timm_pe.train.run import command_to_go_on
 from timm_pe.train.trainer import Trainer
 
@@ -545,6 +545,12 @@ def test_what_merely_differs_is_named_in_one_line(begun, tmp_path, capsys):
         "--pe-loss None then and 'mse' now, --pe-teacher-norm 'none' then and 'layer' now."
     )
     assert 'flags that differ' not in run([*begun, *more, '--stop-epoch', '3'], capsys)
+
+
+@pytest.mark.parametrize(('metric', 'said'), [('knn', "--knn-data 'a' then and 'b' now"), (None, '')])
+def test_other_images_of_the_knn_are_named_where_it_chooses_the_best_epoch(metric, said):
+    then, now = (RunConfig(eval_metric=metric, knn_data=folder) for folder in 'ab')
+    assert describe_differences(now, then.as_dict()) == said
 
 
 def test_a_checkpoint_of_an_earlier_commit_is_not_asked_for_what_it_does_not_hold(begun, teachers, tmp_path, capsys):

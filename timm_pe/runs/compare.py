@@ -149,7 +149,12 @@ def _learnt_from(run: Run) -> set[str]:
     if args.get('no_resume_opt'):  # it starts from weights of another run
         found |= {'resume', 'no_resume_opt'}
     if args.get('sched') == 'plateau':  # the schedule follows what is measured
-        found |= {'eval_metric', 'val_interval', 'save_epochs'}
+        found |= {
+            'eval_metric',
+            'val_interval',
+            'save_epochs',
+            *(['knn_data'] if args.get('eval_metric') == 'knn' else []),
+        }
     if args.get('naflex_loader') or str(args.get('dataset')).lower().split('/')[0] in STREAMED_KINDS:
         found.add('workers')  # what is drawn depends on their number
     return found

@@ -116,9 +116,9 @@ def describe_differences(config: RunConfig, saved: Mapping[str, Any]) -> str:
     now = config.as_dict()
     if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
         saved = {**saved, 'teacher_dtype': 'auto'}
-    names = sorted(
-        name for name in saved.keys() & now.keys() - _NOT_COMPARED if _plain(saved[name]) != _plain(now[name])
-    )
+    # the kNN changes nothing that is learnt, but it may choose the best epoch
+    compared = saved.keys() & now.keys() - (_NOT_COMPARED - ({'knn_data'} if config.eval_metric == 'knn' else set()))
+    names = sorted(name for name in compared if _plain(saved[name]) != _plain(now[name]))
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
     # folders may have moved, and other images are reported elsewhere; whether there are some changes what is trained on
     there = {name: (bool(saved.get(name)), bool(now[name])) for name in ('unlabeled', 'teacher_cache')}
