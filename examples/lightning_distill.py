@@ -30,7 +30,7 @@ transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN
 images = datasets.FakeData(64, (3, 64, 64), num_classes=10, transform=transform)
 student = timm.create_model('test_vit', num_classes=10, img_size=64)
 teacher = timm.create_model('test_resnet', num_classes=10)
-trainer = lightning.Trainer(max_epochs=2, log_every_n_steps=1, enable_checkpointing=False)
+trainer = lightning.Trainer(max_epochs=2, log_every_n_steps=1)  # its checkpoints are without the teacher
 trainer.fit(Distillation(student, teacher), DataLoader(images, batch_size=16, shuffle=True))
 torch.save(student.state_dict(), 'student.pth')
 print(f'projector loss {trainer.callback_metrics["pe_loss"]:.3f}')

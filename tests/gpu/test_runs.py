@@ -68,7 +68,9 @@ def test_a_float16_run_that_is_stopped_and_resumed_ends_as_one_left_alone(
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='on a CPU it depends on its instructions')
-@pytest.mark.parametrize(('flags', 'precision'), [([], 'float32'), (AMP, 'float16')])
+@pytest.mark.parametrize(
+    ('flags', 'precision'), [([], 'float32'), (AMP, 'AMP float16'), ([*AMP[:2], 'bfloat16'], 'bfloat16')]
+)
 def test_the_teacher_takes_the_precision_of_amp(flags, precision, on_device, monkeypatch):
     assert make_trainer([*on_device, *PAIR, *flags], monkeypatch).teachers[0].precision == precision
 

@@ -188,8 +188,56 @@ def test_a_settled_activation_is_stored_and_not_probed_again(tmp_path):
     fresh.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], task.get_task_state())
     assert fresh.projection.act == 'none'
     # a teacher that would now be judged otherwise
-    fresh.teacher.forward = None
+    fresh.teacher.register_forward_hook(lambda teacher, args, output: output._replace(feature=output.feature.abs()))
+    fresh(*batch())
     assert fresh.projection.act == 'none'
+    judged = make_task()
+    judged.teacher.register_forward_hook(lambda teacher, args, output: output._replace(feature=output.feature.abs()))
+    judged(*batch())
+    assert judged.projection.act == 'relu'
+
+
+def test_where_the_projectors_are_one_linear_layer_the_log_says_so(caplog):
+    caplog.set_level('INFO')
+    for settings, said in (({}, True), ({'num_projectors': 1}, False), ({'projector': 'mlp'}, False)):
+        caplog.clear()
+        networks = [timm.create_model(name, num_classes=5) for name in ('test_resnet', 'test_vit')]
+        ProjectorEnsembleTask(*networks, **settings)(*batch())
+        assert ('the mean of the 3 is one linear layer' in caplog.text) == said
+
+
+def test_the_state_dict_of_a_task_has_no_teacher_and_is_loaded_beside_one():
+    task, fresh = make_task(), make_task()
+    around, other = nn.ModuleDict({'inner': task}), nn.ModuleDict({'inner': fresh})
+    state = around.state_dict()
+    assert state
+    assert not any('teacher' in name for name in state)
+    teacher = {name: value.clone() for name, value in fresh.teacher.state_dict().items()}
+    other.load_state_dict(state)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+    assert all(torch.equal(value, teacher[name]) for name, value in fresh.teacher.state_dict().items())
+    with pytest.raises(RuntimeError, match='Missing key'):
+        fresh.load_state_dict({name: value for name, value in task.state_dict().items() if 'projection' not in name})
+    # one that has them, of a commit before, is loaded too
+    fresh.load_state_dict({**task.state_dict(), **{f'teacher.{k}': v for k, v in task.teacher.state_dict().items()}})
+    assert torch.equal(next(fresh.teacher.parameters()), next(task.teacher.parameters()))
+
+
+def test_a_released_student_is_as_before_the_task(tmp_path):
+    student = timm.create_model('test_efficientnet', num_classes=5, drop_rate=0.3)
+    teacher = timm.create_model('test_resnet', num_classes=5)
+    task = ProjectorEnsembleTask(student, teacher, map_weight=1.0, verbose=False)
+    task.setup_ema(decay=0.9)
+    task(*batch())
+    assert student.drop_rate == 0
+    for ema in (False, True):
+        released = task.release_student(ema=ema)
+        assert released.drop_rate == 0.3
+        assert 'forward_features' not in vars(released)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in released.modules())
+        torch.save(released, tmp_path / 'student.pt')
+        assert b'timm_pe' not in (tmp_path / 'student.pt').read_bytes()
+    assert task.release_student() is student
 
 
 def test_projectors_of_another_kind_are_refused_on_load():

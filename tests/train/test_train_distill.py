@@ -323,6 +323,25 @@ def test_a_short_run_at_equal_widths_hints_at_no_projector(flags, hints, small_r
     assert ('Try --pe-projector identity too' in said) is hints
 
 
+@pytest.mark.parametrize(
+    ('flags', 'warns'),
+    [
+        ('--bce-loss', True),
+        ('--bce-loss --bce-sum', False),
+        ('--bce-loss --distill-loss-weight 1', False),
+        ('', False),
+        ('--pe-teacher-norm whiten', True),
+    ],
+)
+def test_a_default_weight_beside_a_mean_over_classes_and_whitening_by_few_images_are_warned_about(
+    flags, warns, small_run, capsys
+):
+    parts = ['--model', 'test_resnet', '--teacher', 'cifar_resnet8', '--no-teacher-pretrained']
+    said = run([*small_run, *parts, *flags.split(), '--epochs', '1'], capsys)
+    warned = 'was chosen beside a cross-entropy' in said or 'makes any two images equally unlike' in said
+    assert warned == warns
+
+
 def test_a_teacher_from_a_run_folder_is_fed_as_it_was_trained(small_run, tmp_path, capsys):
     how = ['--mean', '0.3', '--std', '0.7', '--model-kwargs', 'drop_rate=0.1']
     run([*small_run, '--model', 'test_resnet', '--experiment', 'teacher', '--epochs', '1', *how])

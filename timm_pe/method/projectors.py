@@ -159,6 +159,9 @@ class _Stacked(nn.ModuleList):
 class ProjectorEnsemble(nn.Module):
     """Mean of q projectors: p = 1/q sum_k act(W_k s + b_k) (PEFD, arXiv 2210.15274, sec. 3.2).
 
+    Without an activation the mean of q linear projectors is the one linear layer with the mean of their weights, which moves with
+    1/q of the gradient: more of them differ from one by that alone. An `mlp` has its ReLU inside.
+
     Args:
         in_dim: Width d of the student's feature.
         out_dim: Width m of the teacher's feature.

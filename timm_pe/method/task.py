@@ -39,6 +39,7 @@ from .teachers import (
     as_list,
     check_apart,
     check_single,
+    keep_out_of_state_dict,
     name_teachers,
     normalize_weights,
     resolve_teacher,
@@ -186,6 +187,7 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         tapped = [aim.tapped for aim in self.aims]
         self.trainable_module = ProjectorEnsembleModule(student_model, projections, tapped, tap, map_tap)
         settle_input_norms(self.teachers, student, input_mean, input_std)
+        keep_out_of_state_dict(self)
         self._log_settings()
 
     def _set_teachers(self, teachers: list[Teacher], weights: list[float]) -> None:
@@ -346,8 +348,14 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
                 whose = f' of {self.teacher_names[self.aims[i].teacher]}' if len(self.aims) > 1 else ''
                 _logger.info(
                     f"Projector activation 'auto' is '{self.projectors[i].act}': the teacher's {self.aims[i].wanted_name}{whose} "
-                    f'on the first batch {"are all >= 0" if all_positive else "have both signs"}.'
+                    f'on the first batch {"are all >= 0" if all_positive else "have both signs"}.{self._as_one_layer(i)}'
                 )
+
+    def _as_one_layer(self, index: int) -> str:
+        """What the mean of linear projectors without an activation is."""
+        ensemble = self.projectors[index]
+        linear = ensemble.projector == 'linear' and ensemble.act == 'none' and ensemble.num_projectors > 1
+        return f' Without it the mean of the {ensemble.num_projectors} is one linear layer.' if linear else ''
 
     def _set_act(self, index: int, act: str) -> None:
         for ema in (False, True):
@@ -368,6 +376,18 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         for teacher in self.teachers:
             teacher.compile(**compile_kwargs)
         return self.eval_model
+
+    def release_student(self, ema: bool = False) -> nn.Module:
+        """Take this project's hooks off the student and give it back, with its own dropout; the task cannot train it any more.
+
+        Args:
+            ema: The moving average's student.
+        """
+        module = unwrap_model(self.get_trainable_module(ema=ema))
+        if module.map_tap is not None:
+            module.map_tap.remove()
+        module.tap.remove()
+        return unwrap_model(module.student)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The projectors' state, with what is needed to rebuild them."""

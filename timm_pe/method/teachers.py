@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -255,3 +255,20 @@ def teachers_of_classes(student: nn.Module, teachers: Sequence[Teacher], names: 
     for i in fitting:
         check_logits(teachers[i])
     return fitting
+
+
+def keep_out_of_state_dict(task: nn.Module) -> None:
+    """Leave a task's frozen teachers out of its state_dict, and of that of a module around it; loading does not need them."""
+    task.register_state_dict_post_hook(_drop_teachers)
+    task.register_load_state_dict_pre_hook(_add_teachers)
+
+
+def _drop_teachers(task: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    for name in [name for name in state if name.startswith(f'{prefix}teacher.')]:
+        del state[name]
+
+
+def _add_teachers(task: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    """Those that the task has, where the state has none."""
+    for name, value in cast(nn.Module, task.teacher).state_dict().items():
+        state.setdefault(f'{prefix}teacher.{name}', value)

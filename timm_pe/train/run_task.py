@@ -14,7 +14,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from ..config.derive import number_of_projectors
+from ..config.derive import loss_type, number_of_projectors
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..method.names import TARGETS
@@ -70,6 +70,18 @@ def _create_projector_task(
             f'The default weight {recipe.distill_loss_weight:g} was chosen for the {recipe.feature_loss} loss, it now weighs {config.pe_loss!r}: '
             f'consider --distill-loss-weight.'
         )
+    loss = loss_type(config) or ('bce' if config.task == 'multilabel' else 'ce')
+    if config.distill_loss_weight is None and criterion is not None and loss == 'bce' and not config.bce_sum:
+        _logger.warning(
+            f'The default weight {recipe.distill_loss_weight:g} was chosen beside a cross-entropy. The binary one is a mean over all '
+            f'classes, and small: consider --bce-sum or --distill-loss-weight.'
+        )
+    for teacher in teachers if config.pe_teacher_norm == 'whiten' and config.pe_target == 'feature' else ():
+        if config.batch_size <= teacher.width + 1:  # they span all that the images are
+            _logger.warning(
+                f'--pe-teacher-norm whiten: with no more images in a batch ({config.batch_size}) than channels of the teacher '
+                f'({teacher.width}) it makes any two images equally unlike: give a larger --batch-size.'
+            )
     if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':
         _logger.warning(
             "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."

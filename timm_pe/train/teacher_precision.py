@@ -53,7 +53,8 @@ def settle_precision(parts: Parts, meaning: Mapping[str, Any], batch: Callable[[
         whose = '' if len(settings) == 1 else f' of {flags.title[0].lower()}{flags.title[1:]}'
         if why:
             _logger.info(f'--teacher-dtype auto{whose} is {teacher.precision}: {why}.')
-        if teacher.dtype in (torch.bfloat16, torch.float16) and teacher.dtype != _fast_precision(config, runtime):
+        is_low, on_cpu = teacher.dtype in (torch.bfloat16, torch.float16), runtime.device.type == 'cpu'
+        if is_low and on_cpu and teacher.dtype != _fast_precision(config, runtime):
             _logger.warning(
                 f'{teacher.precision} is not fast on this device: the teacher keeps it, for the same numbers.'
             )
@@ -93,10 +94,15 @@ def _find_known(folder: str | None, saved: str | None, runtime: Runtime) -> tupl
 
 
 def _fast_precision(config: RunConfig, runtime: Runtime) -> torch.dtype | None:
-    """The low precision that this device is fast in: on CUDA that of --amp, which is the user's choice."""
+    """bfloat16 where this device is fast in it: on CUDA under an --amp of that type, which is the user's choice.
+
+    Never float16: a later batch may overflow where the first did not, and autocast keeps sums and norms in float32.
+    """
     if runtime.device.type == 'cuda':
-        return torch_dtype(config.amp_dtype) if config.amp else None
-    return torch.bfloat16 if has_fast_bfloat16(runtime.device.type) else None
+        fast = config.amp and torch_dtype(config.amp_dtype) == torch.bfloat16
+    else:
+        fast = has_fast_bfloat16(runtime.device.type)
+    return torch.bfloat16 if fast else None
 
 
 def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime: Runtime) -> tuple[float, str]:
@@ -121,7 +127,7 @@ def _measure(teacher: Teacher, input: torch.Tensor, dtype: torch.dtype, runtime:
 def _lowest_cosine(expected: TeacherOutput, actual: TeacherOutput) -> float:
     """The lowest over images, features, logits and maps; -inf if a value is not finite."""
     lowest = 1.0
-    for a, b in zip((*expected, expected.map), (*actual, actual.map), strict=True):
+    for a, b in zip(expected, actual, strict=True):
         if a is None or b is None:
             continue
         if not b.isfinite().all():
