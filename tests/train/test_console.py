@@ -46,13 +46,18 @@ def on_terminal(argv: list[str], columns: int) -> list[str]:
 
 
 @pytest.mark.parametrize('columns', [80, 120])
-def test_a_terminal_has_a_bar_of_20_cells_and_an_epoch_leaves_lines_that_fit(small_run, columns):
+def test_a_terminal_has_a_bar_with_whole_numbers_and_an_epoch_leaves_lines_that_fit(small_run, columns):
     said = on_terminal([*small_run, *PAIR, '--log-interval', '1'], columns)
     bars = [line for line in said if re.match(r'(Train|Test|Teacher)\b.*%\|', line)]
     assert len(bars) >= 8
     for bar in bars:
-        assert len(re.search(r'\|(.*?)\|', bar)[1]) == 20
+        assert len(re.search(r'\|(.*?)\|', bar)[1]) == 10
         assert len(bar) <= columns
+    shown = [text.strip().split('  ') for bar in bars if (text := bar.partition(', ')[2])]
+    terms = [part.split(' ') for parts in shown for part in parts if 'loss ' in part]
+    assert terms
+    assert all(f'{float(value):#.4g}' == value for _, value in terms)
+    assert {parts[-1].split(' ')[-1] for parts in shown if columns == 120} <= {'images/s'}
     first = next(i for i, line in enumerate(said) if line.startswith('Epoch 1/2'))
     left = [said[first], *(line for line in said[first + 1 : first + 3] if line.startswith('    '))]
     assert all(len(line) < columns for line in left)

@@ -1,5 +1,6 @@
 """What a run prints: warnings, the start table, progress, a line per epoch."""
 
+import itertools
 import logging
 import math
 import platform
@@ -41,7 +42,7 @@ _PRETRAINING_IMAGES = 2_000_000
 SHORT_RUN = 2000
 
 # format of a progress bar; what does not fit the terminal is cut off at the end
-_BAR = '{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining}{postfix}'
+_BAR = '{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining}{postfix}'
 
 
 class _TqdmHandler(logging.Handler):
@@ -338,13 +339,21 @@ class Progress:
         if terms is None:
             return
         waits = [] if waiting is None else [f'waiting for data {waiting:.0%}']
-        text = '  '.join([*_describe_training(terms, images_per_s, lr), *waits])
-        self.bar.set_postfix_str(text)
+        parts = [*_describe_training(terms, images_per_s, lr), *waits]
+        text = '  '.join(parts)
+        self.bar.set_postfix_str(self._what_fits(parts))
         if self.lines and (left is None or done != self.total):  # the end of an epoch has a line of its own
             share = 100 * done / max(self.total, 1)
             if left is None:
                 left = (time.perf_counter() - self.start) / done * (self.total - done)
             _logger.info(f'{self.what} [{done:>4d}/{self.total} ({share:>3.0f}%)]  {text}  left {_duration(left)}')
+
+    def _what_fits(self, parts: Sequence[str]) -> str:
+        """As many of the parts as the bar's line has room for, each of them whole."""
+        state = self.bar.format_dict
+        room = (state['ncols'] or math.inf) - len(tqdm.format_meter(**{**state, 'postfix': None, 'ncols': None})) - 3
+        lengths = itertools.accumulate(len(part) + 2 for part in parts)
+        return '  '.join(part for part, length in zip(parts, lengths, strict=True) if length <= room)
 
     def close(self) -> None:
         """Remove the bar from the terminal."""
