@@ -1,6 +1,8 @@
 """What a run says while it goes on: on a terminal of 80 and of 120 columns, and into a file."""
 
 import fcntl
+import io
+import logging
 import os
 import pty
 import re
@@ -21,6 +23,7 @@ from timm_pe import export
 from timm_pe.errors import UsageError
 from timm_pe.train import build, trainer
 from timm_pe.train import student as student_module
+from timm_pe.train.console import setup_logging
 from timm_pe.train.evaluate import format_metrics
 from timm_pe.train.meters import Pace
 from timm_pe.train.position import RunState, Span
@@ -179,3 +182,17 @@ def test_a_run_that_is_resumed_behind_an_epochs_last_batch_has_no_pace_yet():
 def test_the_best_is_marked_at_the_metric_that_ranks(small_run, capsys, metric, part):
     said = run([*small_run, '--model', 'test_resnet', '--epochs', '1', '--eval-metric', metric], capsys)
     assert re.search(part, said)
+
+
+def test_the_hub_says_each_thing_once():
+    of_hub, said = logging.getLogger('huggingface_hub'), io.StringIO()
+    own = logging.StreamHandler(said)
+    of_hub.addHandler(own)
+    try:
+        setup_logging()
+        for seconds in (1, 2, 4):
+            logging.getLogger('huggingface_hub.utils').warning("'no network' thrown while requesting HEAD weights")
+            logging.getLogger('huggingface_hub.utils').warning(f'Retrying in {seconds}s [Retry {seconds}/5].')
+    finally:
+        of_hub.removeHandler(own)
+    assert said.getvalue() == "'no network' thrown while requesting HEAD weights\nRetrying in 1s [Retry 1/5].\n"

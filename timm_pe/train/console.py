@@ -65,6 +65,21 @@ def _is_no_skipped_image(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith('Skipped sample')
 
 
+class _OnceEach(logging.Filter):
+    """Lets each message pass once, and of retries the first: the hub repeats both for each file and attempt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        known = 'Retrying' if message.startswith('Retrying') else message
+        is_new = known not in self._seen
+        self._seen.add(known)
+        return is_new
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Plain messages from `level` up on the primary rank, errors only on the others."""
     is_primary = world_info_from_env()[1] == 0
@@ -73,7 +88,10 @@ def setup_logging(level: int = logging.INFO) -> None:
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     logging.getLogger('timm.models._helpers').addFilter(_is_no_bare_load)
     logging.getLogger('timm.data.dataset').addFilter(_is_no_skipped_image)
-    logging.getLogger('huggingface_hub').propagate = False  # it prints by itself
+    of_hub = logging.getLogger('huggingface_hub')
+    of_hub.propagate = False  # it prints by itself
+    for own in of_hub.handlers:
+        own.addFilter(_OnceEach())
     root = logging.getLogger()
     handler = _TqdmHandler()
     handler.setFormatter(root.handlers[0].formatter)
