@@ -15,6 +15,7 @@ import yaml
 from helpers import load, refused, run, stopped, summary
 
 import train_distill
+from timm_pe import export
 from timm_pe.config.declare import neutral_in
 from timm_pe.config.run_config import GROUPS, RunConfig, parse_config
 from timm_pe.config.teachers import teachers_of
@@ -302,11 +303,57 @@ def test_a_teacher_whose_run_has_learnt_the_classes_in_another_order_gives_no_lo
     teacher = ['--teacher', 'test_resnet', '--teacher-checkpoint', str(tmp_path / 'teacher')]
     argv = [*small_run, '--model', 'test_vit', *teacher, '--epochs', '1']
     said = refused([*argv, '--kd-loss-weight', '1'], capsys)
-    assert "the teacher's run has learnt other classes (class 'cat' 0 then, 2 now)" in said
+    assert "the teacher has learnt other classes (class 'cat' 0 then, 2 now)" in said
     said = run(argv, capsys)  # features have no order of classes
     assert "has learnt other classes than those of the data (class 'cat' 0 then, 2 now), so its accuracy" in said
     assert 'Teacher: top-1' not in said
     assert 'Teacher: top-1' in run([*argv, '--kd-loss-weight', '1', *other], capsys)
+    exported = f'local-dir:{tmp_path / "exported"}'
+    export.main([str(tmp_path / 'teacher'), '--output', str(tmp_path / 'exported')])
+    argv = [*small_run, '--model', 'test_vit', '--teacher', exported, '--epochs', '1']
+    said = refused([*argv, '--kd-loss-weight', '1'], capsys)
+    assert "the teacher has learnt other classes (class 'cat' 0 then, 2 now)" in said
+    assert 'Teacher: top-1' in run([*argv, '--kd-loss-weight', '1', *other], capsys)
+    config = tmp_path / 'exported' / 'config.json'
+    text = config.read_text()
+    for names in ('["a domestic cat", "bee", "ant"]', '["lion", "wasp", "termite"]'):  # one that is known, and none
+        config.write_text(re.sub(r'"label_names": \[.*?\]', f'"label_names": {names}', text, flags=re.DOTALL))
+        said = run(argv, capsys)
+        assert ('it has learnt other classes' in said) == ('bee' in names)
+
+
+def test_a_student_that_starts_with_the_classifier_of_other_classes_says_so(small_run, tmp_path, capsys):
+    (tmp_path / 'order.txt').write_text('cat\nbee\nant\n')
+    run(
+        [
+            *small_run,
+            '--model',
+            'test_resnet',
+            '--experiment',
+            'before',
+            '--epochs',
+            '1',
+            '--class-map',
+            str(tmp_path / 'order.txt'),
+        ]
+    )
+    export.main([str(tmp_path / 'before'), '--output', str(tmp_path / 'exported')])
+    argv = [*small_run, '--epochs', '1', '--overwrite', '--model']
+    before, exported = str(tmp_path / 'before'), f'local-dir:{tmp_path / "exported"}'
+    warned = "its weights have learnt other classes (class 'cat' 0 then, 2 now), and the student keeps their classifier"
+    for start in (
+        ['test_resnet', '--pretrained-path', before],
+        ['test_resnet', '--initial-checkpoint', before],
+        [exported, '--pretrained'],
+    ):
+        said = run([*argv, *start], capsys)
+        assert f'{start[1] if before in start else "--model"}: {warned}' in said
+    for start in (
+        [exported, '--pretrained', '--head-init-scale', '0'],
+        ['test_resnet', '--pretrained-path', before, '--class-map', str(tmp_path / 'order.txt')],
+        [exported],
+    ):
+        assert warned not in run([*argv, *start], capsys)
 
 
 @pytest.mark.parametrize(

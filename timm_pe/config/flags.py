@@ -310,7 +310,7 @@ class ScheduleFlags:
     warmup_prefix: bool = switch('do not count warmup in --epochs', idle_without='warmup_epochs')
     stop_epoch: int | None = flag(None, 'stop after this many epochs of the schedule, which stays as it is', metavar='N', unset='all')
     cooldown_epochs: int = flag(0, 'epochs at --min-lr after the schedule', metavar='N', at_least=0)
-    patience_epochs: int = flag(10, 'epochs without progress before a decay (plateau)', metavar='N', at_least=0, idle_without='sched=plateau')
+    patience_epochs: int = flag(10, 'validations without progress before a decay (plateau)', metavar='N', at_least=0, idle_without='sched=plateau')
     decay_rate: float = flag(0.1, 'decay factor (step, multistep, plateau), power (poly)', metavar='R', also=('--dr',), at_least=0, idle_without=('sched=step', 'sched=multistep', 'sched=plateau', 'sched=poly'))
 
 

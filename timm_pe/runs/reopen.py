@@ -30,9 +30,10 @@ from ..method.weight_files import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from ..train.build import build, hint
-from ..train.checkpoints import check_learnt_classes, saved_args, saved_precisions
+from ..train.checkpoints import saved_args, saved_precisions
+from ..train.learnt_classes import check_learnt_classes, other_class_of_teacher
 from ..train.position import changed_teacher, read_run_state
-from ..train.run_teachers import create_run_teachers, other_class_of_teacher
+from ..train.run_teachers import create_run_teachers
 from ..train.student import place_student
 
 CHECKPOINTS = ('last', 'best')
@@ -253,7 +254,7 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         tap=FeatureTap(student, config.student_tap),
         teachers=teachers,
         teacher_names=[flags.name for flags in of_teachers],
-        same_classes=[not other_class_of_teacher(flags, parts.data) for flags in of_teachers],
+        same_classes=[not other_class_of_teacher(flags, parts.data.eval.dataset) for flags in of_teachers],
         task=task.eval() if task else None,
         loaders=loaders,
         class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),

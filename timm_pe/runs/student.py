@@ -17,7 +17,7 @@ from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
 from ..method.weight_files import classes_in_checkpoint, load_weights, read_state_dict
 from ..run_folder import RunFolder
-from ..train.checkpoints import saved_classes
+from ..train.learnt_classes import saved_classes
 from ..train.student import create_student
 from .finished import Run
 from .reopen import read_class_names, without_weights

@@ -18,6 +18,7 @@ from ..method.teacher import Teacher
 from ..process.runtime import Runtime, setup_runtime
 from .checkpoints import find_resume, keeps_teacher_size
 from .from_run import warn_of_other_normalization
+from .learnt_classes import warn_of_kept_classifier
 from .run_task import create_run_task
 from .run_teachers import create_run_teachers
 from .student import check_names, choose_num_classes, create_student, input_channels
@@ -100,6 +101,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         return Parts(config, runtime, student, datasets, data, [], None)
     if training and not checkpoint:
         warn_of_other_normalization(config, data.config['mean'], data.config['std'])
+        warn_of_kept_classifier(config, student, datasets[0])
     with hint(hints.get('teacher')):
         teachers = create_run_teachers(config, data, runtime, not keeps_teacher_size(weights))
     task = create_run_task(config, student, teachers, data.config, runtime) if training or teachers else None

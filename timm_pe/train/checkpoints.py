@@ -18,12 +18,10 @@ from timm.layers import SplitBatchNorm2d
 from timm.models import clean_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
-from torch.utils.data import Dataset
 
 from ..config.flags import OptimizerFlags, RunFlags
 from ..config.run_config import RunConfig
 from ..config.teachers import as_each
-from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError, one_line
 from ..method.weight_files import LAST, check_state_dict, check_weights, find_checkpoint, why_unreadable
 from ..process.files import replaced, sync_file
@@ -224,32 +222,6 @@ def saved_ranks(folder: RunFolder) -> int | None:
     except Exception:  # gone, or whatever it may be by now
         return None
     return state.settings.get('ranks') if state else None
-
-
-def saved_classes(folder: RunFolder) -> dict[str, int] | None:
-    """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
-    for file in (folder.last_file, folder.best_file):
-        try:
-            state = read_run_state(load_checkpoint_metadata(str(file)), str(file))
-        except Exception:  # gone, or whatever it may be by now
-            continue
-        if state and state.meaning.get('classes'):
-            return cast(dict[str, int], state.meaning['classes'])
-    return None
-
-
-def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) -> None:
-    """Refuse data whose classes, or their order, differ from those that a run has learnt.
-
-    Raises:
-        UsageError: The message begins with `what` and names the first class that differs.
-    """
-    other_class = describe_other_class(saved_classes(folder), class_map_of(dataset))
-    if other_class:
-        raise UsageError(
-            f"{what}: the data has other classes than the run '{folder.path}' has learnt ({other_class}): give data of the "
-            f'same classes'
-        )
 
 
 def saved_args(path: str) -> dict[str, Any]:

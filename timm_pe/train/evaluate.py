@@ -20,8 +20,8 @@ from ..method.weight_files import load_weights, read_state_dict
 from ..process.runtime import Runtime
 from ..run_folder import RunFolder
 from .build import Parts
-from .checkpoints import check_learnt_classes
 from .console import Progress, warn_of_tta
+from .learnt_classes import check_learnt_classes
 from .student import place_student
 
 _logger = logging.getLogger(__name__)

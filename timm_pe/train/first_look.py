@@ -23,8 +23,8 @@ from .build import Parts
 from .cache import TeacherCache
 from .evaluate import format_metrics, validate
 from .from_run import teacher_input
+from .learnt_classes import other_class_of_teacher
 from .run_cache import open_teacher_caches, outputs_of
-from .run_teachers import other_class_of_teacher
 from .teacher_precision import settle_precision
 from .trackers import TeacherAgreement, is_tracked
 
@@ -131,11 +131,10 @@ def _check_teacher(parts: Parts, flags: OneTeacher, teacher: Teacher) -> Teacher
             f'checked.'
         )
         return None
-    other_class = other_class_of_teacher(flags, data)
+    other_class = other_class_of_teacher(flags, data.eval.dataset)
     if other_class:
         _logger.info(
-            f'{who}: its run has learnt other classes than those of the data ({other_class}), so its accuracy cannot be '
-            f'checked.'
+            f'{who}: it has learnt other classes than those of the data ({other_class}), so its accuracy cannot be checked.'
         )
         return None
     if config.task == 'multilabel':

@@ -11,16 +11,15 @@ import torchvision
 from ..config.derive import torch_dtype
 from ..config.run_config import RunConfig
 from ..config.teachers import OneTeacher, teachers_of
-from ..data.datasets import class_map_of, count_classes, describe_other_class
+from ..data.datasets import count_classes
 from ..data.loaders import Data
 from ..errors import NoPretrainedWeights, UsageError
 from ..method.input_size import Size
 from ..method.teacher import Teacher, create_teacher
 from ..method.weight_files import read_state_dict
 from ..process.runtime import Runtime
-from ..run_folder import RunFolder
-from .checkpoints import saved_classes
 from .from_run import teacher_settings
+from .learnt_classes import classes_of_teacher, other_class_of_teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -41,12 +40,12 @@ def create_run_teachers(config: RunConfig, data: Data, runtime: Runtime, resizes
 
 def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtime: Runtime, resizes: bool) -> Teacher:
     settings = teacher_settings(flags)
-    other_class = other_class_of_teacher(flags, data)
+    other_class = other_class_of_teacher(flags, data.eval.dataset)
     if other_class and config.kd_loss_weight and not _is_left_out(config, flags, data):
         raise UsageError(
-            f"--kd-loss-weight compares class by class, and the teacher's run has learnt other classes ({other_class}): give "
-            f'data of the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its '
-            f'weights outside of the run'
+            f'--kd-loss-weight compares class by class, and the teacher has learnt other classes ({other_class}): give data of '
+            f'the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its weights '
+            f'alone (--teacher-checkpoint FILE)'
         )
     create = functools.partial(
         create_teacher,
@@ -95,11 +94,9 @@ def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtim
 
 
 def _is_left_out(config: RunConfig, flags: OneTeacher, data: Data) -> bool:
-    """Whether the logits of one of several teachers are not compared: its run has learnt another number of classes."""
-    folder = RunFolder.around(flags.checkpoint)
-    learnt = saved_classes(folder) if folder is not None else None
-    several = isinstance(config.teacher, list)
-    return several and learnt is not None and len(learnt) != count_classes(data.eval.dataset)
+    """Whether the logits of one of several teachers are not compared: it has learnt another number of classes."""
+    learnt = classes_of_teacher(flags, data.eval.dataset) if isinstance(config.teacher, list) else None
+    return learnt is not None and len(learnt) != count_classes(data.eval.dataset)
 
 
 def _has_own_size(flags: OneTeacher) -> bool:
@@ -145,9 +142,3 @@ def _torchvision_name(flags: OneTeacher) -> str:
             if torchvision.models.get_model(other, weights=None).state_dict().keys() == names:
                 return other
     return ''
-
-
-def other_class_of_teacher(flags: OneTeacher, data: Data) -> str:
-    """The first class in which the teacher's run and the data differ; '' if none or unknown."""
-    folder = RunFolder.around(flags.checkpoint)
-    return describe_other_class(saved_classes(folder), class_map_of(data.eval.dataset)) if folder is not None else ''

@@ -1,0 +1,98 @@
+"""The classes that weights have learnt, as their run or their configuration names them, beside those of the data."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch.nn as nn
+from timm.models import resolve_model_input_args
+from timm.utils import load_checkpoint_metadata
+from torch.utils.data import Dataset
+
+from ..config.declare import name_of
+from ..config.run_config import RunConfig
+from ..config.teachers import OneTeacher
+from ..data.datasets import class_map_of, describe_other_class
+from ..errors import UsageError
+from ..run_folder import RunFolder
+from .position import read_run_state
+
+_logger = logging.getLogger(__name__)
+
+
+def saved_classes(folder: RunFolder) -> dict[str, int] | None:
+    """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
+    for file in (folder.last_file, folder.best_file):
+        try:
+            state = read_run_state(load_checkpoint_metadata(str(file)), str(file))
+        except Exception:  # gone, or whatever it may be by now
+            continue
+        if state and state.meaning.get('classes'):
+            return cast(dict[str, int], state.meaning['classes'])
+    return None
+
+
+def _named_classes(model: str, data: Mapping[str, int] | None) -> dict[str, int] | None:
+    """Those that the configuration of a `hf-hub:` or `local-dir:` model names, as an export writes them; None if unknown.
+
+    Names none of which the data knows are of another vocabulary, and say nothing.
+    """
+    if ':' not in model:
+        return None
+    try:
+        cfg = resolve_model_input_args(model, {})['pretrained_cfg']
+        names = cfg.get('label_names') if isinstance(cfg, Mapping) else getattr(cfg, 'label_names', None)
+        classes = {str(name): label for label, name in enumerate(names or ())}
+    except Exception:  # the config.json may be anything: creating the model says so
+        return None
+    return classes if classes.keys() & (data or {}).keys() else None
+
+
+def classes_of_teacher(flags: OneTeacher, dataset: Dataset[Any] | None) -> dict[str, int] | None:
+    """The classes that a teacher has learnt and their labels; None if unknown."""
+    folder = RunFolder.around(flags.checkpoint)
+    if folder is not None:
+        return saved_classes(folder)
+    return None if flags.checkpoint or not flags.pretrained else _named_classes(flags.name, class_map_of(dataset))
+
+
+def other_class_of_teacher(flags: OneTeacher, dataset: Dataset[Any] | None) -> str:
+    """The first class in which a teacher and the data differ; '' if none or unknown."""
+    return describe_other_class(classes_of_teacher(flags, dataset), class_map_of(dataset))
+
+
+def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) -> None:
+    """Refuse data whose classes, or their order, differ from those that a run has learnt.
+
+    Raises:
+        UsageError: The message begins with `what` and names the first class that differs.
+    """
+    other_class = describe_other_class(saved_classes(folder), class_map_of(dataset))
+    if other_class:
+        raise UsageError(
+            f"{what}: the data has other classes than the run '{folder.path}' has learnt ({other_class}): give data of the "
+            f'same classes'
+        )
+
+
+def warn_of_kept_classifier(config: RunConfig, student: nn.Module, dataset: Dataset[Any] | None) -> None:
+    """Say where a student starts with a classifier of as many classes that were others.
+
+    Args:
+        config: Run settings.
+        student: The student as it starts.
+        dataset: Its training images.
+    """
+    data = class_map_of(dataset)
+    starts = [(name_of(name), getattr(config, name)) for name in ('pretrained_path', 'initial_checkpoint')]
+    learnt = [(flag, saved_classes(folder)) for flag, path in starts if (folder := RunFolder.around(path)) is not None]
+    if config.pretrained and not config.pretrained_path:
+        learnt.append(('--model', _named_classes(config.model, data)))
+    for flag, classes in learnt:
+        other_class = describe_other_class(classes, data)
+        kept = classes is not None and len(classes) == student.num_classes and config.head_init_scale != 0
+        if other_class and kept:
+            _logger.warning(
+                f'{flag}: its weights have learnt other classes ({other_class}), and the student keeps their classifier. '
+                f'--head-init-scale 0 starts a new one.'
+            )
