@@ -45,12 +45,14 @@ def break_every(number, folder):
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_few_unreadable_images_are_counted_and_the_first_is_named(workers, command, images, tmp_path, capsys):
+def test_a_few_unreadable_images_are_counted_and_named(workers, command, images, tmp_path, capsys):
     truncate(images / 'train' / 'bee' / '3.png')
     (images / 'train' / 'cat' / '5.png').write_bytes(b'')
     said = run([*command, '-j', workers], capsys)
     assert re.search(
-        r"2 of 72 images could not be read and were replaced by other images, the first is '\w+/\d.png'", said
+        r"2 of 72 images could not be read and were replaced by other images, the first is '(bee/3|cat/5)\.png', then "
+        r"'(bee/3|cat/5)\.png'\.",
+        said,
     )
     assert len(summary(tmp_path / 'run')) == 1
 
@@ -224,7 +226,7 @@ def test_images_of_more_than_8_bits_are_counted_and_read_as_before(kind, mode, t
     for a, b in zip(counting, plain, strict=True):
         assert a[0].tobytes() == b[0].tobytes()
     name = f'ant/wide0{Path(kind).suffix}'
-    assert counting.take_wide() == (3, name, Path(kind).stem)
+    assert counting.take_wide() == (3, f"'{name}'", Path(kind).stem)
     assert counting.take_wide() == (0, '', '')
     list(counting)
     assert describe_warnings(counting, 5) == (
@@ -286,4 +288,4 @@ def test_an_image_of_more_than_8_bits_in_place_of_an_unreadable_one_is_not_count
     truncate(images / 'train' / 'bee' / 'wide0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     list(dataset)
-    assert dataset.take_wide() == (1, 'bee/wide1.png', 'I;16')
+    assert dataset.take_wide() == (1, "'bee/wide1.png'", 'I;16')

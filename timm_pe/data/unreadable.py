@@ -1,4 +1,4 @@
-"""Unreadable images: timm replaces each by the next one; here they are counted, and the first is named.
+"""Unreadable images: timm replaces each by the next one; here they are counted, and the first ones are named.
 
 So are images that are read with a warning, and those of more than 8 bits, which PIL cuts off.
 """
@@ -20,6 +20,8 @@ from ..process.files import hash_content
 # a larger share of an epoch ends the run
 _MAX_SHARE = 0.1
 _FEW = 10
+# at most so many of them are named
+_NAMED = 5
 # longest warning that is kept, in bytes
 _MAX_WARNING = 300
 # beginnings of PIL's modes of 16-bit and 32-bit integers and of floats
@@ -73,25 +75,32 @@ def _look_at_mode(file: Any) -> str:
 
 
 class _Tally:
-    """Counts images over all loader processes, and keeps the index of the first and what is to be said of it."""
+    """Counts images over all loader processes, and keeps the indices of the first ones and what is to be said of the first."""
 
     def __init__(self) -> None:
-        self._count = multiprocessing.Array('q', [0, -1])
+        # their number, then indices
+        self._count = multiprocessing.Array('q', 1 + _NAMED)
         self._text: Any = multiprocessing.Array('c', _MAX_WARNING)
 
     def add(self, index: int, text: str = '') -> None:
         """Count the image `index`."""
         with self._count.get_lock():
             if not self._count[0]:
-                self._count[1], self._text.value = index, text.encode()[: _MAX_WARNING - 1]
+                self._text.value = text.encode()[: _MAX_WARNING - 1]
             self._count[0] += 1
+            if self._count[0] <= _NAMED:
+                self._count[self._count[0]] = index
 
-    def take(self, filename: Callable[[int], str]) -> tuple[int, str, str]:
-        """Number of images since the last call, the name of the first, and its text."""
+    def take(self, filename: Callable[[int], str], names: int = 1) -> tuple[int, str, str]:
+        """Number of images since the last call, up to so many names of the first ones, and what is said of the first."""
         with self._count.get_lock():
-            number, first = self._count[0], self._count[1]
+            number, *indices = self._count[: 1 + min(self._count[0], names)]
             self._count[0] = 0
-        return (number, filename(first), self._text.value.decode(errors='ignore')) if number else (0, '', '')
+        if not number:
+            return 0, '', ''
+        first, *others = (f"'{filename(index)}'" for index in dict.fromkeys(indices))
+        named = f'{first}, then {", ".join(others)}' if others else first
+        return number, named, self._text.value.decode(errors='ignore')
 
 
 class CountingImageDataset(ImageDataset):
@@ -159,8 +168,8 @@ class CountingImageDataset(ImageDataset):
         return self._wide.take(self.filename)
 
     def take_count(self) -> tuple[int, str]:
-        """Number of unreadable images since the last call, and the name of the first."""
-        return self._unreadable.take(self.filename)[:2]
+        """Number of unreadable images since the last call, and the names of the first ones."""
+        return self._unreadable.take(self.filename, _NAMED)[:2]
 
 
 def _cuts_off(dataset: ImageDataset) -> bool:
@@ -205,10 +214,10 @@ def describe_warnings(
     lines = []
     (warned, first, text), (wide, first_wide, mode) = said
     if warned:
-        lines.append(f"{warned} of {images} images were read with a warning, the first is '{first}': {text}")
+        lines.append(f'{warned} of {images} images were read with a warning, the first is {first}: {text}')
     if wide:
         lines.append(
-            f"{wide} of {images} images have more than 8 bits, the first is '{first_wide}' (mode {mode}): their values are "
+            f'{wide} of {images} images have more than 8 bits, the first is {first_wide} (mode {mode}): their values are '
             f'cut off, not scaled, to whole numbers from 0 to 255. Convert them to 8 bits.'
         )
     return warned + wide, '\n'.join(lines)
@@ -232,11 +241,11 @@ def describe_unreadable(
     number, first = sum(n for n, _ in counts), next((name for n, name in counts if n), '')
     if number > max(_FEW, _MAX_SHARE * images):
         raise RunError(
-            f"{number} of {images} images cannot be read, the first is '{first}': are the disk and the files in order?"
+            f'{number} of {images} images cannot be read, the first is {first}: are the disk and the files in order?'
         )
     if not number:
         return 0, ''
     return (
         number,
-        f"{number} of {images} images could not be read and were replaced by other images, the first is '{first}'.",
+        f'{number} of {images} images could not be read and were replaced by other images, the first is {first}.',
     )
