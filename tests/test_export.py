@@ -296,7 +296,9 @@ def test_the_card_has_the_student_alone_beside_it_where_a_run_of_the_same_folder
     cells[at] = str(final - 10)
     (alone / 'summary.csv').write_text('\n'.join([*text[:-1], ','.join(cells)]) + '\n')
     said = export.model_card(export.read_student(taught), 'mit')['details']['Student alone']
-    assert said.startswith(f'top-1 {final - 10:.3f} % after its last epoch, where this one has +10.000 points')
+    assert said.startswith(
+        f'top-1 {final - 10:.3f} % after its last epoch; with the teacher {final:.3f} % after the last (+10.000 points'
+    )
     # of other conditions there is no difference
     copy_of(alone, tmp_path / 'other', batch_size=4)
     shutil.rmtree(alone)

@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import io
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from .runs.compare import (
 )
 from .runs.finished import Run, read_runs
 from .runs.report_bars import dig, draw_measures
+from .train.console import setup_logging
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -413,6 +415,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> None:
     )
     parser.add_argument('--no-analysis', action='store_true', help='show the analyses that are there, make no new ones')
     args = parser.parse_args(argv)
+    setup_logging(logging.WARNING)
     try:
         write_report(args.runs, args.output, analysis=not args.no_analysis)
     except UsageError as e:

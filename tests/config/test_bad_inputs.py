@@ -189,3 +189,7 @@ def test_the_command_ends_with_code_2_and_one_line(name, outcomes):
 def test_no_command_took_much_memory(outcomes):
     peaks = [outcome.peak_mb for outcome in outcomes.values()]
     assert 100 < max(peaks) < 1500
+
+
+def test_a_resumed_run_that_is_not_there_is_named_before_its_data_is_asked_for(capsys):
+    assert "--resume: no file '/no/run', and no folder" in refused(['--resume', '/no/run'], capsys)

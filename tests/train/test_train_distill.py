@@ -665,6 +665,10 @@ def test_an_initial_checkpoint_of_other_classes_is_refused_with_the_flag_that_ta
     assert 'fc.weight [10, 96] for [3, 96]' in error
     assert '10 classes' in error
     assert '--pretrained-path takes all but its classifier' in error
+    torch.save(timm.create_model('test_vit', num_classes=10).state_dict(), tmp_path / 'vit.pth')
+    error = refused([*argv, '--initial-checkpoint', str(tmp_path / 'vit.pth')], capsys)
+    assert 'missing keys' in error
+    assert 'classes' not in error  # which it would not know of another architecture
 
 
 def test_lookahead_is_synchronized_before_validation(small_run, tmp_path):

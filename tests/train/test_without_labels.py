@@ -104,7 +104,7 @@ def test_the_start_says_what_is_held_out_and_speaks_of_no_classes(finished):
         r'\n +so few that the best epoch is partly chance; the last one is in last.pth.tar',
         r'Teacher: on the 16 images held out .* could reach a cosine of 0\.\d+',
         r'Best cosine 0\.\d+ in epoch',
-        r'Fine-tune: train-distill DATA --model test_resnet --pretrained-path ',
+        r'Fine-tune: train-distill DATA --epochs N --img-size \d+ --model test_resnet --pretrained-path ',
     ):
         assert len(re.findall(pattern, said)) == 1, pattern
     assert re.search(r'Epoch 1/3  cosine -?0\.\d+.*effective rank \d.*val loss', said)
@@ -443,7 +443,7 @@ def test_images_that_only_pad_a_batch_count_for_nothing(argv, monkeypatch):
     trainer = make_trainer([*argv, '--pe-teacher-norm', 'batch'], monkeypatch)
     validation = trainer.validation
     monkeypatch.setattr(evaluate, 'evaluation_sample_limit', lambda loader: 13)  # of 16: of the second batch of 8, five
-    validation.aims = []
+    validation.aims, validation.constants = [], []
     validation._see('teacher', trainer.task.teacher)
     module, projected, features = trainer.task.trainable_module.eval(), [], []
     with torch.no_grad():
@@ -555,3 +555,8 @@ def test_a_fine_tuned_student_is_exported_with_its_classes(finished, image_folde
     assert timm.create_model(name, pretrained=True)(x).shape == (2, 3)
     assert timm.create_model(name, pretrained=True, num_classes=7)(x).shape == (2, 7)
     assert len(timm.create_model(name, pretrained=True, features_only=True)(x)) > 1
+
+
+def test_a_last_cosine_below_that_of_one_output_for_all_images_is_warned_about(argv, capsys):
+    warned = 'is no higher than the 0.'
+    assert warned in run([*argv, '--epochs', '1', '--lr', '1e-9', '--experiment', 'still'], capsys)

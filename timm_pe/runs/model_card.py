@@ -226,8 +226,8 @@ def _beside_the_student_alone(run: Run) -> dict[str, str]:
     alone, points = baseline(run, others), difference(run, others)
     if alone is None or points is None:
         return {}
-    final = alone.final['eval_top1']
-    return {'Student alone': f'top-1 {final:.3f} % after its last epoch, where this one has {points:+.3f} points (seed {run.args["seed"]})'}  # fmt: skip
+    final = cast(float, alone.final['eval_top1'])
+    return {'Student alone': f'top-1 {final:.3f} % after its last epoch; with the teacher {final + points:.3f} % after the last ({points:+.3f} points, seed {run.args["seed"]})'}  # fmt: skip
 
 
 def _model_index(student: Student, data: str, row: Mapping[str, float | None] | None) -> str:

@@ -41,6 +41,8 @@ _PRETRAINING_IMAGES = 2_000_000
 # updates below which projectors cost accuracy at equal widths; between 1,560 and 4,680 they began to gain on CIFAR-10
 SHORT_RUN = 2000
 
+# longest line of timm about weights that is shown whole
+_LONGEST = 300
 # format of a progress bar; what does not fit the terminal is cut off at the end
 _BAR = '{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining}{postfix}'
 
@@ -65,19 +67,35 @@ def _is_no_skipped_image(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith('Skipped sample')
 
 
-class _OnceEach(logging.Filter):
-    """Lets each message pass once, and of retries the first: the hub repeats both for each file and attempt."""
+def _cut(record: logging.LogRecord) -> bool:
+    """Shorten a line that lists hundreds of names, as timm's about weights that do not fit."""
+    message = record.getMessage()
+    if len(message) > _LONGEST:
+        record.msg, record.args = f'{message[:_LONGEST]} ...', None
+    return True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
+
+class _OnceEach(logging.Filter):
+    """Lets each message of a library pass once, and of retries the first; those of others always.
+
+    Args:
+        name: The library's logger.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.seen: dict[str, logging.LogRecord] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if not super().filter(record):
+            return True
         message = record.getMessage()
         known = 'Retrying' if message.startswith('Retrying') else message
-        is_new = known not in self._seen
-        self._seen.add(known)
-        return is_new
+        return self.seen.setdefault(known, record) is record  # also for a second handler
+
+
+# the hub says the same for each file and attempt
+_OF_HUB = _OnceEach('huggingface_hub')
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -87,11 +105,13 @@ def setup_logging(level: int = logging.INFO) -> None:
     # it would list all files that are kept, after every epoch
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
     logging.getLogger('timm.models._helpers').addFilter(_is_no_bare_load)
+    logging.getLogger('timm.models._builder').addFilter(_cut)
     logging.getLogger('timm.data.dataset').addFilter(_is_no_skipped_image)
     of_hub = logging.getLogger('huggingface_hub')
     of_hub.propagate = False  # it prints by itself
+    _OF_HUB.seen.clear()
     for own in of_hub.handlers:
-        own.addFilter(_OnceEach())
+        own.addFilter(_OF_HUB)
     root = logging.getLogger()
     handler = _TqdmHandler()
     handler.setFormatter(root.handlers[0].formatter)
@@ -134,7 +154,7 @@ def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
     if config.sched != 'none' and not config.warmup_prefix and config.warmup_epochs >= num_epochs:
         _logger.warning(
             f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
-            f'{lr:.4g}.'
+            f'{lr:.4g}. Lower --warmup-epochs.'
         )
 
 

@@ -74,9 +74,7 @@ def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtim
     try:
         teacher = create()
     except NoPretrainedWeights as e:
-        raise UsageError(
-            f'{e} (--teacher-checkpoint FILE or RUN, --teacher local-dir:FOLDER, --no-teacher-pretrained)'
-        ) from e
+        raise UsageError(f'{e} (--teacher-checkpoint FILE or RUN, --teacher local-dir:FOLDER)') from e
     except UsageError as e:
         other = _torchvision_name(flags) if 'missing keys' in str(e) else ''
         if not other:

@@ -159,7 +159,9 @@ def create_student(config: RunConfig, num_classes: int | None = None) -> nn.Modu
         try:
             model = create_timm_model(config.model, '--model', pretrained=config.pretrained, **kwargs)
         except NoPretrainedWeights as e:
-            raise UsageError(f'{e} (--pretrained-path FILE, --model local-dir:FOLDER, no --pretrained)') from e
+            raise UsageError(
+                f'{e} (--pretrained-path FILE, --model local-dir:FOLDER), or leave --pretrained out'
+            ) from e
     _check_classifier(model, config)
     if config.initial_checkpoint:
         state_dict = read_state_dict(config.initial_checkpoint, '--initial-checkpoint')
@@ -215,7 +217,7 @@ def _load_initial(model: nn.Module, state_dict: dict[str, torch.Tensor], flags: 
     try:
         load_weights(model, state_dict, '--initial-checkpoint', flags.initial_checkpoint)
     except UsageError as e:
-        if classes is None or classes == model.num_classes:
+        if not classes or classes == model.num_classes:  # 0: a backbone, or a file of another architecture
             raise
         raise UsageError(
             f'{e}; it has {classes} classes, the model {model.num_classes}: --pretrained-path takes all but its classifier'
@@ -243,7 +245,8 @@ def _check_taken(model: nn.Module, weights: dict[str, torch.Tensor], path: str) 
     others = [n for n, a in own.items() if not any(torch.equal(a, b.to(a.dtype)) for b in by_shape.get(a.shape, []))]
     if len(others) == len(own):
         raise UsageError(
-            f"--pretrained-path: '{path}' does not fit {type(model).__name__}: none of its weights was taken"
+            f"--pretrained-path: '{path}' does not fit {type(model).__name__}: none of its weights was taken: give the --model that "
+            f'they are of'
         )
     classifier = getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -264,7 +267,8 @@ def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
     path = shlex.quote(str(folder.path))
     then = f'Evaluate:  train-distill --evaluate {path}'
     if not num_classes:
-        then = f'Fine-tune: train-distill DATA --model {shlex.quote(config.model)} --pretrained-path {path}'
+        size = f' --img-size {config.img_size}' if config.img_size else ''
+        then = f'Fine-tune: train-distill DATA --epochs N{size} --model {shlex.quote(config.model)} --pretrained-path {path}'
     tools = f'{then}\nExport:    timm-pe export {path} --output exported'
     try:
         args = _model_args(config, {})

@@ -186,6 +186,7 @@ class TeacherValidation:
         # of each teacher what its features ask for, batch by batch, of the images that count
         self.aims: list[list[torch.Tensor]] = []
         self.teacher_ranks: list[float] = []
+        self.constants: list[float] = []  # mean cosine that one output for all images could reach
         for flags, teacher in zip(teachers_of(self.config), parts.teachers, strict=True):
             self._see(flags.title, teacher)
 
@@ -207,6 +208,7 @@ class TeacherValidation:
         self.teacher_ranks.append(moments.effective_rank)
         # the best constant is the mean direction, so its mean cosine is the length of that mean
         constant = float(directions.norm() / moments.images)
+        self.constants.append(constant)
         _logger.info(
             f'{who}: on the {len(self.data.eval.dataset)} images held out its features have an effective rank of '
             f'{moments.effective_rank:.2f}; a student that gives the same for each image could reach a cosine of '
@@ -244,6 +246,12 @@ class TeacherValidation:
         self._warn_of_collapse(moments)
         means = sums / moments.images
         loss, cosine = (means.T @ means.new_tensor(self.task.teacher_weights)).tolist()
+        constant = sum(w * c for w, c in zip(self.task.teacher_weights, self.constants, strict=True))
+        if is_last and cosine <= constant:
+            _logger.warning(
+                f'The cosine of the last epoch, {cosine:.3f}, is no higher than the {constant:.3f} of a student that gives the same for '
+                f'each image: it has not learnt to tell images apart. Train longer, or with another --lr.'
+            )
         each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
         return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)
 
