@@ -1,4 +1,7 @@
-"""The accuracies and differences that README and docs/ state are those of the committed results."""
+"""The accuracies and differences that README and docs/ state are in the committed results.
+
+The table of README is compared cell by cell; of an interval in a text it is checked that some difference has it, not which.
+"""
 
 import itertools
 import json

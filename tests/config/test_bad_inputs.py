@@ -17,6 +17,7 @@ from bad_inputs import CORPUS, Bad
 from helpers import refused
 
 import train_distill
+from timm_pe.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # what torch warns of while the bad files are made
 # the most that one refusal may take
@@ -193,3 +194,8 @@ def test_no_command_took_much_memory(outcomes):
 
 def test_a_resumed_run_that_is_not_there_is_named_before_its_data_is_asked_for(capsys):
     assert "--resume: no file '/no/run', and no folder" in refused(['--resume', '/no/run'], capsys)
+
+
+def test_what_a_finished_run_went_on_from_may_be_gone(tmp_path):
+    (tmp_path / 'args.yaml').write_text('dataset: sklearn/digits\nresume: /no/checkpoint.pth.tar\n')
+    assert RunFolder(tmp_path).config().resume == '/no/checkpoint.pth.tar'

@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_images_of_more_than_8_bits_are_counted_and_read_as_before(kind, mode, t
     for a, b in zip(counting, plain, strict=True):
         assert a[0].tobytes() == b[0].tobytes()
     name = f'ant/wide0{Path(kind).suffix}'
-    assert counting.take_wide() == (3, f"'{name}'", Path(kind).stem)
+    assert counting.take_wide() == (3, name, Path(kind).stem)
     assert counting.take_wide() == (0, '', '')
     list(counting)
     assert describe_warnings(counting, 5) == (
@@ -288,4 +289,11 @@ def test_an_image_of_more_than_8_bits_in_place_of_an_unreadable_one_is_not_count
     truncate(images / 'train' / 'bee' / 'wide0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     list(dataset)
-    assert dataset.take_wide() == (1, "'bee/wide1.png'", 'I;16')
+    assert dataset.take_wide() == (1, 'bee/wide1.png', 'I;16')
+
+
+def test_of_several_ranks_the_first_five_of_all_are_named():
+    counting = SimpleNamespace(take_count=lambda: (7, ['b', 'c', 'd', 'e', 'f']))
+    number, said = describe_unreadable(counting, 1000, gather=lambda own: [(1, ['a']), own, (0, [])])
+    assert number == 8
+    assert said.endswith("the first is 'a', then 'b', 'c', 'd', 'e'.")

@@ -238,6 +238,8 @@ def test_a_released_student_is_as_before_the_task(tmp_path):
         torch.save(released, tmp_path / 'student.pt')
         assert b'timm_pe' not in (tmp_path / 'student.pt').read_bytes()
     assert task.release_student() is student
+    with pytest.raises(UsageError, match='no moving average'):
+        make_task().release_student(ema=True)
 
 
 def test_projectors_of_another_kind_are_refused_on_load():

@@ -427,8 +427,6 @@ def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
 
 
 def _check_run(config: 'RunConfig', refuse: Refuse) -> None:
-    if config.resume not in ('', 'auto') and not os.path.exists(config.resume):
-        refuse(f"--resume: no file '{config.resume}', and no folder")
     if (
         config.has_labels and not config.root and not config.dataset and not config.evaluate
     ):  # --evaluate takes the data from its run

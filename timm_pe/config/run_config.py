@@ -1,6 +1,7 @@
 """The settings of a run: a frozen value, made once from YAML and the command line."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,9 @@ def parse_config(
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # then the result holds given flags only
     given = vars(parser.parse_args(argv))
+    # of the command line alone: what a finished run in args.yaml went on from may be gone
+    if given.get('resume', 'auto') not in ('', 'auto') and not os.path.exists(given['resume']):
+        parser.error(f"--resume: no file '{given['resume']}', and no folder")
     known = read_config(RunConfig, given['config'], parser.error) if given.get('config') else {}
     read_words(given, known, parser.error)
     if 'teacher' in given and isinstance(known.get('teacher'), list):

@@ -7,7 +7,7 @@ import contextlib
 import io
 import multiprocessing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -91,16 +91,20 @@ class _Tally:
             if self._count[0] <= _NAMED:
                 self._count[self._count[0]] = index
 
-    def take(self, filename: Callable[[int], str], names: int = 1) -> tuple[int, str, str]:
+    def take(self, filename: Callable[[int], str], names: int = 1) -> tuple[int, list[str], str]:
         """Number of images since the last call, up to so many names of the first ones, and what is said of the first."""
         with self._count.get_lock():
             number, *indices = self._count[: 1 + min(self._count[0], names)]
             self._count[0] = 0
         if not number:
-            return 0, '', ''
-        first, *others = (f"'{filename(index)}'" for index in dict.fromkeys(indices))
-        named = f'{first}, then {", ".join(others)}' if others else first
-        return number, named, self._text.value.decode(errors='ignore')
+            return 0, [], ''
+        return number, [filename(index) for index in dict.fromkeys(indices)], self._text.value.decode(errors='ignore')
+
+
+def _list(names: Sequence[str]) -> str:
+    """The first names, in words."""
+    first, *others = [f"'{name}'" for name in names[:_NAMED]]
+    return f'{first}, then {", ".join(others)}' if others else first
 
 
 class CountingImageDataset(ImageDataset):
@@ -161,13 +165,15 @@ class CountingImageDataset(ImageDataset):
 
     def take_warnings(self) -> tuple[int, str, str]:
         """Number of images read with a warning since the last call, the name of the first, and its warning."""
-        return self._warned.take(self.filename)
+        number, names, text = self._warned.take(self.filename)
+        return number, ''.join(names), text
 
     def take_wide(self) -> tuple[int, str, str]:
         """Number of images of more than 8 bits since the last call, the name of the first, and its PIL mode."""
-        return self._wide.take(self.filename)
+        number, names, mode = self._wide.take(self.filename)
+        return number, ''.join(names), mode
 
-    def take_count(self) -> tuple[int, str]:
+    def take_count(self) -> tuple[int, list[str]]:
         """Number of unreadable images since the last call, and the names of the first ones."""
         return self._unreadable.take(self.filename, _NAMED)[:2]
 
@@ -214,10 +220,10 @@ def describe_warnings(
     lines = []
     (warned, first, text), (wide, first_wide, mode) = said
     if warned:
-        lines.append(f'{warned} of {images} images were read with a warning, the first is {first}: {text}')
+        lines.append(f"{warned} of {images} images were read with a warning, the first is '{first}': {text}")
     if wide:
         lines.append(
-            f'{wide} of {images} images have more than 8 bits, the first is {first_wide} (mode {mode}): their values are '
+            f"{wide} of {images} images have more than 8 bits, the first is '{first_wide}' (mode {mode}): their values are "
             f'cut off, not scaled, to whole numbers from 0 to 255. Convert them to 8 bits.'
         )
     return warned + wide, '\n'.join(lines)
@@ -237,8 +243,9 @@ def describe_unreadable(
         RunError: They are more than 10, and more than a tenth.
     """
     counting = _counting(dataset)
-    counts = gather(counting.take_count() if counting is not None else (0, ''))
-    number, first = sum(n for n, _ in counts), next((name for n, name in counts if n), '')
+    counts = gather(counting.take_count() if counting is not None else (0, []))
+    number = sum(n for n, _ in counts)
+    first = _list([name for _, names in counts for name in names]) if number else ''
     if number > max(_FEW, _MAX_SHARE * images):
         raise RunError(
             f'{number} of {images} images cannot be read, the first is {first}: are the disk and the files in order?'

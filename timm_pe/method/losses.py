@@ -177,7 +177,7 @@ def normalize_teacher(feature: torch.Tensor, norm: str) -> torch.Tensor:
     Args:
         feature: `[b, m]`.
         norm: 'none'; 'batch': each channel standardized over the batch (arXiv 2303.11098); 'layer': each feature over
-            its channels, 'whiten': channels decorrelated over the batch (arXiv 2403.06213); with no more images than channels
+            its channels, 'whiten': channels decorrelated over the batch (arXiv 2403.06213); with b <= m + 1
             that makes any two images equally unlike, so give it b well above m.
 
     Returns:

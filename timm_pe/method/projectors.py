@@ -159,8 +159,8 @@ class _Stacked(nn.ModuleList):
 class ProjectorEnsemble(nn.Module):
     """Mean of q projectors: p = 1/q sum_k act(W_k s + b_k) (PEFD, arXiv 2210.15274, sec. 3.2).
 
-    Without an activation the mean of q linear projectors is the one linear layer with the mean of their weights, which moves with
-    1/q of the gradient: more of them differ from one by that alone. An `mlp` has its ReLU inside.
+    Without an activation the mean of q linear projectors is one linear layer, the mean of theirs: it starts 1 / sqrt(q) as large and
+    moves with 1/q of the gradient. For a loss of directions the two cancel at the start. An `mlp` has its ReLU inside.
 
     Args:
         in_dim: Width d of the student's feature.

@@ -384,6 +384,8 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
             ema: The moving average's student.
         """
         module = unwrap_model(self.get_trainable_module(ema=ema))
+        if module is None:
+            raise UsageError('the task has no moving average to release the student of: setup_ema() makes one')
         if module.map_tap is not None:
             module.map_tap.remove()
         module.tap.remove()

@@ -70,8 +70,8 @@ def _is_no_skipped_image(record: logging.LogRecord) -> bool:
 def _cut(record: logging.LogRecord) -> bool:
     """Shorten a line that lists hundreds of names, as timm's about weights that do not fit."""
     message = record.getMessage()
-    if len(message) > _LONGEST:
-        record.msg, record.args = f'{message[:_LONGEST]} ...', None
+    if len(message) > _LONGEST:  # what it means is at its end
+        record.msg, record.args = f'{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}', None
     return True
 
 

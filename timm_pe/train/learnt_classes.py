@@ -41,11 +41,13 @@ def _named_classes(model: str, data: Mapping[str, int] | None) -> dict[str, int]
         return None
     try:
         cfg = resolve_model_input_args(model, {})['pretrained_cfg']
-        names = cfg.get('label_names') if isinstance(cfg, Mapping) else getattr(cfg, 'label_names', None)
-        classes = {str(name): label for label, name in enumerate(names or ())}
+        names = (cfg.get('label_names') if isinstance(cfg, Mapping) else getattr(cfg, 'label_names', None)) or ()
+        labelled = names.items() if isinstance(names, Mapping) else enumerate(names)
+        classes = {str(name): int(label) for label, name in labelled}
     except Exception:  # the config.json may be anything: creating the model says so
         return None
-    return classes if classes.keys() & (data or {}).keys() else None
+    # two classes of one name, as ImageNet's cranes, cannot be told apart
+    return classes if len(classes) == len(names) and classes.keys() & (data or {}).keys() else None
 
 
 def classes_of_teacher(flags: OneTeacher, dataset: Dataset[Any] | None) -> dict[str, int] | None:
@@ -84,15 +86,17 @@ def warn_of_kept_classifier(config: RunConfig, student: nn.Module, dataset: Data
         dataset: Its training images.
     """
     data = class_map_of(dataset)
-    starts = [(name_of(name), getattr(config, name)) for name in ('pretrained_path', 'initial_checkpoint')]
-    learnt = [(flag, saved_classes(folder)) for flag, path in starts if (folder := RunFolder.around(path)) is not None]
-    if config.pretrained and not config.pretrained_path:
-        learnt.append(('--model', _named_classes(config.model, data)))
-    for flag, classes in learnt:
-        other_class = describe_other_class(classes, data)
-        kept = classes is not None and len(classes) == student.num_classes and config.head_init_scale != 0
-        if other_class and kept:
-            _logger.warning(
-                f'{flag}: its weights have learnt other classes ({other_class}), and the student keeps their classifier. '
-                f'--head-init-scale 0 starts a new one.'
-            )
+    # the last one that gives weights
+    given = [name for name in ('initial_checkpoint', 'pretrained_path') if getattr(config, name)]
+    if given:
+        flag, folder = name_of(given[0]), RunFolder.around(getattr(config, given[0]))
+        classes = None if folder is None else saved_classes(folder)
+    else:
+        flag, classes = '--model', _named_classes(config.model, data) if config.pretrained else None
+    other_class = describe_other_class(classes, data)
+    kept = classes is not None and len(classes) == student.num_classes and config.head_init_scale != 0
+    if other_class and kept:
+        _logger.warning(
+            f'{flag}: its weights have learnt other classes ({other_class}), and the student keeps their classifier. '
+            f'--head-init-scale 0 starts a new one.'
+        )

@@ -72,15 +72,16 @@ def _create_projector_task(
         )
     loss = loss_type(config) or ('bce' if config.task == 'multilabel' else 'ce')
     if config.distill_loss_weight is None and criterion is not None and loss == 'bce' and not config.bce_sum:
+        summed = '--bce-sum' if loss_type(config) else '--loss bce --bce-sum'
         _logger.warning(
             f'The default weight {recipe.distill_loss_weight:g} was chosen beside a cross-entropy. The binary one is a mean over all '
-            f'classes, and small: consider --bce-sum or --distill-loss-weight.'
+            f'classes, and small: consider {summed} or --distill-loss-weight.'
         )
     for teacher in teachers if config.pe_teacher_norm == 'whiten' and config.pe_target == 'feature' else ():
         if config.batch_size <= teacher.width + 1:  # they span all that the images are
             _logger.warning(
-                f'--pe-teacher-norm whiten: with no more images in a batch ({config.batch_size}) than channels of the teacher '
-                f'({teacher.width}) it makes any two images equally unlike: give a larger --batch-size.'
+                f'--pe-teacher-norm whiten: a batch of {config.batch_size} images is too small for {teacher.width} channels of a '
+                f'teacher, any two images become equally unlike: give a --batch-size well above that.'
             )
     if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':
         _logger.warning(

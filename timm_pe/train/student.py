@@ -268,6 +268,7 @@ def describe_use(config: RunConfig, folder: RunFolder, num_classes: int) -> str:
     then = f'Evaluate:  train-distill --evaluate {path}'
     if not num_classes:
         size = f' --img-size {config.img_size}' if config.img_size else ''
+        size += f' --input-size {" ".join(map(str, config.input_size))}' if config.input_size else ''
         then = f'Fine-tune: train-distill DATA --epochs N{size} --model {shlex.quote(config.model)} --pretrained-path {path}'
     tools = f'{then}\nExport:    timm-pe export {path} --output exported'
     try:

@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 _LEAST_RANK = 1.05
 # likewise a variance that is a smaller share of the mean square
 _LEAST_VARIANCE = 1e-6
+# images held out below which one output for all of them comes close to each
+_ENOUGH = 16
 
 
 class Validation(Protocol):
@@ -247,10 +249,11 @@ class TeacherValidation:
         means = sums / moments.images
         loss, cosine = (means.T @ means.new_tensor(self.task.teacher_weights)).tolist()
         constant = sum(w * c for w, c in zip(self.task.teacher_weights, self.constants, strict=True))
-        if is_last and cosine <= constant:
+        if is_last and cosine <= constant and moments.images >= _ENOUGH:
+            whose, remedy = ('of the moving average', 'lower --model-ema-decay, or train longer') if ema else ('of the student', 'train longer, or with another --lr')  # fmt: skip
             _logger.warning(
-                f'The cosine of the last epoch, {cosine:.3f}, is no higher than the {constant:.3f} of a student that gives the same for '
-                f'each image: it has not learnt to tell images apart. Train longer, or with another --lr.'
+                f'The last cosine {whose}, {cosine:.3f}, is no higher than the {constant:.3f} of one that gives the same for each '
+                f'image: it has not learnt to tell images apart: {remedy}.'
             )
         each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
         return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)

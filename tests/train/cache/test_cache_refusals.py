@@ -45,6 +45,7 @@ def test_each_entry_of_the_manifest_that_differs_is_named_with_both_values(argv,
         assert f'{name} None there and {value} here' in message(**{name: 'missing'})
     assert 'images 7 there and 36 here; seed 1 there and 42 here' in message(seed=1, images=7)
     assert 'pixels' not in message(seed=1, pixels='of another seed')  # which follow from it
+    assert 'pixels other' in message(**{'teacher weights': 'others', 'pixels': 'other'})
 
 
 @pytest.mark.parametrize(
