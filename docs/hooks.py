@@ -58,6 +58,10 @@ def _without_missing(docs: Path, entries: list[dict[str, Any]]) -> list[dict[str
     return kept
 
 
+# a lower difference is a triangle at the edge and a number
+LOWEST = -10
+
+
 def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     """Draw each method's gain over the student alone: a panel per suite, the mean with its 95 % interval, a dot per
     seed.
@@ -73,11 +77,16 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     figure, panels = _column([s['title'] for s in suites], [[m['label'] for m in r] for r in rows])
     for axes, methods in zip(panels, rows, strict=True):
         for y, method in enumerate(methods):
-            difference = method['minus_alone']
-            if difference.get('low') is not None:
+            difference, seeds = method['minus_alone'], [x for x in method['minus_alone']['of_seeds'] if x >= LOWEST]
+            if len(difference['of_seeds']) > 2:  # that of two seeds is wider than the picture
                 axes.plot([difference['low'], difference['high']], [y, y], color=LINE, linewidth=2)
-            axes.plot(difference['of_seeds'], [y] * len(difference['of_seeds']), '.', color=DOT, markersize=5)
-            axes.plot(difference['mean'], y, 'o', color=LINE, markersize=5)
+            axes.plot(seeds, [y] * len(seeds), '.', color=DOT, markersize=5)
+            if difference['mean'] < LOWEST:
+                axes.plot(LOWEST, y, '<', color=LINE, markersize=5)
+                said = {'xytext': (6, -3), 'textcoords': 'offset points', 'color': INK, 'fontsize': 8}
+                axes.annotate(f'{difference["mean"]:+.1f}', (LOWEST, y), **said)
+            else:
+                axes.plot(difference['mean'], y, 'o', color=LINE, markersize=5)
             axes.plot([0, 0], [y - 0.2, y + 0.2], color=INK, linewidth=0.8)  # not through the labels
         axes.tick_params(labelbottom=True)
         axes.xaxis.set_major_formatter(lambda x, _: f'{x:+g}' if x else 'alone')
