@@ -162,7 +162,7 @@ def draw_projectors(results: dict[str, Any], path: Path) -> None:
         axes.set_xticks(ticks, [f'{e} epochs' for e in ticks])
         axes.minorticks_off()
         axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
-        title = re.sub(r', \d+ epochs(?: of)?', '', suites[0]['title'])
+        title = re.sub(r', \d+ epochs(?: of)?', ',', suites[0]['title']).rstrip(',')
         axes.set_title(fill(title, 52), fontsize=9, color=INK, loc='left', fontweight='bold')
         axes.tick_params(colors=INK, labelsize=8, labelbottom=True)
         for side in axes.spines.values():
