@@ -77,7 +77,8 @@ def draw_accuracy(results: dict[str, Any], path: Path) -> None:
     figure, panels = _column([s['title'] for s in suites], [[m['label'] for m in r] for r in rows])
     for axes, methods in zip(panels, rows, strict=True):
         for y, method in enumerate(methods):
-            difference, seeds = method['minus_alone'], [x for x in method['minus_alone']['of_seeds'] if x >= LOWEST]
+            difference = method['minus_alone']
+            seeds = [x for x in difference['of_seeds'] if x >= LOWEST]
             if len(difference['of_seeds']) > 2:  # that of two seeds is wider than the picture
                 axes.plot([difference['low'], difference['high']], [y, y], color=LINE, linewidth=2)
             axes.plot(seeds, [y] * len(seeds), '.', color=DOT, markersize=5)

@@ -60,7 +60,8 @@ def test_a_terminal_has_a_bar_with_whole_numbers_and_an_epoch_leaves_lines_that_
     terms = [part.split(' ') for parts in shown for part in parts if 'loss ' in part]
     assert terms
     assert all(f'{float(value):#.4g}' == value for _, value in terms)
-    assert {parts[-1].split(' ')[-1] for parts in shown if columns == 120} <= {'images/s'}
+    if columns == 120:
+        assert {parts[-1].split(' ')[-1] for parts in shown} == {'images/s'}
     first = next(i for i, line in enumerate(said) if line.startswith('Epoch 1/2'))
     left = [said[first], *(line for line in said[first + 1 : first + 3] if line.startswith('    '))]
     assert all(len(line) < columns for line in left)

@@ -382,6 +382,9 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
 
         Args:
             ema: The moving average's student.
+
+        Raises:
+            UsageError: There is no moving average.
         """
         module = unwrap_model(self.get_trainable_module(ema=ema))
         if module is None:

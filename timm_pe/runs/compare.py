@@ -149,12 +149,9 @@ def _learnt_from(run: Run) -> set[str]:
     if args.get('no_resume_opt'):  # it starts from weights of another run
         found |= {'resume', 'no_resume_opt'}
     if args.get('sched') == 'plateau':  # the schedule follows what is measured
-        found |= {
-            'eval_metric',
-            'val_interval',
-            'save_epochs',
-            *(['knn_data'] if args.get('eval_metric') == 'knn' else []),
-        }
+        found |= {'eval_metric', 'val_interval', 'save_epochs'}
+        if args.get('eval_metric') == 'knn':
+            found.add('knn_data')
     if args.get('naflex_loader') or str(args.get('dataset')).lower().split('/')[0] in STREAMED_KINDS:
         found.add('workers')  # what is drawn depends on their number
     return found

@@ -254,7 +254,10 @@ def open_run(folder: RunFolder, options: Options, others: Sequence[RunFolder] = 
         tap=FeatureTap(student, config.student_tap),
         teachers=teachers,
         teacher_names=[flags.name for flags in of_teachers],
-        same_classes=[not other_class_of_teacher(flags, parts.data.eval.dataset) for flags in of_teachers],
+        same_classes=[
+            not other_class_of_teacher(*of_teacher, parts.data.eval.dataset)
+            for of_teacher in zip(of_teachers, teachers, strict=True)
+        ],
         task=task.eval() if task else None,
         loaders=loaders,
         class_names=read_class_names(parts.datasets[1], parts.num_classes or count_classes(parts.datasets[1]) or 0),

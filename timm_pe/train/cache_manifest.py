@@ -97,20 +97,24 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             f'{manifest["format"]}): give another folder, or delete it'
         )
     beyond = [name for name in _FIELDS if there.get(name) and not manifest.get(name)]
-    # other pixels follow from these
-    if any(name in manifest and _differs(name, there.get(name), manifest[name]) for name in ('seed', 'transform')):
-        beyond = [*beyond, 'pixels']
+    other = {
+        name
+        for name, value in manifest.items()
+        if name not in beyond and (name not in there or _differs(name, there[name], value))
+    }
+    if other & {'seed', 'transform'}:  # other pixels follow from them
+        other.discard('pixels')
     differences = [
         f'{name} {_show(there.get(name), value)} there and {_show(value, there.get(name))} here'
         for name, value in manifest.items()
-        if name not in beyond and (name not in there or _differs(name, there[name], value))
+        if name in other
     ]
     if differences:
         raise UsageError(
             f"--teacher-cache: '{folder}' was filled by a run that differs from this one: "
             f'{"; ".join(differences)}: give another folder, or delete it'
         )
-    return [_FIELDS[name] for name in beyond if name in _FIELDS]
+    return [_FIELDS[name] for name in beyond]
 
 
 def _differs(name: str, there: Any, here: Any) -> bool:

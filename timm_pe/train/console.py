@@ -43,7 +43,7 @@ SHORT_RUN = 2000
 
 # longest line of timm about weights that is shown whole
 _LONGEST = 300
-# format of a progress bar; what does not fit the terminal is cut off at the end
+# format of a progress bar
 _BAR = '{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining}{postfix}'
 
 

@@ -131,7 +131,7 @@ def _check_teacher(parts: Parts, flags: OneTeacher, teacher: Teacher) -> Teacher
             f'checked.'
         )
         return None
-    other_class = other_class_of_teacher(flags, data.eval.dataset)
+    other_class = other_class_of_teacher(flags, teacher, data.eval.dataset)
     if other_class:
         _logger.info(
             f'{who}: it has learnt other classes than those of the data ({other_class}), so its accuracy cannot be checked.'

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn as nn
-from timm.models import resolve_model_input_args
-from timm.utils import load_checkpoint_metadata
+from timm.utils import load_checkpoint_metadata, unwrap_model
 from torch.utils.data import Dataset
 
 from ..config.declare import name_of
@@ -14,6 +13,7 @@ from ..config.run_config import RunConfig
 from ..config.teachers import OneTeacher
 from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError
+from ..method.teacher import Teacher
 from ..run_folder import RunFolder
 from .position import read_run_state
 
@@ -32,35 +32,29 @@ def saved_classes(folder: RunFolder) -> dict[str, int] | None:
     return None
 
 
-def _named_classes(model: str, data: Mapping[str, int] | None) -> dict[str, int] | None:
-    """Those that the configuration of a `hf-hub:` or `local-dir:` model names, as an export writes them; None if unknown.
+def _named_classes(model: nn.Module, data: Mapping[str, int] | None) -> dict[str, int] | None:
+    """Those that the configuration of a pretrained model names, as an export or the hub has them; None if unknown.
 
     Names none of which the data knows are of another vocabulary, and say nothing.
     """
-    if ':' not in model:
-        return None
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
     try:
-        cfg = resolve_model_input_args(model, {})['pretrained_cfg']
-        names = (cfg.get('label_names') if isinstance(cfg, Mapping) else getattr(cfg, 'label_names', None)) or ()
         labelled = names.items() if isinstance(names, Mapping) else enumerate(names)
         classes = {str(name): int(label) for label, name in labelled}
-    except Exception:  # the config.json may be anything: creating the model says so
+    except (TypeError, ValueError):  # a config.json may hold anything
         return None
     # two classes of one name, as ImageNet's cranes, cannot be told apart
-    return classes if len(classes) == len(names) and classes.keys() & (data or {}).keys() else None
+    of_model = len(classes) == model.num_classes
+    return classes if of_model and classes.keys() & (data or {}).keys() else None
 
 
-def classes_of_teacher(flags: OneTeacher, dataset: Dataset[Any] | None) -> dict[str, int] | None:
-    """The classes that a teacher has learnt and their labels; None if unknown."""
-    folder = RunFolder.around(flags.checkpoint)
-    if folder is not None:
-        return saved_classes(folder)
-    return None if flags.checkpoint or not flags.pretrained else _named_classes(flags.name, class_map_of(dataset))
-
-
-def other_class_of_teacher(flags: OneTeacher, dataset: Dataset[Any] | None) -> str:
+def other_class_of_teacher(flags: OneTeacher, teacher: Teacher, dataset: Dataset[Any] | None) -> str:
     """The first class in which a teacher and the data differ; '' if none or unknown."""
-    return describe_other_class(classes_of_teacher(flags, dataset), class_map_of(dataset))
+    data, folder = class_map_of(dataset), RunFolder.around(flags.checkpoint)
+    if folder is not None:
+        return describe_other_class(saved_classes(folder), data)
+    as_named = flags.pretrained and not flags.checkpoint
+    return describe_other_class(_named_classes(unwrap_model(teacher.model), data), data) if as_named else ''
 
 
 def check_learnt_classes(folder: RunFolder, dataset: Dataset[Any], what: str) -> None:
@@ -92,7 +86,7 @@ def warn_of_kept_classifier(config: RunConfig, student: nn.Module, dataset: Data
         flag, folder = name_of(given[0]), RunFolder.around(getattr(config, given[0]))
         classes = None if folder is None else saved_classes(folder)
     else:
-        flag, classes = '--model', _named_classes(config.model, data) if config.pretrained else None
+        flag, classes = '--model', _named_classes(student, data) if config.pretrained else None
     other_class = describe_other_class(classes, data)
     kept = classes is not None and len(classes) == student.num_classes and config.head_init_scale != 0
     if other_class and kept:

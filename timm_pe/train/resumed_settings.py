@@ -117,7 +117,8 @@ def describe_differences(config: RunConfig, saved: Mapping[str, Any]) -> str:
     if saved.get('teacher_dtype', '') is None:  # of a commit before 'auto', which takes what that run had
         saved = {**saved, 'teacher_dtype': 'auto'}
     # the kNN changes nothing that is learnt, but it may choose the best epoch
-    compared = saved.keys() & now.keys() - (_NOT_COMPARED - ({'knn_data'} if config.eval_metric == 'knn' else set()))
+    left_out = _NOT_COMPARED - {'knn_data'} if config.eval_metric == 'knn' else _NOT_COMPARED
+    compared = saved.keys() & now.keys() - left_out
     names = sorted(name for name in compared if _plain(saved[name]) != _plain(now[name]))
     said = [f'{name_of(name)} {reprlib.repr(saved[name])} then and {reprlib.repr(now[name])} now' for name in names]
     # folders may have moved, and other images are reported elsewhere; whether there are some changes what is trained on

@@ -64,29 +64,7 @@ def _create_projector_task(
     criterion: nn.Module | None,
     common: dict[str, Any],
 ) -> ProjectorEnsembleTask:
-    recipe = TARGETS[config.pe_target]
-    if config.pe_loss not in (None, recipe.feature_loss) and config.distill_loss_weight is None:
-        _logger.warning(
-            f'The default weight {recipe.distill_loss_weight:g} was chosen for the {recipe.feature_loss} loss, it now weighs {config.pe_loss!r}: '
-            f'consider --distill-loss-weight.'
-        )
-    loss = loss_type(config) or ('bce' if config.task == 'multilabel' else 'ce')
-    if config.distill_loss_weight is None and criterion is not None and loss == 'bce' and not config.bce_sum:
-        summed = '--bce-sum' if loss_type(config) else '--loss bce --bce-sum'
-        _logger.warning(
-            f'The default weight {recipe.distill_loss_weight:g} was chosen beside a cross-entropy. The binary one is a mean over all '
-            f'classes, and small: consider {summed} or --distill-loss-weight.'
-        )
-    for teacher in teachers if config.pe_teacher_norm == 'whiten' and config.pe_target == 'feature' else ():
-        if config.batch_size <= teacher.width + 1:  # they span all that the images are
-            _logger.warning(
-                f'--pe-teacher-norm whiten: a batch of {config.batch_size} images is too small for {teacher.width} channels of a '
-                f'teacher, any two images become equally unlike: give a --batch-size well above that.'
-            )
-    if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':
-        _logger.warning(
-            "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."
-        )
+    _warn_of_losses(config, teachers, criterion)
     task = ProjectorEnsembleTask(
         student_model=student,
         teacher_model=teachers,
@@ -115,6 +93,33 @@ def _create_projector_task(
             f'exported stay as they start.'
         )
     return task
+
+
+def _warn_of_losses(config: RunConfig, teachers: Sequence[Teacher], criterion: nn.Module | None) -> None:
+    """Say where a default does not suit the losses that were chosen."""
+    recipe = TARGETS[config.pe_target]
+    if config.pe_loss not in (None, recipe.feature_loss) and config.distill_loss_weight is None:
+        _logger.warning(
+            f'The default weight {recipe.distill_loss_weight:g} was chosen for the {recipe.feature_loss} loss, it now weighs {config.pe_loss!r}: '
+            f'consider --distill-loss-weight.'
+        )
+    loss = loss_type(config) or ('bce' if config.task == 'multilabel' else 'ce')
+    if config.distill_loss_weight is None and criterion is not None and loss == 'bce' and not config.bce_sum:
+        summed = '--bce-sum' if loss_type(config) else '--loss bce --bce-sum'
+        _logger.warning(
+            f'The default weight {recipe.distill_loss_weight:g} was chosen beside a cross-entropy. The binary one is a mean over all '
+            f'classes, and small: consider {summed} or --distill-loss-weight.'
+        )
+    widest = max(teacher.width for teacher in teachers)
+    if config.pe_teacher_norm == 'whiten' and config.batch_size <= widest + 1:  # they span all that the images are
+        _logger.warning(
+            f'--pe-teacher-norm whiten: a batch of {config.batch_size} images is too small for {widest} channels of a '
+            f'teacher, any two images become equally unlike: give a --batch-size well above that.'
+        )
+    if config.task_loss_weight == 0 and not config.kd_loss_weight and config.pe_target == 'feature':
+        _logger.warning(
+            "With --task-loss-weight 0 and features alone nothing trains the student's classifier: add --kd-loss-weight."
+        )
 
 
 def _holds_classifier(student: nn.Module, path: str) -> bool:

@@ -19,7 +19,7 @@ from ..method.teacher import Teacher, create_teacher
 from ..method.weight_files import read_state_dict
 from ..process.runtime import Runtime
 from .from_run import teacher_settings
-from .learnt_classes import classes_of_teacher, other_class_of_teacher
+from .learnt_classes import other_class_of_teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -40,13 +40,6 @@ def create_run_teachers(config: RunConfig, data: Data, runtime: Runtime, resizes
 
 def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtime: Runtime, resizes: bool) -> Teacher:
     settings = teacher_settings(flags)
-    other_class = other_class_of_teacher(flags, data.eval.dataset)
-    if other_class and config.kd_loss_weight and not _is_left_out(config, flags, data):
-        raise UsageError(
-            f'--kd-loss-weight compares class by class, and the teacher has learnt other classes ({other_class}): give data of '
-            f'the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its weights '
-            f'alone (--teacher-checkpoint FILE)'
-        )
     create = functools.partial(
         create_teacher,
         flags.name,
@@ -83,6 +76,7 @@ def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtim
             f"{e}; it is torchvision's {other}, which names its weights otherwise: in Python create_teacher("
             f'torchvision.models.{other}(), checkpoint=..., tap=...) takes it'
         ) from e
+    _check_classes(config, flags, teacher, data)
     _say_teacher(flags, teacher, data.config['input_size'][1:])
     if runtime.distributed:
         # ranks have different seeds and DDP does not wrap the teacher: random weights would differ between ranks
@@ -91,10 +85,18 @@ def _create_run_teacher(config: RunConfig, flags: OneTeacher, data: Data, runtim
     return teacher
 
 
-def _is_left_out(config: RunConfig, flags: OneTeacher, data: Data) -> bool:
-    """Whether the logits of one of several teachers are not compared: it has learnt another number of classes."""
-    learnt = classes_of_teacher(flags, data.eval.dataset) if isinstance(config.teacher, list) else None
-    return learnt is not None and len(learnt) != count_classes(data.eval.dataset)
+def _check_classes(config: RunConfig, flags: OneTeacher, teacher: Teacher, data: Data) -> None:
+    """Refuse to compare the logits of other classes; of several teachers those of another number are left out."""
+    left_out = isinstance(config.teacher, list) and teacher.num_classes != count_classes(data.eval.dataset)
+    if not config.kd_loss_weight or left_out:
+        return
+    other_class = other_class_of_teacher(flags, teacher, data.eval.dataset)
+    if other_class:
+        raise UsageError(
+            f'--kd-loss-weight compares class by class, and the teacher has learnt other classes ({other_class}): give data of '
+            f'the same classes, leave the weight at 0, or, if they are the same under other names, give a copy of its weights '
+            f'alone (--teacher-checkpoint FILE)'
+        )
 
 
 def _has_own_size(flags: OneTeacher) -> bool:

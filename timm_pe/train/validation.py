@@ -250,10 +250,11 @@ class TeacherValidation:
         loss, cosine = (means.T @ means.new_tensor(self.task.teacher_weights)).tolist()
         constant = sum(w * c for w, c in zip(self.task.teacher_weights, self.constants, strict=True))
         if is_last and cosine <= constant and moments.images >= _ENOUGH:
-            whose, remedy = ('of the moving average', 'lower --model-ema-decay, or train longer') if ema else ('of the student', 'train longer, or with another --lr')  # fmt: skip
+            whose = 'of the moving average' if ema else 'of the student'
+            remedy = 'a lower --model-ema-decay' if ema else 'another --lr'
             _logger.warning(
                 f'The last cosine {whose}, {cosine:.3f}, is no higher than the {constant:.3f} of one that gives the same for each '
-                f'image: it has not learnt to tell images apart: {remedy}.'
+                f'image: it has not learnt to tell images apart. Longer training or {remedy} may help.'
             )
         each = dict(zip(self.names, means[:, 1].tolist(), strict=False))
         return OrderedDict(loss=loss, cosine=cosine, **each, effective_rank=moments.effective_rank)
