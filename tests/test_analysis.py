@@ -369,7 +369,7 @@ def test_what_cannot_be_analysed_is_said_in_one_line_before_anything_is_written(
 
 
 def test_a_teacher_that_has_learnt_other_classes_is_not_measured_by_those_of_the_data(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reopen, 'other_class_of_teacher', lambda flags, data: "class 'aardvark' 0 then")
+    monkeypatch.setattr(reopen, 'other_class_of_teacher', lambda *of_teacher: "class 'aardvark' 0 then")
     result = analysis.analyze(copy(runs, 'distilled', tmp_path))
     assert result['teacher_validation'] is result['agreement'] is None
     assert result['cka']['validation'] > 0
