@@ -82,7 +82,7 @@ def create_timm_model(name: str, what: str, pretrained: bool = False, **kwargs: 
             raise UsageError(f"{what}: cannot build '{name}' with {_given(kwargs)}: {reason}") from e
         if pretrained:
             raise NoPretrainedWeights(
-                f"{what}: no pretrained weights for '{name}' ({reason}): give a file or folder that has them"
+                f"{what}: no pretrained weights for '{name}' ({reason}): give a checkpoint file, or 'local-dir:FOLDER'"
             ) from e
         raise UsageError(f"{what}: cannot build '{name}' with {_given(kwargs)}: {reason}") from e
     if pretrained:
