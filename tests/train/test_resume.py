@@ -1,6 +1,7 @@
 """A run that is stopped and resumed ends bit for bit as one that was left alone."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import re
@@ -22,7 +23,7 @@ from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 import train_distill
-from timm_pe import ProjectorEnsembleTask
+from timm_pe import ProjectorEnsembleTask, run_folder
 from timm_pe.config.run_config import RunConfig, parse_config
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
@@ -754,6 +755,46 @@ def test_the_same_command_again_moves_the_earlier_run_aside_with_all_that_is_in_
     assert sorted(p.name for p in tmp_path.iterdir()) == ['run', 'run.1']
     run([*argv, '--seed', '3'])
     assert files_of(tmp_path / 'run.2') == second
+
+
+@pytest.mark.parametrize('more', [[], ['--overwrite'], ['--resume', 'auto']], ids=['fresh', 'overwrite', 'resume'])
+def test_a_second_run_in_the_folder_of_a_run_that_is_still_going_is_refused_and_changes_nothing(
+    more, alone, tmp_path, monkeypatch, capsys
+):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'run']
+    monkeypatch.setattr(run_folder, 'OTHER_ENDS', 0.1)
+    save, said = Trainer._save_epoch, []
+
+    def save_and_start_another(trainer, state, *args):
+        best = save(trainer, state, *args)
+        if state.epoch == 0:
+            before = files_of(tmp_path / 'run')
+            said.append(refused([*argv, *more], capsys))
+            assert files_of(tmp_path / 'run') == before
+        return best
+
+    monkeypatch.setattr(Trainer, '_save_epoch', save_and_start_another)
+    run(argv)
+    assert said == [
+        f"train_distill: error: --output: another process trains in '{tmp_path / 'run'}': stop it or wait for its end, or give "
+        f'another --experiment'
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1']
+    run([*argv, '--epochs', '3', '--resume', 'auto'])  # the first has ended
+    assert len(summary(tmp_path / 'run')) == 3
+
+
+def test_a_file_system_without_locks_is_named_and_the_run_goes_on(alone, tmp_path, monkeypatch, capsys):
+    def acquire(*args, **kwargs):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(run_folder.FileLock, 'acquire', acquire)
+    _, argv = alone('plain')
+    said = run([*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'], capsys)
+    assert 'No locks available): do not start a second run in it' in said
+    assert len(summary(tmp_path / 'run')) == 1
 
 
 def test_overwrite_deletes_what_the_earlier_run_wrote_and_nothing_else(alone, tmp_path, capsys):

@@ -129,5 +129,8 @@ def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> No
         trainer = start(parts)  # optimizer, resumed state, schedule, folder
     if trainer is not None:
         with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder, config.output)}'):
-            trainer.fit()
+            try:
+                trainer.fit()
+            finally:
+                trainer.folder.release()
     leave_ranks()

@@ -324,6 +324,9 @@ def _fill_folder(
 ) -> tuple[Saver, Trackers]:
     config = parts.config
     goes_on = _goes_on(found, span, folder.path)
+    if not goes_on:
+        folder.check_is_of_a_run()
+    folder.claim()
     # with --resume auto, a row without weights is of an epoch that a kill interrupted: it is trained and written again
     if not goes_on and folder.results() and (config.resume != 'auto' or folder.has_weights()):
         _check_own_inputs(config, folder)
