@@ -53,6 +53,7 @@ def test_a_run_leaves_the_files_of_timm_and_the_student(finished):
     assert {p.name for p in folder.iterdir()} == {
         *('args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'student.safetensors'),
         *(f'checkpoint-{i}.pth.tar' for i in range(3)),
+        '.lock',
     }
 
 
@@ -484,6 +485,13 @@ def test_warmup_longer_than_the_run_is_warned_about(small_run, capsys):
     said = run([*small_run, *PAIR, '--warmup-epochs', '5', '--epochs', '2'], capsys)
     assert 'All 2 epochs are warmup (--warmup-epochs 5): the learning rate never reaches 0.02' in said
     assert re.search(r'epochs +2 of 4 batches, warmup 5', said)
+
+
+@pytest.mark.parametrize(('warmup', 'is_said'), [('2', True), ('1', False)])
+def test_warmup_that_is_half_of_the_run_is_warned_about(warmup, is_said, small_run, capsys):
+    said = run([*small_run, *PAIR, '--warmup-epochs', warmup, '--epochs', '3'], capsys)
+    warning = f'{warmup} of 3 epochs are warmup (--warmup-epochs): few are left for a learning rate of 0.02. Lower --warmup-epochs.'
+    assert (warning in said) == is_said
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def warn_of_tta(config: RunConfig) -> None:
 
 
 def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
-    """Name flags without effect, labels that are not used, and a warmup that fills the run of `num_epochs` at learning
-    rate `lr`.
+    """Name flags without effect, labels that are not used, and a warmup that fills half of a run of `num_epochs` epochs, or
+    all of it, at learning rate `lr`.
     """
     idle = without_effect(config)
     if idle:
@@ -151,11 +151,14 @@ def warn_of_settings(config: RunConfig, num_epochs: int, lr: float) -> None:
     if not config.has_labels:
         warn_of_splits(config.unlabeled)
     warn_of_tta(config)
-    if config.sched != 'none' and not config.warmup_prefix and config.warmup_epochs >= num_epochs:
-        _logger.warning(
-            f'All {num_epochs} epochs are warmup (--warmup-epochs {config.warmup_epochs}): the learning rate never reaches '
-            f'{lr:.4g}. Lower --warmup-epochs.'
-        )
+    warmup = config.warmup_epochs
+    if config.sched == 'none' or config.warmup_prefix or 2 * warmup < num_epochs:
+        return
+    if warmup >= num_epochs:
+        of = f'All {num_epochs} epochs are warmup (--warmup-epochs {warmup}): the learning rate never reaches {lr:.4g}'
+    else:  # warmup takes the place of the schedule's first epochs: afterwards a cosine is far down already
+        of = f'{warmup} of {num_epochs} epochs are warmup (--warmup-epochs): few are left for a learning rate of {lr:.4g}'
+    _logger.warning(f'{of}. Lower --warmup-epochs.')
 
 
 def hint_at_short_run(task: TrainingTask, updates: int) -> None:
