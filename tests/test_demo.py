@@ -38,12 +38,12 @@ def test_the_demo_leaves_its_table_numbers_curves_and_student(tmp_path, monkeypa
 
 def test_the_demo_goes_on_without_what_its_report_needs(tmp_path, monkeypatch, capsys):
     def write_report(folders, path):
-        raise UsageError("the analysis needs torchmetrics: pip install 'timm_pe[analysis]'")
+        raise UsageError("the analysis needs matplotlib: pip install 'timm_pe[analysis]'")
 
     monkeypatch.setattr(demo, 'write_report', write_report)
     demo.add_report(tmp_path, ['teacher'])
     err = capsys.readouterr().err
-    assert err == "no report.html: the analysis needs torchmetrics: pip install 'timm_pe[analysis]'\n"
+    assert err == "no report.html: the analysis needs matplotlib: pip install 'timm_pe[analysis]'\n"
 
 
 def test_the_end_of_the_demo_is_printed_as_readme_shows_it():

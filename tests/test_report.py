@@ -125,6 +125,13 @@ def test_a_difference_is_to_the_same_model_without_a_teacher_and_of_the_same_see
     ]
 
 
+def test_the_row_of_an_exported_backbone_is_the_best_by_the_cosine_to_its_teacher(tmp_path):
+    folder = make_run(tmp_path, 'backbone', teacher='resnet18', dataset='', unlabeled=['images'])
+    (folder / 'summary.csv').write_text('epoch,eval_cosine\n0,0.5\n1,0.7\n2,\n3,0.6\n')
+    (run,) = read_runs([folder])
+    assert run.exported == {'epoch': 1, 'eval_cosine': 0.7}
+
+
 def test_a_run_with_no_counterpart_has_no_difference(tmp_path):
     runs = read_runs([make_run(tmp_path, 'a', dataset='torch/cifar10'), make_run(tmp_path, 'b', teacher='resnet18')])
     assert [report.difference(run, runs) for run in runs] == [None, None]

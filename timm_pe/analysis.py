@@ -44,7 +44,7 @@ from .train.console import count_params, setup_logging
 from .train.probes import probe
 
 PROG = 'python -m timm_pe.analysis'
-_PACKAGES = {'sklearn': 'scikit-learn', 'torchmetrics': 'torchmetrics', 'matplotlib': 'matplotlib'}
+_PACKAGES = {'sklearn': 'scikit-learn', 'matplotlib': 'matplotlib'}
 
 
 def analyze(
@@ -269,7 +269,7 @@ def _draw(
     rows = folder.rows() if folder.summary_file.is_file() else []
     if rows:
         shown = [c for c in rows[0] if c.startswith(('train_', 'eval_')) and c != 'train_images_per_s']
-        figures['curves'] = plots.learning_curves({result['run']: rows}, shown, [color])
+        figures['curves'] = plots.learning_curves(rows, shown, color)
     folder.figures.mkdir(exist_ok=True)
     for name, figure in figures.items():
         plots.save_png(figure, folder.figures / f'{name}.png')

@@ -4,7 +4,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +22,10 @@ from timm_pe.data.loaders import _check_target, create_data
 from timm_pe.data.unreadable import CountingImageDataset, describe_unreadable, describe_warnings, forget_unreadable
 from timm_pe.errors import RunError
 from timm_pe.process.runtime import setup_runtime
+
+
+def one_rank(own):
+    return [own]
 
 
 @pytest.fixture
@@ -111,7 +114,7 @@ def test_counting_changes_nothing_of_a_data_set(images):
     for a, b in zip(counting, plain, strict=True):
         assert a[1] == b[1]
         assert a[0].tobytes() == b[0].tobytes()
-    assert describe_unreadable(counting, 72) == (0, '')
+    assert describe_unreadable(counting, 72, one_rank) == (0, '')
 
 
 def test_a_count_is_told_once_and_names_the_file(images):
@@ -120,9 +123,9 @@ def test_a_count_is_told_once_and_names_the_file(images):
     assert isinstance(dataset[0][0], Image.Image)
     assert (
         "1 of 72 images could not be read and were replaced by other images, the first is 'ant/0.png'"
-        in describe_unreadable(dataset, 72)[1]
+        in describe_unreadable(dataset, 72, one_rank)[1]
     )
-    assert describe_unreadable(dataset, 72) == (0, '')
+    assert describe_unreadable(dataset, 72, one_rank) == (0, '')
 
 
 def test_an_error_of_a_transform_is_not_taken_for_a_file(images):
@@ -149,7 +152,7 @@ def test_the_first_look_reads_no_image_that_an_epoch_would_count(images, more):
             truncate(Path(dataset.filename(index, absolute=True)))
     input, _ = first_batch(loader)
     time.sleep(2)  # what workers would read ahead
-    assert describe_unreadable(loader.dataset, 1) == (0, '')
+    assert describe_unreadable(loader.dataset, 1, one_rank) == (0, '')
     torch.testing.assert_close(input, next(iter_epoch(loader)), rtol=0, atol=0)
 
 
@@ -175,7 +178,7 @@ def test_a_look_at_the_targets_is_not_counted(images):
     truncate(images / 'train' / 'ant' / '0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     _check_target(dataset)
-    assert describe_unreadable(dataset, 1) == (0, '')
+    assert describe_unreadable(dataset, 1, one_rank) == (0, '')
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
@@ -194,7 +197,7 @@ def test_images_that_were_read_for_other_reasons_are_not_counted_with_their_warn
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     dataset[0]
     forget_unreadable(dataset)
-    assert dataset.take_warnings() == (0, '', '')
+    assert dataset.take('warned') == (0, [], '')
 
 
 def test_the_same_unreadable_images_are_said_once_in_a_run(command, images, capsys):
@@ -226,13 +229,13 @@ def test_images_of_more_than_8_bits_are_counted_and_read_as_before(kind, mode, t
     counting = CountingImageDataset(plain)
     for a, b in zip(counting, plain, strict=True):
         assert a[0].tobytes() == b[0].tobytes()
-    name = f'ant/wide0{Path(kind).suffix}'
-    assert counting.take_wide() == (3, name, Path(kind).stem)
-    assert counting.take_wide() == (0, '', '')
+    names = [f'ant/wide{i}{Path(kind).suffix}' for i in range(3)]
+    assert counting.take('wide') == (3, names, Path(kind).stem)
+    assert counting.take('wide') == (0, [], '')
     list(counting)
-    assert describe_warnings(counting, 5) == (
+    assert describe_warnings(counting, 5, one_rank) == (
         3,
-        f"3 of 5 images have more than 8 bits, the first is '{name}' (mode {Path(kind).stem}): their values are cut off, not "
+        f"3 of 5 images have more than 8 bits, the first is '{names[0]}' (mode {Path(kind).stem}): their values are cut off, not "
         f'scaled, to whole numbers from 0 to 255. Convert them to 8 bits.',
     )
 
@@ -243,7 +246,7 @@ def test_images_that_keep_their_bits_are_not_counted(mode, tmp_path):
     put_wide(tmp_path / 'ant', 3)
     dataset = CountingImageDataset(create_dataset('', root=str(tmp_path), input_img_mode=mode))
     assert [image.mode for image, _ in dataset] == [mode or 'I;16'] * 3
-    assert dataset.take_wide() == (0, '', '')
+    assert dataset.take('wide') == (0, [], '')
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
@@ -281,7 +284,7 @@ def test_images_of_more_than_8_bits_that_were_read_for_other_reasons_are_not_cou
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     list(dataset)
     forget_unreadable(dataset)
-    assert dataset.take_wide() == (0, '', '')
+    assert dataset.take('wide') == (0, [], '')
 
 
 def test_an_image_of_more_than_8_bits_in_place_of_an_unreadable_one_is_not_counted_for_it(images):
@@ -289,11 +292,11 @@ def test_an_image_of_more_than_8_bits_in_place_of_an_unreadable_one_is_not_count
     truncate(images / 'train' / 'bee' / 'wide0.png')
     dataset = CountingImageDataset(create_dataset('', root=str(images), split='train'))
     list(dataset)
-    assert dataset.take_wide() == (1, 'bee/wide1.png', 'I;16')
+    assert dataset.take('wide') == (1, ['bee/wide1.png'], 'I;16')
 
 
 def test_of_several_ranks_the_first_five_of_all_are_named():
-    counting = SimpleNamespace(take_count=lambda: (7, ['b', 'c', 'd', 'e', 'f']))
-    number, said = describe_unreadable(counting, 1000, gather=lambda own: [(1, ['a']), own, (0, [])])
+    ranks = [(1, ['a'], ''), (7, ['b', 'c', 'd', 'e', 'f'], ''), (0, [], '')]
+    number, said = describe_unreadable(None, 1000, lambda own: ranks)
     assert number == 8
     assert said.endswith("the first is 'a', then 'b', 'c', 'd', 'e'.")

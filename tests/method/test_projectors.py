@@ -48,6 +48,12 @@ def test_auto_activation_must_be_settled_before_the_first_forward(name):
     assert ensemble(torch.randn(64, 4)).min() < 0
 
 
+@pytest.mark.parametrize('name', ['linear', 'identity'])
+def test_an_unknown_activation_is_refused(name):
+    with pytest.raises(UsageError, match="unknown .*'gelu'"):
+        ProjectorEnsemble(4, 4, 1, name, 'gelu')
+
+
 @pytest.mark.parametrize('act', ['auto', 'relu', 'none'])
 def test_identity_leaves_the_feature_as_it_is(act):
     x = torch.randn(3, 6)

@@ -45,14 +45,10 @@ def mixing_active(flags: AugmentationFlags) -> bool:
     return flags.mixup > 0 or flags.cutmix > 0 or flags.cutmix_minmax is not None
 
 
-def default_metric(flags: LossFlags) -> str:
-    """The default metric that selects the best epoch of a run with labels: top-1, or mAP for multi-label data."""
-    return 'map' if flags.task == 'multilabel' else 'top1'
-
-
 def ranked_by(config: RunConfig) -> str:
-    """The metric that selects the best epoch of a run."""
-    return config.eval_metric or (default_metric(config) if config.has_labels else 'cosine')
+    """The metric that selects the best epoch of a run; by default top-1, mAP of multi-label data, cosine without labels."""
+    by_default = ('map' if config.task == 'multilabel' else 'top1') if config.has_labels else 'cosine'
+    return config.eval_metric or by_default
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

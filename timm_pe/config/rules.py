@@ -394,14 +394,16 @@ def _check_crop(config: 'RunConfig', refuse: Refuse) -> None:
             refuse(f'--train-crop-pad does not go with {name_of(name)}')
 
 
+# kinds of data sets with labels in a column or a file; mostly far away
+COLUMN_KINDS = ('hfds', 'hfids', 'tfds', 'wds')
 # kinds of data sets that are read as a stream
 STREAMED_KINDS = ('hfids', 'tfds', 'wds')
 # flags that apply to some kinds of data sets only; '' is a folder of images or a tar
 _ONLY_OF_KINDS = {
     'class_depth': ('', 'folder'),
-    'class_map': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
-    'input_key': ('', 'folder', 'hfds', 'hfids', 'tfds', 'wds'),
-    'target_key': ('hfds', 'hfids', 'tfds', 'wds'),
+    'class_map': ('', 'folder', *COLUMN_KINDS),
+    'input_key': ('', 'folder', *COLUMN_KINDS),
+    'target_key': COLUMN_KINDS,
     **dict.fromkeys(('train_num_samples', 'val_num_samples', 'epoch_repeats'), STREAMED_KINDS),
 }
 
@@ -418,7 +420,7 @@ def data_kind(flags: DataFlags) -> str:
 def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
     kind = data_kind(config)
     for name in ('train_split', 'val_split'):
-        if '[' in getattr(config, name) and kind not in ('hfds', 'hfids', 'tfds', 'wds'):
+        if '[' in getattr(config, name) and kind not in COLUMN_KINDS:
             refuse(f'{name_of(name)} {getattr(config, name)}: only hfds/NAME and tfds/NAME take a part of a split')
     for name, kinds in _ONLY_OF_KINDS.items():
         if config.is_given(name) and kind not in kinds:

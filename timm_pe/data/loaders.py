@@ -18,9 +18,9 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from ..config.derive import given_classes, label_smoothing, loader_workers, mixing_active, pins_memory, torch_dtype
-from ..config.rules import data_kind
+from ..config.rules import COLUMN_KINDS, data_kind
 from ..config.run_config import RunConfig
-from ..errors import UsageError, one_line
+from ..errors import UsageError, is_out_of_memory, one_line
 from ..process.runtime import Runtime
 from ..process.signals import ignore_in_worker
 from .datasets import check_num_classes, class_map_of, count_classes, read_whole_on_each_rank
@@ -30,9 +30,6 @@ from .targets import ClassTarget, MultiLabelTargets, check_columns
 from .unreadable import forget_unreadable
 
 _logger = logging.getLogger(__name__)
-
-# kinds of data sets with labels in a column or a file, where any number may be
-_LABELLED = ('hfds', 'hfids', 'tfds', 'wds')
 
 
 @dataclass
@@ -136,7 +133,7 @@ def _check_labels(config: RunConfig, datasets: tuple[Dataset[Any] | None, Datase
             f'The data does not tell its classes: the student has {num_classes}; --num-classes gives another number.'
         )
     for dataset in filter(None, datasets):
-        if count_classes(dataset) is None or data_kind(config) in _LABELLED:
+        if count_classes(dataset) is None or data_kind(config) in COLUMN_KINDS:  # where any number may be
             cast(Any, dataset).target_transform = ClassTarget(num_classes)
 
 
@@ -171,6 +168,8 @@ def _check_sizes(config: RunConfig, student: nn.Module, data_config: dict[str, A
             with torch.no_grad():
                 student(x)
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
+            if is_out_of_memory(e):  # it says nothing of the size
+                raise
             raise UsageError(
                 f'--model {config.model} cannot take {channels}x{height}x{width} images: {one_line(e, 160)}'
             ) from e

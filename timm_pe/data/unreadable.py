@@ -8,7 +8,7 @@ import io
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from timm.data import ImageDataset
@@ -24,6 +24,11 @@ _FEW = 10
 _NAMED = 5
 # longest warning that is kept, in bytes
 _MAX_WARNING = 300
+# what is counted
+Kind = Literal['unreadable', 'warned', 'wide']
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# number of images, names of the first ones, what is said of the first
+Taken = tuple[int, list[str], str]
 # beginnings of PIL's modes of 16-bit and 32-bit integers and of floats
 _WIDE = ('I', 'F')
 
@@ -91,10 +96,10 @@ class _Tally:
             if self._count[0] <= _NAMED:
                 self._count[self._count[0]] = index
 
-    def take(self, filename: Callable[[int], str], names: int = 1) -> tuple[int, list[str], str]:
-        """Number of images since the last call, up to so many names of the first ones, and what is said of the first."""
+    def take(self, filename: Callable[[int], str]) -> Taken:
+        """Number of images since the last call, names of the first ones, and what is said of the first."""
         with self._count.get_lock():
-            number, *indices = self._count[: 1 + min(self._count[0], names)]
+            number, *indices = self._count[: 1 + min(self._count[0], _NAMED)]
             self._count[0] = 0
         if not number:
             return 0, [], ''
@@ -129,7 +134,7 @@ class CountingImageDataset(ImageDataset):
             additional_features=dataset.additional_features,
         )
         self.replaced = False
-        self._unreadable, self._warned, self._wide = _Tally(), _Tally(), _Tally()
+        self._tallies = {kind: _Tally() for kind in KINDS}
 
     def hash_sources(self, wanted: bool) -> None:
         """Switch the hashing of each file on or off; the reader must return open files."""
@@ -146,9 +151,9 @@ class CountingImageDataset(ImageDataset):
             with warnings.catch_warnings(record=True) as caught:  # each worker would print them anew
                 image = super().__getitem__(index)
             if caught:
-                self._warned.add(index, str(caught[0].message))
+                self._tallies['warned'].add(index, str(caught[0].message))
             if self.reader.mode.startswith(_WIDE) and len(self.reader.asked) == 1:
-                self._wide.add(index, self.reader.mode)
+                self._tallies['wide'].add(index, self.reader.mode)
             return image
         except RuntimeError as e:
             if len(self.reader.asked) == 1:
@@ -161,21 +166,16 @@ class CountingImageDataset(ImageDataset):
         finally:
             self.replaced = len(self.reader.asked) > 1
             if self.replaced:
-                self._unreadable.add(index)  # images tried in its place are counted when they are drawn themselves
+                self._tallies['unreadable'].add(
+                    index
+                )  # images tried in its place are counted when they are drawn themselves
 
-    def take_warnings(self) -> tuple[int, str, str]:
-        """Number of images read with a warning since the last call, the name of the first, and its warning."""
-        number, names, text = self._warned.take(self.filename)
-        return number, ''.join(names), text
+    def take(self, kind: Kind) -> Taken:
+        """The images of a kind since the last call: their number, names of the first ones, what is said of the first.
 
-    def take_wide(self) -> tuple[int, str, str]:
-        """Number of images of more than 8 bits since the last call, the name of the first, and its PIL mode."""
-        number, names, mode = self._wide.take(self.filename)
-        return number, ''.join(names), mode
-
-    def take_count(self) -> tuple[int, list[str]]:
-        """Number of unreadable images since the last call, and the names of the first ones."""
-        return self._unreadable.take(self.filename, _NAMED)[:2]
+        That is of 'warned' the warning, of 'wide' the PIL mode, of 'unreadable' nothing.
+        """
+        return self._tallies[kind].take(self.filename)
 
 
 def _cuts_off(dataset: ImageDataset) -> bool:
@@ -185,9 +185,9 @@ def _cuts_off(dataset: ImageDataset) -> bool:
 
 def _counting(dataset: Any) -> Any:
     """The counting data set inside wrappers that hold it as `.dataset`; None if there is none."""
-    while not hasattr(dataset, 'take_count') and hasattr(dataset, 'dataset'):
+    while not isinstance(dataset, CountingImageDataset) and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
-    return dataset if hasattr(dataset, 'take_count') else None
+    return dataset if isinstance(dataset, CountingImageDataset) else None
 
 
 def forget_unreadable(dataset: Any) -> None:
@@ -198,54 +198,49 @@ def forget_unreadable(dataset: Any) -> None:
     """
     counting = _counting(dataset)
     if counting is not None:
-        counting.take_count()
-        counting.take_warnings()
-        counting.take_wide()
+        for kind in KINDS:
+            counting.take(kind)
 
 
-def describe_warnings(
-    dataset: Any, images: int, gather: Callable[[Any], list[Any]] = lambda own: [own]
-) -> tuple[int, str]:
+def _take_of_ranks(dataset: Any, kind: Kind, gather: Callable[[Taken], list[Taken]]) -> Taken:
+    """What `CountingImageDataset.take` gives, over all ranks."""
+    counting = _counting(dataset)
+    ranks = [rank for rank in gather(counting.take(kind) if counting is not None else (0, [], '')) if rank[0]]
+    names = [name for _, names, _ in ranks for name in names]
+    return sum(number for number, _, _ in ranks), names, ranks[0][2] if ranks else ''
+
+
+def describe_warnings(dataset: Any, images: int, gather: Callable[[Any], list[Any]]) -> tuple[int, str]:
     """Number of images of a pass over a data set that were read with a warning or have more than 8 bits, and a message.
 
     Arguments as below.
     """
-    counting = _counting(dataset)
-    none = (0, '', '')
-    ranks = gather((counting.take_warnings(), counting.take_wide()) if counting is not None else (none, none))
-    said = []
-    for of_ranks in zip(*ranks, strict=True):
-        number = sum(n for n, _, _ in of_ranks)
-        said.append((number, *next((rank[1:] for rank in of_ranks if rank[0]), ('', ''))))
     lines = []
-    (warned, first, text), (wide, first_wide, mode) = said
+    warned, names, text = _take_of_ranks(dataset, 'warned', gather)
     if warned:
-        lines.append(f"{warned} of {images} images were read with a warning, the first is '{first}': {text}")
+        lines.append(f"{warned} of {images} images were read with a warning, the first is '{names[0]}': {text}")
+    wide, names, mode = _take_of_ranks(dataset, 'wide', gather)
     if wide:
         lines.append(
-            f"{wide} of {images} images have more than 8 bits, the first is '{first_wide}' (mode {mode}): their values are "
+            f"{wide} of {images} images have more than 8 bits, the first is '{names[0]}' (mode {mode}): their values are "
             f'cut off, not scaled, to whole numbers from 0 to 255. Convert them to 8 bits.'
         )
     return warned + wide, '\n'.join(lines)
 
 
-def describe_unreadable(
-    dataset: Any, images: int, gather: Callable[[Any], list[Any]] = lambda own: [own]
-) -> tuple[int, str]:
+def describe_unreadable(dataset: Any, images: int, gather: Callable[[Any], list[Any]]) -> tuple[int, str]:
     """Number of unreadable images in a pass over a data set, and a message; '' if there were none.
 
     Args:
         dataset: The data set, or what wraps it as `.dataset`.
         images: Number of images requested, over all ranks.
-        gather: Gives a value of each rank, as `Runtime.gather`, if there are several.
+        gather: Gives the value of each rank, as `Runtime.gather`.
 
     Raises:
         RunError: They are more than 10, and more than a tenth.
     """
-    counting = _counting(dataset)
-    counts = gather(counting.take_count() if counting is not None else (0, []))
-    number = sum(n for n, _ in counts)
-    first = _list([name for _, names in counts for name in names]) if number else ''
+    number, names, _ = _take_of_ranks(dataset, 'unreadable', gather)
+    first = _list(names) if number else ''
     if number > max(_FEW, _MAX_SHARE * images):
         raise RunError(
             f'{number} of {images} images cannot be read, the first is {first}: are the disk and the files in order?'

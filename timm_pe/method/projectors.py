@@ -191,16 +191,16 @@ class ProjectorEnsemble(nn.Module):
             num_projectors = 1 if factory is IdentityProjector else 3
         if num_projectors < 1:
             raise UsageError(f'number of projectors must be 1 or more, got {num_projectors}')
-        if factory is IdentityProjector:
-            if num_projectors > 1:
-                raise UsageError(
-                    f"projector '{projector}' has nothing to train, so {num_projectors} of them are one: use 1 projector"
-                )
-            act = 'none'
+        if factory is IdentityProjector and num_projectors > 1:
+            raise UsageError(
+                f"projector '{projector}' has nothing to train, so {num_projectors} of them are one: use 1 projector"
+            )
         self.in_dim, self.out_dim, self.num_projectors, self.projector = in_dim, out_dim, num_projectors, projector
         self._act = 'auto'
         if act != 'auto':
             self.act = act
+        if factory is IdentityProjector:
+            self.act = 'none'
         self.projectors: _StackedLinear | _Stacked
         if factory is LinearProjector:
             self.projectors = _StackedLinear(in_dim, out_dim, num_projectors)

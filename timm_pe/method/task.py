@@ -345,17 +345,16 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         for i, all_positive in zip(undecided, non_negative.tolist(), strict=True):
             self._set_act(i, 'relu' if all_positive else 'none')
             if self.verbose:
-                whose = f' of {self.teacher_names[self.aims[i].teacher]}' if len(self.aims) > 1 else ''
-                _logger.info(
-                    f"Projector activation 'auto' is '{self.projectors[i].act}': the teacher's {self.aims[i].wanted_name}{whose} "
-                    f'on the first batch {"are all >= 0" if all_positive else "have both signs"}.{self._as_one_layer(i)}'
-                )
+                _logger.info(f"Projector activation 'auto' is {self.describe_act(i)}")
 
-    def _as_one_layer(self, index: int) -> str:
-        """What the mean of linear projectors without an activation is."""
-        ensemble = self.projectors[index]
+    def describe_act(self, index: int) -> str:
+        """In words, which activation 'auto' is of the projectors of this number, and why."""
+        aim, ensemble = self.aims[index], self.projectors[index]
+        whose = f' of {self.teacher_names[aim.teacher]}' if len(self.teachers) > 1 else ''
+        signs = 'are all >= 0' if ensemble.act == 'relu' else 'have both signs'
         linear = ensemble.projector == 'linear' and ensemble.act == 'none' and ensemble.num_projectors > 1
-        return f' Without it the mean of the {ensemble.num_projectors} is one linear layer.' if linear else ''
+        as_one = f' Without it the mean of the {ensemble.num_projectors} is one linear layer.' if linear else ''
+        return f"'{ensemble.act}': the teacher's {aim.wanted_name}{whose} on the first batch {signs}.{as_one}"
 
     def _set_act(self, index: int, act: str) -> None:
         for ema in (False, True):

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..config.declare import declared_in, default_of
+from ..config.derive import ranked_by
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from ..run_folder import RunFolder
-from ..train.checkpoints import saved_ranks
+from ..train.checkpoints import best_epoch, saved_ranks
 
 # keys of an analysis.json that the report reads
 _KEYS = {
@@ -96,12 +97,31 @@ class Run:
         """Number of ranks that trained it, each with a batch of its own; None if its newest checkpoint does not say."""
         return saved_ranks(self.folder)
 
+    @cached_property
+    def ranking(self) -> str:
+        """The metric by which its epochs are ranked."""
+        known = declared_in(RunConfig)  # args.yaml of an earlier commit may have others
+        return ranked_by(RunConfig(**{name: value for name, value in self.args.items() if name in known}))
+
+    @property
+    def ranked(self) -> list[dict[str, float | None]]:
+        """The rows of the epochs that were validated by that metric."""
+        return [row for row in self.rows if row.get(f'eval_{self.ranking}') is not None]
+
+    @property
+    def highest(self) -> dict[str, float | None]:
+        """The first of its best rows by that metric; empty without one."""
+        sign = -1 if self.ranking == 'loss' else 1
+        return max(self.ranked, key=lambda row: sign * cast(float, row[f'eval_{self.ranking}']), default={})
+
     @property
     def exported(self) -> dict[str, float | None]:
-        """The row of student.safetensors and model_best: the first best by --eval-metric; empty without one."""
-        metric = f'eval_{self.args.get("eval_metric") or "top1"}'
-        sign = -1 if metric == 'eval_loss' else 1
-        return max(self.validated, key=lambda row: sign * (row.get(metric) or 0), default={})
+        """The row of the weights in student.safetensors; empty if no epoch was validated.
+
+        That is the epoch of model_best.pth.tar, or if that file is gone, the first of the best rows.
+        """
+        kept = best_epoch(self.folder)
+        return next((row for row in self.ranked if row['epoch'] == kept), self.highest)
 
     @property
     def planned(self) -> int:

@@ -119,40 +119,36 @@ def mean_off_diagonal(matrix: torch.Tensor) -> float:
     return ((matrix.sum() - matrix.trace()) / (q * (q - 1))).item() if q > 1 else math.nan
 
 
-def calibration(logits: torch.Tensor, labels: torch.Tensor, num_bins: int = ECE_BINS) -> dict[str, Any]:
+def calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Calibration: are 80 of 100 predictions with confidence 80 % right? (Guo et al., arXiv 1706.04599, eq. 3)
 
     Args:
         logits: `[n, c]`.
         labels: `[n]`.
-        num_bins: Bins of equal width over confidence 0 to 1.
 
     Returns:
-        ece, mean_confidence, accuracy, all in [0, 1], and the bins; an empty bin has neither confidence nor accuracy.
+        ece, over 15 bins of equal width of confidence, mean_confidence, accuracy, all in [0, 1], and the bins; an empty bin has neither confidence nor accuracy.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    # torchmetrics would give a confidence of exactly 1 a bin of its own
-    probabilities = logits.softmax(1).clamp(max=1 - 1e-6)
-    confidence, predicted = probabilities.max(1)
+    confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).double()
-    index = torch.bucketize(confidence, torch.linspace(0, 1, num_bins + 1), right=True) - 1
+    index = (torch.bucketize(confidence, torch.linspace(0, 1, ECE_BINS + 1), right=True) - 1).clamp(max=ECE_BINS - 1)
     counts, confidences, corrects = (
-        torch.bincount(index, weights, minlength=num_bins).tolist() for weights in (None, confidence.double(), correct)
+        torch.bincount(index, weights, minlength=ECE_BINS) for weights in (None, confidence.double(), correct)
     )
     bins = [
         {
-            'low': i / num_bins,
-            'high': (i + 1) / num_bins,
+            'low': i / ECE_BINS,
+            'high': (i + 1) / ECE_BINS,
             'count': n,
-            'confidence': confidences[i] / n if n else None,
-            'accuracy': corrects[i] / n if n else None,
+            'confidence': of_confidence / n if n else None,
+            'accuracy': of_correct / n if n else None,
         }
-        for i, n in enumerate(counts)
+        for i, (n, of_confidence, of_correct) in enumerate(
+            zip(counts.tolist(), confidences.tolist(), corrects.tolist(), strict=True)
+        )
     ]
-    ece = multiclass_calibration_error(probabilities, labels, logits.shape[1], num_bins, norm='l1')
     return {
-        'ece': ece.item(),
+        'ece': (confidences - corrects).abs().sum().item() / len(labels),
         'mean_confidence': confidence.mean().item(),
         'accuracy': correct.mean().item(),
         'bins': bins,

@@ -2,19 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
 import yaml
 
-from ..config.derive import ranked_by
-from ..config.run_config import RunConfig
 from ..errors import UsageError
 from ..run_folder import RunFolder
-from ..train.checkpoints import best_epoch
-from ..train.console import count_params
+from ..train.console import count_params, numbers
 from ..train.evaluate import format_metrics
 from ..version import __version__
 from .compare import baseline, command, describe_method, difference, format_command
@@ -83,12 +80,12 @@ def model_card(student: Student, license: str, onnx: bool = False) -> dict[str, 
     run, args, num_classes = student.run, student.run.args, cast(int, student.model.num_classes)
     data = args['dataset'] or ' '.join(map(_shown, run.data_folders))
     others = ' '.join(map(_shown, args['unlabeled']))
-    row = _kept_row(run)
+    row = run.exported
     details = {
         'Architecture': f'{_code(student.architecture)}, {count_params(student.model):,} parameters',
         'Classes': _classes(student, num_classes),
-        'Input': f'{"x".join(map(str, student.data_config["input_size"]))}, mean {_numbers(student.data_config["mean"])}, '
-        f'std {_numbers(student.data_config["std"])}',
+        'Input': f'{"x".join(map(str, student.data_config["input_size"]))}, mean {numbers(student.data_config["mean"])}, '
+        f'std {numbers(student.data_config["std"])}',
         'Teacher': _code(_shown(run.teacher)) if run.teacher else 'none',
         'Method': _code(describe_method(run)),
         'Data': _code(data) + (f', and without labels {_code(others)}' if others and run.has_labels else ''),
@@ -173,38 +170,13 @@ def _classes(student: Student, num_classes: int) -> str:
     return f'{num_classes}: {shown}{rest}'
 
 
-def _kept_row(run: Run) -> dict[str, float | None] | None:
-    """The row of summary.csv of the epoch whose weights student.safetensors holds; None if no epoch was validated.
-
-    That is the epoch of model_best.pth.tar, or if that file is gone, the first of the best rows.
-    """
-    rows = _validated(run)
-    if not rows:
-        return None
-    return next((row for row in rows if row['epoch'] == best_epoch(run.folder)), _best(run, rows))
-
-
-def _validated(run: Run) -> list[dict[str, float | None]]:
-    return [row for row in run.rows if row.get(f'eval_{_ranking(run)}') is not None]
-
-
-def _ranking(run: Run) -> str:
-    return ranked_by(RunConfig(**run.args))
-
-
-def _best(run: Run, rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
-    name = _ranking(run)
-    sign = -1 if name == 'loss' else 1
-    return max(rows, key=lambda row: sign * cast(float, row[f'eval_{name}']))
-
-
 def _metrics(row: Mapping[str, float | None]) -> dict[str, float]:
     return {k.removeprefix('eval_'): v for k, v in row.items() if k and k.startswith('eval_') and v is not None}
 
 
 def _describe_row(run: Run, row: Mapping[str, float | None], num_classes: int) -> str:
-    name, rows = _ranking(run), _validated(run)
-    which = 'the best' if row[f'eval_{name}'] == _best(run, rows)[f'eval_{name}'] else 'one'
+    name, rows = run.ranking, run.ranked
+    which = 'the best' if row[f'eval_{name}'] == run.highest[f'eval_{name}'] else 'one'
     shown = format_metrics({'loss': float('nan'), **_metrics(row)}, num_classes).replace('  ', ', ')
     return (
         f'{shown} (epoch {cast(float, row["epoch"]) + 1:.0f}, {which} of {len(rows)} validated by {name}; '
@@ -230,9 +202,9 @@ def _beside_the_student_alone(run: Run) -> dict[str, str]:
     return {'Student alone': f'top-1 {final:.3f} % after its last epoch; with the teacher {final + points:.3f} % after the last ({points:+.3f} points, seed {run.args["seed"]})'}  # fmt: skip
 
 
-def _model_index(student: Student, data: str, row: Mapping[str, float | None] | None) -> str:
+def _model_index(student: Student, data: str, row: Mapping[str, float | None]) -> str:
     """The metadata from which a hub reads the metrics; '' if there are none."""
-    metrics = _metrics(row) if row else {}
+    metrics = _metrics(row)
     kinds = {'top1': ('accuracy', 'top-1'), 'map': ('mAP', 'mAP')}
     measured = [{'type': kinds[k][0], 'name': kinds[k][1], 'value': v} for k, v in metrics.items() if k in kinds]
     if not measured:
@@ -248,10 +220,6 @@ def _shown(path: str) -> str:
     """An absolute path without its parent folders, which should not be public on a hub."""
     absolute = os.path.isabs(path) or os.path.isabs(path.split(':')[-1])
     return os.path.basename(os.path.normpath(path)) if '/' in path and absolute else path
-
-
-def _numbers(values: Iterable[float]) -> str:
-    return ' '.join(f'{v:.4g}' for v in values)
 
 
 def _fence(text: str, least: int) -> str:

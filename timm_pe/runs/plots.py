@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..process.files import replaced
@@ -31,37 +30,28 @@ _DASHES = ('-', '--', ':', '-.')
 _MAX_LABELS = 100
 
 
-def learning_curves(
-    summaries: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[str], colors: Sequence[int] | None = None
-) -> Figure:
-    """Columns of summary.csv by epoch: one panel per column, one line per run.
+def learning_curves(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], color: int = ALONE) -> Figure:
+    """Columns of a run's summary.csv by epoch, one panel per column.
 
     Args:
-        summaries: Name of a run -> its rows; values may be numbers, their text, or None or '' for an epoch without one.
-        columns: Columns to draw, e.g. 'eval_top1'. One that no run has is left out.
-        colors: Place of each run in the palette; None takes them in order.
+        rows: Its rows; values may be numbers, their text, or None or '' for an epoch without one.
+        columns: Columns to draw, e.g. 'eval_top1'. One that the run does not have is left out.
+        color: Place in the palette of the run's role.
     """
-    colors = colors or range(len(summaries))
-    columns = [c for c in columns if any(_points(rows, c) for rows in summaries.values())]
+    columns = [c for c in columns if _points(rows, c)]
     across = 2 if len(columns) == 4 else max(1, min(len(columns), 3))
     down = max(1, math.ceil(len(columns) / across))
-    legend_columns = 1 + (len(summaries) > 4)
-    legend_rows = math.ceil(len(summaries) / legend_columns) if len(summaries) > 1 else 0
-    figure = Figure(figsize=(3.6 * across, 2.7 * down + 0.25 * legend_rows), layout='constrained')
+    figure = Figure(figsize=(3.6 * across, 2.7 * down), layout='constrained')
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, column in zip(panels, columns, strict=False):
-        for i, rows in zip(colors, summaries.values(), strict=True):
-            points = _points(rows, column)
-            # a single epoch is a line without length: it needs a marker
-            axes.plot([x for x, _ in points], [y for _, y in points], **_line(i), marker='o' * (len(points) == 1))
+        points = _points(rows, column)
+        # a single epoch is a line without length: it needs a marker
+        axes.plot([x for x, _ in points], [y for _, y in points], **_line(color), marker='o' * (len(points) == 1))
         axes.set(title=column, xlabel='epoch')
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels[len(columns) :]:
         axes.set_axis_off()
     _ink(figure)
-    if legend_rows:
-        handles = [Line2D([], [], **_line(i), label=name) for i, name in zip(colors, summaries, strict=True)]
-        figure.legend(handles=handles, loc='outside lower left', frameon=False, labelcolor=INK, ncols=legend_columns)
     return figure
 
 

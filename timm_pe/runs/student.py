@@ -12,6 +12,7 @@ from timm.models import model_entrypoint
 from torch.utils.data import Dataset
 
 from ..config.derive import given_classes
+from ..config.rules import COLUMN_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..data.datasets import create_datasets
 from ..errors import UsageError, one_line
@@ -23,9 +24,6 @@ from .finished import Run
 from .reopen import read_class_names, without_weights
 
 _logger = logging.getLogger(__name__)
-
-# data sets that would need the network for their class names
-_REMOTE = ('hfds', 'hfids', 'tfds', 'wds')
 
 
 @dataclass
@@ -99,7 +97,8 @@ def read_student(folder: str | os.PathLike[str], data_dir: str | None = None) ->
 
 def _open_validation(config: RunConfig, model: nn.Module) -> Dataset[Any] | None:
     """The split that the run was validated on; None if it is not available."""
-    if config.dataset.split('/')[0].lower() in _REMOTE or not config.has_labels:
+    # those of columns would need the network for their class names
+    if data_kind(config) in COLUMN_KINDS or not config.has_labels:
         return None
     try:
         return create_datasets(replace(config, evaluate='RUN', dataset_download=False), cast(int, model.in_chans))[1]

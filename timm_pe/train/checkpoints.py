@@ -27,7 +27,7 @@ from ..method.weight_files import LAST, check_state_dict, check_weights, find_ch
 from ..process.files import replaced, sync_file
 from ..process.runtime import Runtime
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
-from .position import RunState, changes_of_meaning, is_precision, read_run_state
+from .position import RunState, changes_of_meaning, is_precision, peek_run_state, read_run_state
 
 _logger = logging.getLogger(__name__)
 
@@ -217,10 +217,7 @@ def best_epoch(folder: RunFolder) -> int | None:
 
 def saved_ranks(folder: RunFolder) -> int | None:
     """Number of ranks that trained a run's newest epoch; None if it has no checkpoint that says it."""
-    try:
-        state = read_run_state(load_checkpoint_metadata(str(folder.last_file)), str(folder.last_file))
-    except Exception:  # gone, or whatever it may be by now
-        return None
+    state = peek_run_state(folder.last_file)
     return state.settings.get('ranks') if state else None
 
 
@@ -259,12 +256,7 @@ def saved_precisions(path: str, number: int, meaning: Mapping[str, Any] | None =
 
 def keeps_teacher_size(path: str) -> bool:
     """Whether a checkpoint is of a run that left a teacher at its own input size, as all did once; False without one."""
-    if not path:
-        return False
-    try:
-        run = read_run_state(load_checkpoint_metadata(path), path)
-    except Exception:  # whatever it may be: loading it says so
-        return False
+    run = peek_run_state(path) if path else None
     return run is not None and bool(run.meaning.get('teacher')) and 'teacher_input' not in run.meaning
 
 

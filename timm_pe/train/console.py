@@ -123,7 +123,8 @@ def _count(params: int) -> str:
     return f'{params / 1e6:.2f} M' if params >= 1e5 else f'{params:,}'
 
 
-def _numbers(values: Sequence[float]) -> str:
+def numbers(values: Sequence[float]) -> str:
+    """A few numbers in a line."""
     return ' '.join(f'{v:.4g}' for v in values)
 
 
@@ -206,7 +207,7 @@ def start_table(
         ('parameters', _count(count_params(student))),
         ('classes', _classes(config, num_classes, data)),
     ]
-    columns += [('input', size), ('mean', _numbers(data.config['mean'])), ('std', _numbers(data.config['std']))]
+    columns += [('input', size), ('mean', numbers(data.config['mean'])), ('std', numbers(data.config['std']))]
     columns += [('precision', describe_precision(config))]
     settings, columns_of = teachers_of(config), []
     for flags, teacher in zip(settings, teachers, strict=True):
@@ -217,8 +218,8 @@ def start_table(
                 'parameters': f'{_count(count_params(teacher.model))} (frozen)',
                 'classes': str(teacher.num_classes),
                 'input': _teacher_input(teacher, data.config['input_size']),
-                'mean': _numbers(teacher.mean),
-                'std': _numbers(teacher.std),
+                'mean': numbers(teacher.mean),
+                'std': numbers(teacher.std),
                 'precision': f'{teacher.precision}{auto}',
                 'feature width': str(teacher.width),
             }

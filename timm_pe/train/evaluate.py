@@ -107,7 +107,7 @@ def validate(
 
     Args:
         model: Batch `[b, ch, h, w]` -> logits `[b, c]`; a module should be in eval mode.
-        loader: See `eval_batches`, as the others.
+        loader: See `eval_batches`.
         runtime: Device, ranks, precision.
         config: Run settings.
         what: What the progress is of.

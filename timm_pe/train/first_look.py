@@ -75,12 +75,7 @@ def look_at_first_batch(
         open_aims = [i for i, projectors in enumerate(task.projectors) if projectors.act == 'auto']
         task.resolve_act(input, outputs)
     for i in open_aims:
-        act, aim = task.projectors[i].act, task.aims[i]
-        signs = 'all >= 0' if act == 'relu' else 'of both signs'
-        whose = f' of {task.teacher_names[aim.teacher]}' if len(task.teachers) > 1 else ''
-        _logger.info(
-            f"--pe-act auto is '{act}': the teacher's {aim.wanted_name}{whose} on the first training batch are {signs}."
-        )
+        _logger.info(f'--pe-act auto is {task.describe_act(i)}')
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn as nn
-from timm.utils import load_checkpoint_metadata, unwrap_model
+from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
 from ..config.declare import name_of
@@ -15,7 +15,7 @@ from ..data.datasets import class_map_of, describe_other_class
 from ..errors import UsageError
 from ..method.teacher import Teacher
 from ..run_folder import RunFolder
-from .position import read_run_state
+from .position import peek_run_state
 
 _logger = logging.getLogger(__name__)
 
@@ -23,10 +23,7 @@ _logger = logging.getLogger(__name__)
 def saved_classes(folder: RunFolder) -> dict[str, int] | None:
     """The class names of a run's training data and their labels, as its newest checkpoint has them; None if unknown."""
     for file in (folder.last_file, folder.best_file):
-        try:
-            state = read_run_state(load_checkpoint_metadata(str(file)), str(file))
-        except Exception:  # gone, or whatever it may be by now
-            continue
+        state = peek_run_state(file)
         if state and state.meaning.get('classes'):
             return cast(dict[str, int], state.meaning['classes'])
     return None

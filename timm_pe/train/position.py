@@ -5,6 +5,7 @@ weights_only.
 """
 
 import logging
+import os
 import random
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.task import DistillationTeacher, TrainingTask
-from timm.utils import unwrap_model
+from timm.utils import load_checkpoint_metadata, unwrap_model
 
 from ..config.flags import DTYPES
 from ..config.run_config import RunConfig
@@ -204,6 +205,14 @@ def read_run_state(checkpoint: Mapping[str, Any], path: str) -> RunState | None:
             f"--resume: '{path}' is no training checkpoint: the teacher's precision is {state.teacher_precision!r}"
         )
     return state
+
+
+def peek_run_state(path: str | os.PathLike[str]) -> RunState | None:
+    """The position in a checkpoint file; None if it has none, or cannot be read: loading it says so."""
+    try:
+        return read_run_state(load_checkpoint_metadata(str(path)), str(path))
+    except Exception:  # whatever it may be by now
+        return None
 
 
 def changes_of_meaning(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

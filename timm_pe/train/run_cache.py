@@ -111,7 +111,7 @@ def _look(cache: TeacherCache, runtime: Runtime) -> None:
             raise UsageError(
                 f"--teacher-cache: ranks on several machines can only read a cache, and '{cache.folder}' has "
                 f'{sum(cache.counts):,} of {cache.num_images * cache.num_views:,} rows{said}: fill it on one of them first '
-                f'(python -m timm_pe.precompute, with the same flags; images that it cannot read have to be mended)'
+                f'(timm-pe precompute, with the same flags; images that it cannot read have to be mended)'
             )
     if runtime.is_primary and cache.is_complete and not cache.stale:  # other views may have rows of what an image was
         with contextlib.suppress(OSError):  # a read-only folder: they are compared again next time

@@ -37,7 +37,8 @@ _logger = logging.getLogger(__name__)
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse models and files that do not exist, before anything is built or fetched.
+    """Refuse models and files that do not exist, before anything is built or fetched, and say what --evaluate took from
+    its run.
 
     Raises:
         UsageError: See `check_model_name` and `find_checkpoint`.
