@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from timm.utils import trim_summary, update_summary
 
 from .config.run_config import RunConfig, parse_config
@@ -40,8 +39,6 @@ _WEIGHTS = (LAST, BEST, STUDENT, *(f'{kind}-*.pth.tar' for kind in ('checkpoint'
 _RESULTS = (*_WEIGHTS, 'summary.csv', 'summary.csv.until-*', 'analysis.json')
 # its other files
 _BESIDE = ('args.yaml', 'figures', 'tensorboard', 'train-batch-*.jpg')
-# seconds for which a run waits for another process in its folder: of one that was just killed, loader workers are left
-OTHER_ENDS = 20.0
 # parent of run folders if --output names none
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 
@@ -63,7 +60,6 @@ class RunFolder:
         self.best_file = self.path / BEST
         self.analysis_file = self.path / 'analysis.json'
         self.figures = self.path / 'figures'
-        self._lock: FileLock | None = None
 
     @classmethod
     def around(cls, checkpoint: str | os.PathLike[str] | None) -> 'RunFolder | None':
@@ -86,33 +82,6 @@ class RunFolder:
         """Whether there is a checkpoint or a student; a kill while the first epoch is saved may leave only its row."""
         return any(self._files(pattern) for pattern in _WEIGHTS)
 
-    # One run at a time --------------------------------------------------------------------------------------------------
-
-    def claim(self) -> None:
-        """Hold the folder, which exists, until `release` or the end of the process: two runs would mix their files.
-
-        Raises:
-            UsageError: Another process trains in it.
-        """
-        self._lock = FileLock(self.path / '.lock')
-        try:
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                _logger.info(f"Another process trains in '{self.path}': waiting {OTHER_ENDS:.0f} s for its end.")
-                self._lock.acquire(timeout=OTHER_ENDS)
-        except Timeout as e:
-            raise UsageError(
-                f"--output: another process trains in '{self.path}': stop it or wait for its end, or give another --experiment"
-            ) from e
-        except (OSError, NotImplementedError) as e:  # such as NFS without a lock daemon
-            _logger.warning(f"No lock in '{self.path}' ({one_line(e, 120)}): do not start a second run in it.")
-
-    def release(self) -> None:
-        """Let another process train in the folder."""
-        if self._lock is not None:
-            self._lock.release()
-
     def check_is_of_a_run(self) -> None:
         """Check that a fresh run replaces files of an earlier run only.
 
@@ -127,7 +96,7 @@ class RunFolder:
             )
 
     def make_room(self, overwrite: bool) -> None:
-        """Make room for a fresh run, which has claimed the folder: an earlier one is moved to `NAME.1`, ... or deleted.
+        """Make room for a fresh run: an earlier run in it is moved aside (`NAME.1`, `NAME.2`, ...) or deleted.
 
         Args:
             overwrite: Delete what the earlier run wrote, and nothing else that is in the folder.
@@ -140,10 +109,8 @@ class RunFolder:
             return
         number = next(n for n in itertools.count(1) if not os.path.lexists(f'{self.path}.{n}'))
         aside = f'{self.path}.{number}'
-        self.release()
         os.rename(self.path, aside)
         self.path.mkdir()
-        self.claim()
         _logger.info(
             f"The earlier run in '{self.path}' is now '{aside}' (--resume auto --experiment {shlex.quote(os.path.basename(aside))} "
             f'goes on with it, --overwrite deletes one).'

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +19,19 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
+from filelock import FileLock
 from helpers import load, refused, run, stopped, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 import train_distill
-from timm_pe import ProjectorEnsembleTask, run_folder
+from timm_pe import ProjectorEnsembleTask
 from timm_pe.config.run_config import RunConfig, parse_config
 from timm_pe.data import draws
 from timm_pe.errors import UsageError
 from timm_pe.process.signals import Interrupted, Interrupts, ignore_in_worker, stopping_at_once
 from timm_pe.run_folder import RunFolder
-from timm_pe.train import checkpoints, position, start
+from timm_pe.train import build, checkpoints, position, start
 from timm_pe.train.resumed_settings import check_same_student, describe_differences
 from timm_pe.train.run import command_to_go_on
 from timm_pe.train.trainer import Trainer
@@ -763,7 +765,7 @@ def test_a_second_run_in_the_folder_of_a_run_that_is_still_going_is_refused_and_
 ):
     _, argv = alone('plain')
     argv = [*argv, '--epochs', '2', '--output', str(tmp_path), '--experiment', 'run']
-    monkeypatch.setattr(run_folder, 'OTHER_ENDS', 0.1)
+    monkeypatch.setattr(build, 'OTHER_ENDS', 0.1)
     save, said = Trainer._save_epoch, []
 
     def save_and_start_another(trainer, state, *args):
@@ -786,14 +788,78 @@ def test_a_second_run_in_the_folder_of_a_run_that_is_still_going_is_refused_and_
     assert len(summary(tmp_path / 'run')) == 3
 
 
+def test_a_run_that_waits_for_another_to_end_goes_on_from_what_that_wrote_last(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run']
+    run([*argv, '--stop-epoch', '2'], capsys)
+    folder, aside = tmp_path / 'run', tmp_path / 'aside'
+    shutil.copytree(folder, aside)
+    for path in folder.iterdir():  # as it is in the first epoch
+        if path.name not in ('args.yaml', '.lock'):
+            path.unlink()
+    other = FileLock(folder / '.lock', thread_local=False)
+    other.acquire()
+
+    def end() -> None:
+        shutil.copytree(aside, folder, ignore=shutil.ignore_patterns('.lock'), dirs_exist_ok=True)
+        other.release()
+
+    timer = threading.Timer(2, end)
+    timer.start()
+    said = run([*argv, '--overwrite', '--resume', 'auto'], capsys)
+    timer.join()
+    assert f"Another process trains in '{folder}': waiting up to 20 s for its end." in said
+    assert 'Epoch 3/3' in said
+    assert 'Epoch 2/3' not in said
+
+
+def test_runs_that_begin_at_the_same_time_in_one_new_folder_are_told_at_once(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    (tmp_path / 'run').mkdir()
+    with FileLock(tmp_path / 'run' / '.lock'):
+        said = refused([*argv, '--output', str(tmp_path), '--experiment', 'run'], capsys)
+    assert 'another process trains in' in said
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+def test_a_run_that_is_refused_lets_go_of_its_folder(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
+    run(argv)
+    student = ['--initial-checkpoint', str(tmp_path / 'run' / 'student.safetensors')]
+    with pytest.raises(SystemExit) as kept:  # as a notebook keeps the last one
+        run([*argv, *student])
+    said = run([*argv, '--epochs', '2', '--resume', 'auto'], capsys)
+    assert kept.value.code == 2
+    assert 'Another process' not in said
+
+
+def test_a_new_run_from_the_checkpoint_of_one_that_still_goes_does_not_wait_for_it(alone, tmp_path, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '2', '--output', str(tmp_path)]
+    run([*argv, '--experiment', 'run', '--stop-epoch', '1'])
+    with FileLock(tmp_path / 'run' / '.lock'):
+        said = run([*argv, '--resume', str(tmp_path / 'run'), '--experiment', 'other'], capsys)
+    assert 'Another process' not in said
+    assert len(summary(tmp_path / 'other')) == 1
+
+
+def test_an_earlier_run_that_is_moved_aside_leaves_a_lock_to_the_new_one(alone, tmp_path):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
+    run(argv)
+    run(argv)
+    assert (tmp_path / 'run' / '.lock').is_file()
+
+
 def test_a_file_system_without_locks_is_named_and_the_run_goes_on(alone, tmp_path, monkeypatch, capsys):
     def acquire(*args, **kwargs):
         raise OSError(errno.ENOLCK, 'No locks available')
 
-    monkeypatch.setattr(run_folder.FileLock, 'acquire', acquire)
+    monkeypatch.setattr(FileLock, 'acquire', acquire)
     _, argv = alone('plain')
     said = run([*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'], capsys)
-    assert 'No locks available): do not start a second run in it' in said
+    assert said.count('No locks available): do not start a second run in it') == 1
     assert len(summary(tmp_path / 'run')) == 1
 
 

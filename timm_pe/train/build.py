@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch.nn as nn
@@ -15,8 +16,10 @@ from ..data.knn_data import check_knn_data
 from ..data.loaders import Data, create_data
 from ..errors import UsageError
 from ..method.teacher import Teacher
-from ..process.runtime import Runtime, setup_runtime
-from .checkpoints import find_resume, keeps_teacher_size
+from ..process.folder_lock import OTHER_ENDS, FolderLock
+from ..process.runtime import Runtime, ranks_together, setup_runtime
+from ..run_folder import RunFolder
+from .checkpoints import continued_folder, find_resume, keeps_teacher_size, named_folder
 from .from_run import warn_of_other_normalization
 from .learnt_classes import warn_of_kept_classifier
 from .run_task import create_run_task
@@ -62,7 +65,13 @@ class Parts:
         return self.task
 
 
-def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | None = None, weights: str = '') -> Parts:
+def build(
+    config: RunConfig,
+    training: bool = True,
+    hints: Mapping[str, str] | None = None,
+    weights: str = '',
+    lock: FolderLock | None = None,
+) -> Parts:
     """Build the parts of a run; with --evaluate neither teacher nor task.
 
     The order matters: cheap checks come first, and each stage continues the seeded random state of the one before, so
@@ -73,6 +82,7 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         training: False for reading a finished run: no training loader, and no task without a teacher.
         hints: What a user can do about an error of the 'data' or of the 'teacher'.
         weights: File of the weights that the student will get, '' for those of the settings.
+        lock: Holds the folder of a run that trains, from before its newest checkpoint is looked for.
 
     Raises:
         UsageError: A setting, a file or a data set that does not fit.
@@ -80,13 +90,15 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
     hints = hints or {}
     if training:
         check_names(config)
-    checkpoint = find_resume(config) if training else ''
     with hint(hints.get('data')):
         check_data(config)
     if training and not config.evaluate:
         check_knn_data(config)
         check_loss_weights(config, config.num_classes)
     runtime = setup_runtime(config)
+    if lock is not None and not config.evaluate:
+        _take_folder(config, runtime, lock)
+    checkpoint = find_resume(config) if training else ''
     channels = input_channels(config)
     with hint(hints.get('data')):
         datasets = create_datasets(config, channels)
@@ -106,6 +118,14 @@ def build(config: RunConfig, training: bool = True, hints: Mapping[str, str] | N
         teachers = create_run_teachers(config, data, runtime, not keeps_teacher_size(weights))
     task = create_run_task(config, student, teachers, data.config, runtime) if training or teachers else None
     return Parts(config, runtime, student, datasets, data, teachers, task, checkpoint)
+
+
+def _take_folder(config: RunConfig, runtime: Runtime, lock: FolderLock) -> None:
+    """Hold the run's folder if there is one; a process that is about to end in it may write another checkpoint."""
+    path = named_folder(config) or continued_folder(config)
+    with ranks_together(runtime):
+        if runtime.is_primary and path and RunFolder(path).args_file.is_file():
+            lock.take(Path(path), OTHER_ENDS)
 
 
 @contextmanager

@@ -260,6 +260,23 @@ def keeps_teacher_size(path: str) -> bool:
     return run is not None and bool(run.meaning.get('teacher')) and 'teacher_input' not in run.meaning
 
 
+def named_folder(flags: RunFlags) -> str:
+    """The folder of --experiment, '' without a name."""
+    return os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment) if flags.experiment else ''
+
+
+def continued_folder(config: RunConfig) -> str:
+    """The run folder that --resume names, where a run without a name goes on if its checkpoint can be continued; else ''.
+
+    With a fresh optimizer, from another epoch on, or with another --output, it is another run.
+    """
+    if config.experiment or config.no_resume_opt or config.start_epoch is not None or not os.path.isdir(config.resume):
+        return ''
+    folder = os.path.abspath(config.resume)
+    is_here = not config.output or os.path.realpath(config.output) == os.path.realpath(os.path.dirname(folder))
+    return folder if is_here else ''
+
+
 def find_resume(flags: RunFlags) -> str:
     """The training checkpoint that --resume means.
 
@@ -274,7 +291,7 @@ def find_resume(flags: RunFlags) -> str:
     auto = flags.resume == 'auto'
     if not auto and not os.path.isdir(flags.resume):
         return str(find_checkpoint(flags.resume, '--resume'))
-    folder = RunFolder(os.path.join(flags.output or DEFAULT_OUTPUT, flags.experiment) if auto else flags.resume)
+    folder = RunFolder(named_folder(flags) if auto else flags.resume)
     paths = folder.resumable()
     if not auto:
         if not paths:

@@ -15,6 +15,7 @@ from .. import zoo  # noqa: F401  registers the CIFAR networks, which a command 
 from ..config.cli import exit_after_signal, exit_with_error
 from ..config.run_config import RunConfig
 from ..errors import RunError, UsageError, is_out_of_memory, one_line
+from ..process.folder_lock import FolderLock
 from ..process.signals import Interrupted, stopping_at_once
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
 from .build import build
@@ -120,17 +121,15 @@ def run(config: RunConfig, argv: Sequence[str], log_level: int, prog: str) -> No
     """
     setup_logging(log_level)
     where = 'during the evaluation' if config.evaluate else 'before training began'
-    with one_line_errors(prog), stopping_at_once(where):
-        parts = build(config)  # device, student, data, teacher, task
-        if config.evaluate:
-            evaluate_checkpoint(parts)
-            leave_ranks()
-            return
-        trainer = start(parts)  # optimizer, resumed state, schedule, folder
-    if trainer is not None:
-        with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder, config.output)}'):
-            try:
+    with FolderLock() as lock:
+        with one_line_errors(prog), stopping_at_once(where):
+            parts = build(config, lock=lock)  # device, checkpoint, student, data, teacher, task
+            if config.evaluate:
+                evaluate_checkpoint(parts)
+                leave_ranks()
+                return
+            trainer = start(parts, lock)  # optimizer, resumed state, schedule, folder
+        if trainer is not None:
+            with one_line_errors(prog, f'to go on:\n{command_to_go_on(argv, trainer.folder, config.output)}'):
                 trainer.fit()
-            finally:
-                trainer.folder.release()
     leave_ranks()

@@ -29,12 +29,13 @@ from ..data.fingerprint import hash_names
 from ..data.loaders import Data
 from ..errors import UsageError, one_line
 from ..method.task import ProjectorEnsembleTask
+from ..process.folder_lock import FolderLock
 from ..process.runtime import Runtime, prepare_task, ranks_together
 from ..run_folder import DEFAULT_OUTPUT, RunFolder
 from . import checkpoints
 from .build import Parts
 from .cache import TeacherCache
-from .checkpoints import Saver
+from .checkpoints import Saver, continued_folder, named_folder
 from .console import hint_at_short_run, start_table, warn_of_settings
 from .first_look import prepare_teachers
 from .meters import Accumulation
@@ -67,11 +68,15 @@ class Found:
     state: RunState | None = None
 
 
-def start(parts: Parts) -> Trainer | None:
+def start(parts: Parts, lock: FolderLock) -> Trainer | None:
     """Make the trainer of a run; its steps are in the order of their dependencies.
 
     Weights are loaded before the moving average copies them, the average is made before both are compiled, and all of them
     before DDP wraps them. The run's folder comes last: a run that cannot start leaves nothing behind.
+
+    Args:
+        parts: The parts of the run.
+        lock: Holds the run's folder from here on; one that existed it holds already.
 
     Returns:
         The trainer; None if --resume auto finds that the run is finished.
@@ -115,7 +120,7 @@ def start(parts: Parts) -> Trainer | None:
         check_same_student(config, saved, found.path, parts.student)
     validation = create_validation(parts)
     allocate_caches(caches, parts.teachers, runtime)
-    folder, saver, trackers = _open_run_folder(parts, optimizer, found, span)
+    folder, saver, trackers = _open_run_folder(parts, optimizer, found, span, lock)
     _announce(parts, span, rates, caches, folder)
     if not found.path:
         hint_at_short_run(task, span.schedule * accumulation.updates_after(accumulation.num_batches))
@@ -283,7 +288,7 @@ def _finish(parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: 
 
 
 def _open_run_folder(
-    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span
+    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span, lock: FolderLock
 ) -> tuple[RunFolder, Saver | None, Trackers]:
     """Make the run's folder with args.yaml, and on the primary rank saver and trackers; the first files written."""
     config, runtime = parts.config, parts.runtime
@@ -292,7 +297,7 @@ def _open_run_folder(
         if runtime.is_primary:
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
-                saver, trackers = _fill_folder(parts, optimizer, found, span, folder)
+                saver, trackers = _fill_folder(parts, optimizer, found, span, folder, lock)
             except OSError as e:
                 raise UsageError(
                     f"--output: cannot write into '{config.output or DEFAULT_OUTPUT}' ({e.strerror})"
@@ -303,14 +308,9 @@ def _open_run_folder(
 def _folder_path(parts: Parts, span: Span) -> str:
     """The folder of --experiment; without a name that of the run that --resume names and continues, else one by the time."""
     config, size = parts.config, parts.data.config['input_size'][-1]
-    # with a fresh optimizer, or from another epoch on, it is another run
-    is_same = not config.no_resume_opt and config.start_epoch is None and bool(span.first > 0 or span.resumed)
-    if is_same and not config.experiment and os.path.isdir(config.resume):
-        resumed = os.path.abspath(config.resume)
-        if not config.output or os.path.realpath(config.output) == os.path.realpath(os.path.dirname(resumed)):
-            return resumed
-    name = config.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}'
-    return os.path.join(config.output or DEFAULT_OUTPUT, name)
+    continued = continued_folder(config) if span.first > 0 or span.resumed else ''
+    by_time = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}'
+    return named_folder(config) or continued or os.path.join(config.output or DEFAULT_OUTPUT, by_time)
 
 
 def _goes_on(found: Found, span: Span, folder: str | os.PathLike[str]) -> bool:
@@ -320,17 +320,18 @@ def _goes_on(found: Found, span: Span, folder: str | os.PathLike[str]) -> bool:
 
 
 def _fill_folder(
-    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span, folder: RunFolder
+    parts: Parts, optimizer: torch.optim.Optimizer, found: Found, span: Span, folder: RunFolder, lock: FolderLock
 ) -> tuple[Saver, Trackers]:
     config = parts.config
     goes_on = _goes_on(found, span, folder.path)
     if not goes_on:
         folder.check_is_of_a_run()
-    folder.claim()
+    lock.take(folder.path)
     # with --resume auto, a row without weights is of an epoch that a kill interrupted: it is trained and written again
     if not goes_on and folder.results() and (config.resume != 'auto' or folder.has_weights()):
         _check_own_inputs(config, folder)
         folder.make_room(config.overwrite)
+        lock.take(folder.path)  # a new one, if the earlier run was moved aside
     trackers = start_trackers(config, str(folder.path), resumed=goes_on)
     folder.remove_half_written()
     folder.write_args(config.to_yaml())
