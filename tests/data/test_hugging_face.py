@@ -141,6 +141,13 @@ def test_names_get_the_numbers_of_a_class_map(write, tmp_path):
     assert len(summary(tmp_path / 'runs' / 'run')) == 1
 
 
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_a_class_map_that_lacks_a_name_is_one_line(workers, write, tmp_path, capsys):
+    (tmp_path / 'map.txt').write_text('apple\nmouse\n')
+    flags = [*write(), *COMMON, '-j', workers, '--num-classes', '2', '--class-map', str(tmp_path / 'map.txt')]
+    assert "has no class 'zebra', which the data has" in refused(flags, capsys)
+
+
 def test_a_student_of_labels_without_classes_is_told_its_number(write, capsys):
     flags = write(feature=datasets.Value('int64'))
     known = 'The data does not tell its classes: the student has 1000; --num-classes gives another number.'

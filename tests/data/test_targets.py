@@ -32,6 +32,28 @@ def test_a_stream_is_counted_as_its_description_says_for_any_number_of_workers(u
     assert '36 training, 12 validation images' in said
 
 
+def test_a_stream_that_gives_other_images_than_described_is_measured_on_those(
+    uneven_shards, small_run, tmp_path, capsys
+):
+    argv = [str(uneven_shards), *small_run[1:], *RESNET, '--dataset', 'wds/x', '--epochs', '2', '-j', '1']
+    said = run([*argv, '--val-num-samples', '40'], capsys)
+    assert said.count('The validation stream gave 12 images, not the 40 that are described') == 1
+    evaluate = ['--evaluate', str(tmp_path / 'run'), '--device', 'cpu', '-j', '1']
+    assert run(evaluate, capsys).rstrip().endswith('on 12 images.')
+
+
+def test_a_stream_without_an_image_is_one_line(uneven_shards, small_run, capsys):
+    argv = [str(uneven_shards), *small_run[3:], *RESNET, '--dataset', 'wds/x', '--num-classes', '3', '-j', '1']
+    assert 'the training split gave no image' in refused([*argv, '--input-key', 'jpg'], capsys)
+
+
+def test_a_class_map_that_lacks_a_label_of_a_stream_is_one_line(uneven_shards, small_run, tmp_path, capsys):
+    (tmp_path / 'map.txt').write_text('ant\nbee\ncat\n')
+    argv = [str(uneven_shards), *small_run[3:], *RESNET, '--dataset', 'wds/x', '--num-classes', '3', '-j', '1']
+    said = refused([*argv, '--class-map', str(tmp_path / 'map.txt')], capsys)
+    assert f"--class-map: '{tmp_path / 'map.txt'}' has no class " in said
+
+
 def test_one_label_is_an_int_of_the_students_classes():
     target = ClassTarget(3)
     assert target(torch.tensor(2)) == target('2') == 2

@@ -414,7 +414,7 @@ def test_what_cannot_be_meant_of_several_teachers_is_refused_in_one_line(kwargs,
 
 def test_one_network_twice_and_logits_that_a_teacher_leaves_out_are_refused():
     student, (first, second) = networks()
-    with pytest.raises(UsageError, match='teachers 1 and 3 share parameters: give each network once'):
+    with pytest.raises(UsageError, match='teachers 1 and 3 share parameters or norms: give each network once'):
         ProjectorEnsembleTask(student, [first, second, nn.Sequential(first)], verbose=False)
     with pytest.raises(UsageError, match='student and teacher share parameters'):
         ProjectorEnsembleTask(student, [first, student], verbose=False)

@@ -142,6 +142,15 @@ def test_width_counts_what_pooling_doubles():
         assert tap.pop().shape == (2, tap.width) == (2, 2 * 96)
 
 
+def test_what_enters_a_module_that_begins_in_place_is_not_what_it_makes_of_it():
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(12, 5))).train()
+    tap = FeatureTap(model, '1')
+    x = torch.rand(4, 3, 2, 2) + 1
+    entered = x.flatten(1).clone()
+    model(x)
+    assert torch.equal(tap.pop(), entered)
+
+
 @pytest.mark.parametrize('kind', [kind for kind in CLASSIFIERS if kind.startswith('two heads ')])
 @pytest.mark.parametrize('num_classes', [10, 0])
 def test_feature_in_distilled_training_is_the_one_of_eval(kind, num_classes):

@@ -525,6 +525,49 @@ def test_what_a_feature_loss_has_counted_goes_on_after_a_resume(own_loss):
     assert 'feature_loss' not in make_task().get_task_state()
 
 
+class TwoOutputs(nn.Module):
+    def __init__(self, as_dict=False):
+        super().__init__()
+        self.fc, self.as_dict = nn.Linear(12, 5), as_dict
+
+    def forward(self, x):
+        logits = self.fc(x.flatten(1))
+        return {'logits': logits} if self.as_dict else (logits, logits.square().mean())
+
+
+@pytest.mark.parametrize(('as_dict', 'kind'), [(False, 'tuple'), (True, 'dict')])
+def test_a_student_or_a_teacher_that_returns_more_than_its_logits_is_refused(as_dict, kind):
+    x, y = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    kwargs = {'student_tap': 'fc', 'teacher_tap': '1', 'input_mean': [0.5] * 3, 'input_std': [0.5] * 3}
+    task = ProjectorEnsembleTask(TwoOutputs(as_dict), plain, act='none', verbose=False, **kwargs).train()
+    with pytest.raises(UsageError, match=f'the student TwoOutputs returns a {kind}'):
+        task(x, y)
+    kwargs.update(student_tap='1', teacher_tap='fc')
+    plain.num_classes = 5
+    task = ProjectorEnsembleTask(plain, TwoOutputs(as_dict), act='none', kd_loss_weight=1.0, verbose=False, **kwargs)
+    with pytest.raises(UsageError, match=f'the teacher TwoOutputs gives a {kind} in place of logits'):
+        task.train()(x, y)
+
+
+def test_a_teacher_that_another_module_puts_into_training_mode_does_not_train():
+    teacher = timm.create_model('test_resnet', num_classes=5)
+    task = ProjectorEnsembleTask(timm.create_model('test_vit', num_classes=5), teacher, verbose=False).train()
+    before = copy.deepcopy(teacher.state_dict())
+    teacher.train()
+    x, y = batch()
+    task(x, y)
+    assert not any(m.training for m in teacher.modules())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_a_norm_without_parameters_is_not_shared_either():
+    norm = nn.BatchNorm1d(12, affine=False)
+    student, teacher = (nn.Sequential(nn.Flatten(), norm, nn.Linear(12, 5)) for _ in range(2))
+    with pytest.raises(UsageError, match='share parameters or norms'):
+        ProjectorEnsembleTask(student, teacher, student_tap='2', teacher_tap='2', verbose=False)
+
+
 def test_a_student_that_is_its_own_teacher_is_refused_before_it_is_frozen():
     student = timm.create_model('test_resnet', num_classes=5)
     for teacher in (student, nn.Sequential(student)):

@@ -302,7 +302,7 @@ class ScheduleFlags:
     warmup_lr: float = flag(1e-05, 'learning rate that warmup starts from', metavar='R', at_least=0, idle_without='warmup_epochs')
     min_lr: float = flag(0, 'lowest learning rate', metavar='R', at_least=0)
     epochs: int = flag(300, 'epochs to train', metavar='N', at_least=1)
-    epoch_repeats: float = flag(0.0, 'passes over the data in an epoch (streams)', at_least=0)
+    epoch_repeats: float = flag(0.0, 'passes over the data in an epoch (hfids/, tfds/), 0 as 1', at_least=0)
     start_epoch: int | None = flag(None, 'first epoch, overrides that of --resume', metavar='N', at_least=0, unset='that of --resume, else 0')
     decay_milestones: list[int] = flag([90, 180, 270], 'epochs to decay at (multistep)', metavar='N', at_least=0, idle_without='sched=multistep')
     decay_epochs: float = flag(90, 'epochs between decays (step), length of the decay (wsd, rsqrt)', metavar='R', above=0, idle_without=('sched=step', 'sched=wsd', 'sched=rsqrt'))

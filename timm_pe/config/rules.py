@@ -404,7 +404,8 @@ _ONLY_OF_KINDS = {
     'class_map': ('', 'folder', *COLUMN_KINDS),
     'input_key': ('', 'folder', *COLUMN_KINDS),
     'target_key': COLUMN_KINDS,
-    **dict.fromkeys(('train_num_samples', 'val_num_samples', 'epoch_repeats'), STREAMED_KINDS),
+    **dict.fromkeys(('train_num_samples', 'val_num_samples'), STREAMED_KINDS),
+    'epoch_repeats': ('hfids', 'tfds'),  # timm's reader of wds does not read it
 }
 
 
@@ -419,6 +420,14 @@ def data_kind(flags: DataFlags) -> str:
 
 def _check_data(config: 'RunConfig', refuse: Refuse) -> None:
     kind = data_kind(config)
+    if config.has_labels and config.model_kwargs.get('num_classes') == 0:
+        refuse(
+            '--model-kwargs num_classes=0: data with labels need a classifier, --unlabeled alone trains a backbone without'
+        )
+    if 0 < config.epoch_repeats < 1:
+        refuse(
+            f'--epoch-repeats must be 0, or 1 and more, got {config.epoch_repeats}: timm reads all of a stream at least once'
+        )
     for name in ('train_split', 'val_split'):
         if '[' in getattr(config, name) and kind not in COLUMN_KINDS:
             refuse(f'{name_of(name)} {getattr(config, name)}: only hfds/NAME and tfds/NAME take a part of a split')

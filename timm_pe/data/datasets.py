@@ -11,13 +11,14 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import add_img_extensions, get_img_extensions
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
 from ..config.flags import DataFlags
-from ..config.rules import FOLDER_KINDS, data_kind
+from ..config.rules import COLUMN_KINDS, FOLDER_KINDS, data_kind
 from ..config.run_config import RunConfig
 from ..errors import UsageError, one_line
 from .beside import BesideReader, put_beside
@@ -143,6 +144,8 @@ def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: in
             reader = FolderReader(root, config.class_map, config.class_depth, endings)
             dataset: Dataset[Any] = ImageDataset(root, reader=reader, input_img_mode=mode)
         else:
+            if config.class_map and data_kind(config) in COLUMN_KINDS:
+                extra['class_map'] = _ClassMap(config.class_map, load_class_map(config.class_map, root))
             add_img_extensions(sorted(image_endings() - get_img_extensions(as_set=True)))  # for tar files
             dataset = create_dataset(
                 config.dataset,
@@ -168,6 +171,23 @@ def _open_dataset(config: RunConfig, split: str, is_training: bool, in_chans: in
     if data_kind(config) in FOLDER_KINDS and not config.class_map:
         _check_class_order(dataset)
     return dataset
+
+
+class _ClassMap(dict[Any, int]):
+    """A class map that says what it lacks, in whichever process it is asked."""
+
+    def __init__(self, path: str, classes: Mapping[Any, int]):
+        super().__init__(classes)
+        self.path = path
+
+    def __missing__(self, label: Any) -> int:
+        known = ', '.join(map(repr, list(self)[:3]))
+        raise UsageError(
+            f"--class-map: '{self.path}' has no class {label!r}, which the data has; its first are {known}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, dict(self))
 
 
 def _is_torch_folder(flags: DataFlags) -> bool:

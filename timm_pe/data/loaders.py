@@ -166,13 +166,18 @@ def _check_sizes(config: RunConfig, student: nn.Module, data_config: dict[str, A
         x = torch.zeros(1, channels, height, width, dtype=next(student.parameters()).dtype)
         try:
             with torch.no_grad():
-                student(x)
+                output = student(x)
         except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as e:
             if is_out_of_memory(e):  # it says nothing of the size
                 raise
             raise UsageError(
                 f'--model {config.model} cannot take {channels}x{height}x{width} images: {one_line(e, 160)}'
             ) from e
+        shape = list(output.shape) if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'
+        if student.num_classes and shape != [1, student.num_classes]:
+            raise UsageError(
+                f'--model {config.model} gives {shape} for an image and not logits {[1, student.num_classes]}: does it pool?'
+            )
     student.train(training)
 
 

@@ -90,6 +90,8 @@ class _Site:
         self._pools_token = pools_token
         self._channels_first = _takes_channels_first(module)
         self._value: torch.Tensor | None = None
+        # an in-place module in it, such as a dropout at its beginning, may overwrite what entered
+        self._overwrites = any(getattr(m, 'inplace', False) for m in module.modules())
         # what entered the dropout module in front of the hooked one, in this forward
         self._undropped: torch.Tensor | None = None
         # input and output of a dropout module that may be in front of the hooked one
@@ -145,7 +147,8 @@ class _Site:
         dropped_before, self._dropped = self._dropped, None
         if dropped_before is not None and dropped_before[1] is entered:
             undropped = dropped_before[0]
-        self._value = self._pool(entered if undropped is None else undropped)
+        value = self._pool(entered if undropped is None else undropped)
+        self._value = value.clone() if self._overwrites else value
         if self._drops_for is None or not module.training:
             return None
         dropped = F.dropout(entered, self._drops_for[1])

@@ -309,12 +309,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> TeacherOutput:
+        self._stay_in_eval()
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
             if not self.needs_logits and self._can_skip_classifier(x):
                 return TeacherOutput(self._kept(self._pre_logits(x)), None, self._pop_map())
             logits = self._logits(x)
-        kept = self._kept(logits) if self.needs_logits else None
+        kept = self._kept(self._checked(logits)) if self.needs_logits else None
         return TeacherOutput(self._kept(self.tap.pop()), kept, self._pop_map())
 
     def _pop_map(self) -> torch.Tensor | None:
@@ -327,6 +328,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward_uncompiled(self, x: torch.Tensor) -> TeacherOutput:
         """Feature and logits of the student's batch, whatever `needs_logits` is, for other batches than those of training."""
+        self._stay_in_eval()
         x = self.adapt_input(x.detach())
         with self._own_precision(x.device):
             # a compiled network would meet other shapes here, and its graphs would become dynamic for training too
@@ -335,9 +337,22 @@ class Teacher(nn.Module):
 
     def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
-        logits = self.forward_uncompiled(x).logits
-        assert logits is not None
-        return logits
+        return self._checked(self.forward_uncompiled(x).logits, classifies=True)
+
+    def _stay_in_eval(self) -> None:
+        """A module around both may have put the network into training mode, past `train`."""
+        if unwrap_model(self.model).training:
+            self.train()
+
+    def _checked(self, logits: Any, classifies: bool = False) -> torch.Tensor:
+        """What the network returns, if that can be logits; of an encoder it may be a map."""
+        if isinstance(logits, torch.Tensor) and (logits.ndim == 2 or not classifies):
+            return logits
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
+        raise UsageError(
+            f'the teacher {type(unwrap_model(self.model)).__name__} gives {found} in place of logits [b, c]: give one that pools '
+            f'and returns one tensor'
+        )
 
     def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None and self.autocast_dtype is None else self._autocast(device)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from timm.data.model_config import resolve_input_data_config
 from timm.utils import unwrap_model
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UsageError
 from .teacher import Teacher, create_teacher, refuse_given
@@ -60,20 +61,25 @@ def check_single(
 
 
 def check_apart(student: nn.Module, teachers: Sequence[TeacherLike]) -> None:
-    """Refuse networks that share parameters.
+    """Refuse networks that share parameters or norms.
 
     Raises:
         UsageError: The student with a teacher, or two teachers.
     """
-    parameters = [{id(p) for p in t.parameters()} if isinstance(t, nn.Module) else set() for t in teachers]
-    if any(id(p) in of_teacher for p in student.parameters() for of_teacher in parameters):
+    states = [_states(t) if isinstance(t, nn.Module) else set() for t in teachers]
+    if any(_states(student) & of_teacher for of_teacher in states):
         raise UsageError(
-            'student and teacher share parameters, and a teacher is frozen: give copy.deepcopy(student) as the teacher'
+            'student and teacher share parameters or norms, and a teacher is frozen: give copy.deepcopy(student) as the teacher'
         )
     for j in range(len(teachers)):
         for i in range(j):
-            if parameters[i] & parameters[j]:
-                raise UsageError(f'teachers {i + 1} and {j + 1} share parameters: give each network once')
+            if states[i] & states[j]:
+                raise UsageError(f'teachers {i + 1} and {j + 1} share parameters or norms: give each network once')
+
+
+def _states(network: nn.Module) -> set[int]:
+    """Identities of the parameters and norms of a network: a norm without parameters has statistics, and a mode."""
+    return {id(x) for x in [*network.parameters(), *(m for m in network.modules() if isinstance(m, _NormBase))]}
 
 
 def normalize_weights(weights: Sequence[float] | None, number: int) -> list[float]:

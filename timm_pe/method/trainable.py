@@ -9,6 +9,7 @@ from timm.optim import auto_group_layers
 from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 
+from ..errors import UsageError
 from .map_tap import MapTap, on_grid
 from .projectors import ProjectorEnsemble
 from .tap import FeatureTap
@@ -69,16 +70,23 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
         self, input: torch.Tensor, grids: Sequence[Sequence[int]] = ()
     ) -> tuple[torch.Tensor, ...]:
         """Logits and projections of a batch; `grids` are those of the teacher's map for each aim that maps one."""
-        logits = self.student(input)
-        if isinstance(logits, (tuple, list)):
-            # set_distilled_training: in eval mode the model returns the mean of its heads
-            logits = sum(logits) / len(logits)
+        output = self.student(input)
+        logits = output if isinstance(output, torch.Tensor) else self._mean_of_heads(output)
         given, of_map = {'logits': logits, 'feature': self.tap.pop()}, iter(grids)
         if self.map_tap is not None:
             given['map'] = self.map_tap.pop()
         return logits, *(
             _project_map(projectors, given['map'], next(of_map)) if tapped == 'map' else projectors(given[tapped])
             for projectors, tapped in zip(self.projectors, self.tapped, strict=True)
+        )
+
+    def _mean_of_heads(self, output: Any) -> torch.Tensor:
+        """Logits of a distilled model, as it gives them in eval mode."""
+        if isinstance(output, (tuple, list)) and getattr(self.student, 'distilled_training', False):
+            return cast(torch.Tensor, sum(output) / len(output))
+        raise UsageError(
+            f'the student {type(unwrap_model(self.student)).__name__} returns a {type(output).__name__}, which may be anything: '
+            f'give a model that returns its logits, one tensor'
         )
 
 

@@ -80,19 +80,21 @@ def eval_batches(
     Yields:
         Images `[b, ch, h, w]`, targets, and how many of them count: the others only pad this rank's share.
     """
-    left = evaluation_sample_limit(loader)
+    left, seen = evaluation_sample_limit(loader), 0
     progress = Progress(what, len(loader), runtime.is_primary)
     try:
         for i, (input, target) in enumerate(loader):
             input, target = batch_to_device(config, runtime, input, target)
             size = len(target) if left is None else min(len(target), left)
-            left = None if left is None else left - size
+            left, seen = None if left is None else left - size, seen + size
             yield input, target, size
             progress.update(i + 1)
             after_batch()
     finally:
         progress.close()
     say_unreadable(loader, len(loader.dataset), runtime)
+    if isinstance(plain_loader(loader).dataset, IterableDataset):
+        _say_other_number(loader, seen // max(config.tta, 1))
 
 
 def validate(
@@ -146,6 +148,16 @@ def say_unreadable(loader: Any, images: int, runtime: Runtime) -> None:
         known[describe] = number
 
 
+def _say_other_number(loader: Any, images: int) -> None:
+    """Log, once, that a stream gave another number of images than its description says: the metrics are of these."""
+    described = count_images(loader.dataset)
+    if images != described and loader.__dict__.get('_images') != images:
+        _logger.warning(
+            f'The validation stream gave {images:,} images, not the {described:,} that are described: what is measured is of these.'
+        )
+    loader.__dict__['_images'] = images
+
+
 def format_metrics(metrics: Mapping[str, float], num_classes: int) -> str:
     """Metrics on one line, percentages to three places; top-5 is omitted for five classes or fewer."""
     shown = {k: v for k, v in metrics.items() if k != 'loss' and not (k == 'top5' and num_classes <= 5)}
@@ -165,6 +177,5 @@ def evaluate_checkpoint(parts: Parts) -> None:
     student = place_student(parts.student, config, parts.runtime).eval()
     warn_of_tta(config)
     metrics = validate(student, parts.data.eval, parts.runtime, config, 'Evaluate')
-    _logger.info(
-        f"'{path}': {format_metrics(metrics, parts.num_classes)} on {count_images(parts.data.eval.dataset)} images."
-    )
+    images = parts.data.eval.__dict__.get('_images', count_images(parts.data.eval.dataset))
+    _logger.info(f"'{path}': {format_metrics(metrics, parts.num_classes)} on {images} images.")

@@ -14,6 +14,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from ..config.derive import ranked_by
 from ..data.draws import IndexedTarget, seeded_mixup
 from ..data.epochs import epoch_batches
+from ..errors import UsageError
 from ..process.runtime import on_primary
 from ..process.signals import Interrupted, Interrupts
 from ..run_folder import RunFolder
@@ -177,6 +178,10 @@ class Trainer:
             epoch.progress.close()
         for cache in self.caches:
             cache.flush()
+        if not epoch.images and not start:
+            raise UsageError(
+                'the training split gave no image: do --train-split, --input-key and --target-key fit the data?'
+            )
         self.epoch_images = epoch.images
         metrics = epoch.meter.read()
         metrics['images_per_s'] = epoch.images_per_s
