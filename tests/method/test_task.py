@@ -12,7 +12,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.task import DistillationTeacher, FeatureDistillationTask, resume_task_checkpoint
 
-from timm_pe import ProjectorEnsembleTask, UsageError, create_teacher
+from timm_pe import ProjectorEnsembleTask, Teacher, UsageError, create_teacher
 from timm_pe.method import losses
 
 
@@ -318,19 +318,31 @@ def test_accumulation_2x8_equals_1x16_without_batch_norm():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_a_student_in_distilled_training_learns_through_the_mean_of_its_heads():
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'size', 'heads'),
+    [
+        (
+            'deit_tiny_distilled_patch16_224',
+            {'img_size': 32, 'patch_size': 16},
+            32,
+            ('head.weight', 'head_dist.weight'),
+        ),
+        ('repvit_m0_9', {}, 64, ('head.head.l.weight', 'head.head_dist.l.weight')),
+    ],
+)
+def test_a_student_in_distilled_training_learns_through_the_mean_of_its_heads(name, kwargs, size, heads):
     torch.manual_seed(0)
-    student = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5, img_size=32, patch_size=16)
+    student = timm.create_model(name, num_classes=5, **kwargs)
     student.set_distilled_training(True)
     task = ProjectorEnsembleTask(
         student, timm.create_model('test_vit', num_classes=5), act='none', verbose=False
     ).train()
-    x, y = batch(2, 32)
+    x, y = batch(2, size)
     result = task(x, y)
     assert result['output'].shape == (2, 5)
     result['loss'].backward()
-    assert student.head.weight.grad.abs().sum() > 0
-    assert student.head_dist.weight.grad.abs().sum() > 0
+    for head in heads:
+        assert student.get_parameter(head).grad.abs().sum() > 0
 
 
 def test_it_replaces_timms_task_in_a_loop_with_checkpoint_and_resume(tmp_path):
@@ -546,8 +558,25 @@ def test_a_student_or_a_teacher_that_returns_more_than_its_logits_is_refused(as_
     kwargs.update(student_tap='1', teacher_tap='fc')
     plain.num_classes = 5
     task = ProjectorEnsembleTask(plain, TwoOutputs(as_dict), act='none', kd_loss_weight=1.0, verbose=False, **kwargs)
-    with pytest.raises(UsageError, match=f'the teacher TwoOutputs gives a {kind} in place of logits'):
+    with pytest.raises(UsageError, match='the KD loss compares logits'):
         task.train()(x, y)
+    with pytest.raises(UsageError, match=f'the teacher TwoOutputs gives a {kind} in place of logits'):
+        task.teachers[0].forward_logits(x)
+
+
+@pytest.mark.parametrize('as_dict', [False, True])
+def test_of_networks_that_return_more_than_logits_the_features_are_compared(as_dict):
+    x, y = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    norm = {'input_mean': [0.5] * 3, 'input_std': [0.5] * 3}
+    given = Teacher(TwoOutputs(as_dict), tap='fc', **norm)
+    task = ProjectorEnsembleTask(plain, given, student_tap='1', act='none', verbose=False).train()
+    assert task(x, y)['pe_loss'] > 0
+    backbone = TwoOutputs(as_dict)
+    backbone.num_classes = 0
+    taps = {'student_tap': 'fc', 'teacher_tap': '1', **norm}
+    task = ProjectorEnsembleTask(backbone, plain, act='none', verbose=False, **taps).train()
+    assert set(task(x, y)) == {'loss', 'output', 'pe_loss'}
 
 
 def test_a_teacher_that_another_module_puts_into_training_mode_does_not_train():

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import multiprocessing
 import os
 import re
@@ -19,7 +20,6 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
-from filelock import FileLock
 from helpers import load, refused, run, stopped, summary, tensorboard_curves
 from survive import COMMON, VARIANTS, compare, write_images
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
@@ -28,7 +28,9 @@ import train_distill
 from timm_pe import ProjectorEnsembleTask
 from timm_pe.config.run_config import RunConfig, parse_config
 from timm_pe.data import draws
-from timm_pe.errors import UsageError
+from timm_pe.errors import UsageError, one_line
+from timm_pe.process import folder_lock
+from timm_pe.process.folder_lock import FolderLock
 from timm_pe.process.signals import Interrupted, Interrupts, ignore_in_worker, stopping_at_once
 from timm_pe.run_folder import RunFolder
 from timm_pe.train import build, checkpoints, position, start
@@ -788,6 +790,13 @@ def test_a_second_run_in_the_folder_of_a_run_that_is_still_going_is_refused_and_
     assert len(summary(tmp_path / 'run')) == 3
 
 
+def held(folder):
+    """The lock of a folder, as another process holds it: this process may hold a file under two open files."""
+    lock = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return contextlib.closing(os.fdopen(lock, 'w'))
+
+
 def test_a_run_that_waits_for_another_to_end_goes_on_from_what_that_wrote_last(alone, tmp_path, capsys):
     _, argv = alone('plain')
     argv = [*argv, '--epochs', '3', '--output', str(tmp_path), '--experiment', 'run']
@@ -797,18 +806,17 @@ def test_a_run_that_waits_for_another_to_end_goes_on_from_what_that_wrote_last(a
     for path in folder.iterdir():  # as it is in the first epoch
         if path.name not in ('args.yaml', '.lock'):
             path.unlink()
-    other = FileLock(folder / '.lock', thread_local=False)
-    other.acquire()
+    other = held(folder)
 
     def end() -> None:
-        shutil.copytree(aside, folder, ignore=shutil.ignore_patterns('.lock'), dirs_exist_ok=True)
-        other.release()
+        with other:
+            shutil.copytree(aside, folder, ignore=shutil.ignore_patterns('.lock'), dirs_exist_ok=True)
 
     timer = threading.Timer(2, end)
     timer.start()
     said = run([*argv, '--overwrite', '--resume', 'auto'], capsys)
     timer.join()
-    assert f"Another process trains in '{folder}': waiting up to 20 s for its end." in said
+    assert f"Another process trains in '{folder}': waiting up to 120 s for its end." in said
     assert 'Epoch 3/3' in said
     assert 'Epoch 2/3' not in said
 
@@ -816,10 +824,20 @@ def test_a_run_that_waits_for_another_to_end_goes_on_from_what_that_wrote_last(a
 def test_runs_that_begin_at_the_same_time_in_one_new_folder_are_told_at_once(alone, tmp_path, capsys):
     _, argv = alone('plain')
     (tmp_path / 'run').mkdir()
-    with FileLock(tmp_path / 'run' / '.lock'):
+    with held(tmp_path / 'run'):
         said = refused([*argv, '--output', str(tmp_path), '--experiment', 'run'], capsys)
     assert 'another process trains in' in said
     assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+def test_runs_without_a_name_that_begin_in_one_second_have_folders_of_their_own(alone, tmp_path, monkeypatch):
+    _, argv = alone('plain')
+    monkeypatch.setattr(start, '_folder_path', lambda parts, span: str(tmp_path / '20261127-120000-test_resnet-32'))
+    for _ in range(3):
+        run([*argv, '--epochs', '1', '--output', str(tmp_path)])
+    names = [f'20261127-120000-test_resnet-32{end}' for end in ('', '_2', '_3')]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all(len(summary(tmp_path / name)) == 1 for name in names)
 
 
 def test_a_run_that_is_refused_lets_go_of_its_folder(alone, tmp_path, capsys):
@@ -838,28 +856,47 @@ def test_a_new_run_from_the_checkpoint_of_one_that_still_goes_does_not_wait_for_
     _, argv = alone('plain')
     argv = [*argv, '--epochs', '2', '--output', str(tmp_path)]
     run([*argv, '--experiment', 'run', '--stop-epoch', '1'])
-    with FileLock(tmp_path / 'run' / '.lock'):
+    with held(tmp_path / 'run'):
         said = run([*argv, '--resume', str(tmp_path / 'run'), '--experiment', 'other'], capsys)
     assert 'Another process' not in said
     assert len(summary(tmp_path / 'other')) == 1
 
 
+def test_a_run_that_resumes_a_folder_by_its_path_waits_for_it_too(alone, tmp_path, monkeypatch, capsys):
+    _, argv = alone('plain')
+    argv = [*argv, '--epochs', '2', '--output', str(tmp_path)]
+    run([*argv, '--experiment', 'run', '--stop-epoch', '1'])
+    monkeypatch.setattr(build, 'OTHER_ENDS', 0.1)
+    before = files_of(tmp_path / 'run')
+    with held(tmp_path / 'run'):
+        assert 'another process trains in' in refused([*argv, '--resume', str(tmp_path / 'run')], capsys)
+    assert files_of(tmp_path / 'run') == before
+
+
 def test_an_earlier_run_that_is_moved_aside_leaves_a_lock_to_the_new_one(alone, tmp_path):
+    lock = FolderLock()
+    (tmp_path / 'run').mkdir()
+    with lock:
+        lock.take(tmp_path / 'run')
+        (tmp_path / 'run').rename(tmp_path / 'run.1')
+        (tmp_path / 'run').mkdir()
+        lock.take(tmp_path / 'run')
+        with pytest.raises(UsageError, match='another process'):
+            FolderLock().take(tmp_path / 'run')
+        FolderLock().take(tmp_path / 'run.1')
+    FolderLock().take(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_and_the_run_goes_on(number, alone, tmp_path, monkeypatch, capsys):
+    def flock(fd, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder_lock.fcntl, 'flock', flock)
     _, argv = alone('plain')
-    argv = [*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
-    run(argv)
-    run(argv)
-    assert (tmp_path / 'run' / '.lock').is_file()
-
-
-def test_a_file_system_without_locks_is_named_and_the_run_goes_on(alone, tmp_path, monkeypatch, capsys):
-    def acquire(*args, **kwargs):
-        raise OSError(errno.ENOLCK, 'No locks available')
-
-    monkeypatch.setattr(FileLock, 'acquire', acquire)
-    _, argv = alone('plain')
-    said = run([*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'], capsys)
-    assert said.count('No locks available): do not start a second run in it') == 1
+    for _ in range(2):
+        said = run([*argv, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'], capsys)
+        assert f'({one_line(OSError(number, os.strerror(number)))}): do not start a second one in it' in said
     assert len(summary(tmp_path / 'run')) == 1
 
 

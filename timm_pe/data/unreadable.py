@@ -166,9 +166,8 @@ class CountingImageDataset(ImageDataset):
         finally:
             self.replaced = len(self.reader.asked) > 1
             if self.replaced:
-                self._tallies['unreadable'].add(
-                    index
-                )  # images tried in its place are counted when they are drawn themselves
+                # images tried in its place are counted when they are drawn themselves
+                self._tallies['unreadable'].add(index)
 
     def take(self, kind: Kind) -> Taken:
         """The images of a kind since the last call: their number, names of the first ones, what is said of the first.

@@ -502,10 +502,13 @@ class ProjectorEnsembleTask(FeatureDistillationTask):
         """Logits `[b, c]` that stand for the teachers of the student's classes."""
         theirs = [outputs[i].logits for i in self.kd_teachers]
         for each in theirs:
-            if each is None or logits.shape != each.shape:
+            if each is None:
                 raise UsageError(
-                    f'logits of the student {list(logits.shape)} and of the teacher '
-                    f'{None if each is None else list(each.shape)} cannot be compared'
+                    'the KD loss compares logits [b, c]: a teacher gives none, or more than that one tensor'
+                )
+            if logits.shape != each.shape:
+                raise UsageError(
+                    f'logits of the student {list(logits.shape)} and of the teacher {list(each.shape)} cannot be compared'
                 )
         weights = [self.teacher_weights[i] for i in self.kd_teachers]
         return average_logits(cast(list[torch.Tensor], theirs), weights, self.kd_temperature)

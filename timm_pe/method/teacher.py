@@ -315,7 +315,8 @@ class Teacher(nn.Module):
             if not self.needs_logits and self._can_skip_classifier(x):
                 return TeacherOutput(self._kept(self._pre_logits(x)), None, self._pop_map())
             logits = self._logits(x)
-        kept = self._kept(self._checked(logits)) if self.needs_logits else None
+        # of a network that returns more, only the feature is read
+        kept = self._kept(logits) if self.needs_logits and isinstance(logits, torch.Tensor) else None
         return TeacherOutput(self._kept(self.tap.pop()), kept, self._pop_map())
 
     def _pop_map(self) -> torch.Tensor | None:
@@ -336,23 +337,24 @@ class Teacher(nn.Module):
         return TeacherOutput(self.tap.pop(), logits, self._pop_map())
 
     def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is."""
-        return self._checked(self.forward_uncompiled(x).logits, classifies=True)
+        """Logits `[b, c]` of the student's batch, whatever `needs_logits` is.
 
-    def _stay_in_eval(self) -> None:
-        """A module around both may have put the network into training mode, past `train`."""
-        if unwrap_model(self.model).training:
-            self.train()
-
-    def _checked(self, logits: Any, classifies: bool = False) -> torch.Tensor:
-        """What the network returns, if that can be logits; of an encoder it may be a map."""
-        if isinstance(logits, torch.Tensor) and (logits.ndim == 2 or not classifies):
+        Raises:
+            UsageError: The network returns something else.
+        """
+        logits: Any = self.forward_uncompiled(x).logits
+        if isinstance(logits, torch.Tensor) and logits.ndim == 2:
             return logits
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else f'a {type(logits).__name__}'
         raise UsageError(
             f'the teacher {type(unwrap_model(self.model)).__name__} gives {found} in place of logits [b, c]: give one that pools '
             f'and returns one tensor'
         )
+
+    def _stay_in_eval(self) -> None:
+        """A module around both may have put the network into training mode, past `train`."""
+        if unwrap_model(self.model).training:
+            self.train()
 
     def _own_precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None and self.autocast_dtype is None else self._autocast(device)

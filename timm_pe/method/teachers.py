@@ -79,7 +79,8 @@ def check_apart(student: nn.Module, teachers: Sequence[TeacherLike]) -> None:
 
 def _states(network: nn.Module) -> set[int]:
     """Identities of the parameters and norms of a network: a norm without parameters has statistics, and a mode."""
-    return {id(x) for x in [*network.parameters(), *(m for m in network.modules() if isinstance(m, _NormBase))]}
+    norms = (m for m in network.modules() if isinstance(m, _NormBase) and m.running_mean is not None)
+    return {id(x) for x in [*network.parameters(), *norms]}
 
 
 def normalize_weights(weights: Sequence[float] | None, number: int) -> list[float]:

@@ -71,7 +71,8 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
     ) -> tuple[torch.Tensor, ...]:
         """Logits and projections of a batch; `grids` are those of the teacher's map for each aim that maps one."""
         output = self.student(input)
-        logits = output if isinstance(output, torch.Tensor) else self._mean_of_heads(output)
+        is_read = getattr(self.student, 'num_classes', None) != 0
+        logits = self._mean_of_heads(output) if is_read and not isinstance(output, torch.Tensor) else output
         given, of_map = {'logits': logits, 'feature': self.tap.pop()}, iter(grids)
         if self.map_tap is not None:
             given['map'] = self.map_tap.pop()
@@ -82,7 +83,8 @@ class ProjectorEnsembleModule(FeatureDistillationTrainableModule):
 
     def _mean_of_heads(self, output: Any) -> torch.Tensor:
         """Logits of a distilled model, as it gives them in eval mode."""
-        if isinstance(output, (tuple, list)) and getattr(self.student, 'distilled_training', False):
+        distils = any(getattr(module, 'distilled_training', False) for module in self.student.modules())
+        if isinstance(output, (tuple, list)) and distils:
             return cast(torch.Tensor, sum(output) / len(output))
         raise UsageError(
             f'the student {type(unwrap_model(self.student)).__name__} returns a {type(output).__name__}, which may be anything: '

@@ -1,27 +1,44 @@
-"""The lock of a run's folder: two processes that train in one folder would mix their files."""
+"""The lock of a folder: two processes that write into one folder would mix their files.
 
+It is `flock` itself. The library `filelock` puts a marker file in its place where a file system has none: that outlives
+a killed run, and the folder would stay locked.
+"""
+
+import contextlib
+import errno
 import logging
 import os
+import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from ..errors import UsageError, one_line
 
 _logger = logging.getLogger(__name__)
 
-# seconds for which a run waits for another process in its folder: one that was asked to stop finishes its step, and loader
-# workers of one that was killed live a little longer
-OTHER_ENDS = 20.0
+# Seconds for which a run waits for another process in its folder. One that was asked to stop finishes its step, loader
+# workers of one that was killed live a little longer, and NFS keeps the lock of a machine that is gone for 90.
+OTHER_ENDS = 120.0
 NAME = '.lock'
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class FolderLock:
-    """Holds one folder, from `take` to the end of the context or of the process."""
+    """Holds one folder, from `take` to the end of the context or of the process.
 
-    def __init__(self) -> None:
-        self._lock: FileLock | None = None
-        self._file: tuple[int, int] | None = None
+    Args:
+        flag: The flag that gives the folder, for messages.
+        does: What a process does that holds it.
+        instead: What else a user can do than wait.
+    """
+
+    def __init__(self, flag: str = '--output', does: str = 'trains', instead: str = 'give another --experiment'):
+        self.flag, self.does, self.instead = flag, does, instead
+        self._fd: int | None = None
 
     def __enter__(self) -> 'FolderLock':
         return self
@@ -42,36 +59,57 @@ class FolderLock:
             UsageError: Another process holds it.
         """
         file = folder / NAME
-        if self._lock is not None and _identity(file) == self._file:
+        if fcntl is None or (self._fd is not None and _is_at(self._fd, file)):
             return
-        lock = FileLock(file)
+        end, waits = time.monotonic() + wait, False
+        fd: int | None = None
         try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if not wait:
-                    raise
-                _logger.info(f"Another process trains in '{folder}': waiting up to {wait:.0f} s for its end.")
-                lock.acquire(timeout=wait)
-        except Timeout as e:
-            raise UsageError(
-                f"--output: another process trains in '{folder}': stop it or wait for its end, or give another --experiment"
-            ) from e
-        except (OSError, NotImplementedError) as e:  # such as NFS without a lock daemon
-            _logger.warning(f"No lock in '{folder}' ({one_line(e, 120)}): do not start a second run in it.")
+            while not _lock(fd := _open(file)) or not _is_at(fd, file):  # it may have been moved aside meanwhile
+                os.close(fd)
+                fd = None
+                if time.monotonic() >= end:
+                    raise UsageError(
+                        f"{self.flag}: another process {self.does} in '{folder}': stop it or wait for its end, or {self.instead}"
+                    )
+                if not waits:
+                    _logger.info(f"Another process {self.does} in '{folder}': waiting up to {wait:.0f} s for its end.")
+                waits = True
+                time.sleep(0.2)
+        except OSError as e:  # such as NFS without a lock daemon
+            _logger.warning(f"No lock in '{folder}' ({one_line(e, 120)}): do not start a second one in it.")
         self._release()
-        self._lock, self._file = lock, _identity(file)
+        self._fd = fd
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-        self._lock = None
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """What a file is, under any name: a folder that was moved aside takes its lock along."""
+def _open(file: Path) -> int:
     try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # of another user
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _lock(fd: int) -> bool:
+    """Whether an open file could be locked.
+
+    Raises:
+        OSError: Its file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in _HELD:
+            raise
+        return False
+    return True
+
+
+def _is_at(fd: int, file: Path) -> bool:
+    """Whether an open file is the one of that name: a folder that was moved aside took its lock along."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.stat(file))
+    return False

@@ -103,10 +103,11 @@ class Run:
         known = declared_in(RunConfig)  # args.yaml of an earlier commit may have others
         return ranked_by(RunConfig(**{name: value for name, value in self.args.items() if name in known}))
 
-    @property
+    @cached_property
     def ranked(self) -> list[dict[str, float | None]]:
         """The rows of the epochs that were validated by that metric."""
-        return [row for row in self.rows if row.get(f'eval_{self.ranking}') is not None]
+        metric = f'eval_{self.ranking}'
+        return [row for row in self.rows if (value := row.get(metric)) is not None and not math.isnan(value)]
 
     @property
     def highest(self) -> dict[str, float | None]:
@@ -114,7 +115,7 @@ class Run:
         sign = -1 if self.ranking == 'loss' else 1
         return max(self.ranked, key=lambda row: sign * cast(float, row[f'eval_{self.ranking}']), default={})
 
-    @property
+    @cached_property
     def exported(self) -> dict[str, float | None]:
         """The row of the weights in student.safetensors; empty if no epoch was validated.
 

@@ -127,7 +127,8 @@ def calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
         labels: `[n]`.
 
     Returns:
-        ece, over 15 bins of equal width of confidence, mean_confidence, accuracy, all in [0, 1], and the bins; an empty bin has neither confidence nor accuracy.
+        ece, mean_confidence, accuracy, all in [0, 1], and the 15 bins, equally wide in confidence; an empty bin has
+        neither confidence nor accuracy.
     """
     confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).double()

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-from filelock import FileLock
 
 from ..errors import UsageError, one_line
 from ..process.files import sync_file
+from ..process.folder_lock import NAME, FolderLock
+from ..process.runtime import HOST_TIMEOUT
 
 # to read, or to read and write
 Mode = Literal['r', 'r+']
@@ -74,8 +75,9 @@ def write_whole(path: Path, content: bytes, made: list[Path]) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, made: list[Path]) -> Iterator[None]:
     """Hold the folder's lock: another run that makes the same files waits."""
-    path = folder / '.lock'
+    path = folder / NAME
     if not path.exists():
         made.append(path)
-    with FileLock(path):
+    with FolderLock('--teacher-cache', 'makes files', 'give another folder') as lock:
+        lock.take(folder, HOST_TIMEOUT.total_seconds())
         yield

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its settings: the only place that defines the order of the stages."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def _take_folder(config: RunConfig, runtime: Runtime, lock: FolderLock) -> None:
     """Hold the run's folder if there is one; a process that is about to end in it may write another checkpoint."""
     path = named_folder(config) or continued_folder(config)
     with ranks_together(runtime):
-        if runtime.is_primary and path and RunFolder(path).args_file.is_file():
+        is_run = os.path.isfile(RunFolder(path).args_file) or (config.resume and os.path.isdir(path))
+        if runtime.is_primary and path and is_run:
             lock.take(Path(path), OTHER_ENDS)
 
 

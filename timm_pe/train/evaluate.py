@@ -94,7 +94,7 @@ def eval_batches(
         progress.close()
     say_unreadable(loader, len(loader.dataset), runtime)
     if isinstance(plain_loader(loader).dataset, IterableDataset):
-        _say_other_number(loader, seen // max(config.tta, 1))
+        _say_other_number(loader, seen)
 
 
 def validate(

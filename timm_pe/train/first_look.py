@@ -71,6 +71,10 @@ def look_at_first_batch(
                         f'{whose.format(what)} on the first training batch are not finite: are its weights right, is '
                         f'--teacher-dtype wide enough?'
                     )
+        if task.kd_loss_weight and any(outputs[i].logits is None for i in task.kd_teachers):
+            raise UsageError(
+                '--kd-loss-weight compares logits [b, c]: a teacher gives none, or more than that one tensor'
+            )
         _warn_of_single_positions(task, input, outputs)
         open_aims = [i for i, projectors in enumerate(task.projectors) if projectors.act == 'auto']
         task.resolve_act(input, outputs)

@@ -1,5 +1,6 @@
 """The start of a run: optimizer, resumed state, schedule, folder. It returns a complete `Trainer`."""
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -296,7 +297,7 @@ def _open_run_folder(
     with ranks_together(runtime):
         if runtime.is_primary:
             try:
-                folder.path.mkdir(parents=True, exist_ok=True)
+                folder = _make_folder(folder, by_time=not (named_folder(config) or continued_folder(config)))
                 saver, trackers = _fill_folder(parts, optimizer, found, span, folder, lock)
             except OSError as e:
                 raise UsageError(
@@ -311,6 +312,19 @@ def _folder_path(parts: Parts, span: Span) -> str:
     continued = continued_folder(config) if span.first > 0 or span.resumed else ''
     by_time = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}-{size}'
     return named_folder(config) or continued or os.path.join(config.output or DEFAULT_OUTPUT, by_time)
+
+
+def _make_folder(folder: RunFolder, by_time: bool) -> RunFolder:
+    """Make the folder, if it is not there; one that is named by the time is the run's own, with a number if need be."""
+    for number in itertools.count(2):
+        try:
+            folder.path.mkdir(parents=True, exist_ok=not by_time)
+            break
+        except FileExistsError:
+            if not by_time or not folder.path.is_dir():
+                raise
+            folder = RunFolder(f'{str(folder.path).removesuffix(f"_{number - 1}")}_{number}')
+    return folder
 
 
 def _goes_on(found: Found, span: Span, folder: str | os.PathLike[str]) -> bool:

@@ -59,6 +59,8 @@ def check_names(config: RunConfig) -> None:
     for flag in ('pretrained_path', 'initial_checkpoint', 'evaluate'):
         if getattr(config, flag):
             find_checkpoint(getattr(config, flag), '--' + flag.replace('_', '-'))
+    if config.resume not in ('', 'auto') and not os.path.isdir(config.resume):
+        find_checkpoint(config.resume, '--resume')
     for flag in ('class_map', 'class_stats', 'loss_pos_weight', 'loss_class_weight'):
         path = getattr(config, flag)
         if path and os.path.exists(path) and not os.path.isfile(path):  # reading a device would never end
