@@ -16,7 +16,7 @@ import train_distill
 
 ROOT = Path(train_distill.__file__).parent
 SUITES = json.loads((ROOT / 'benchmarks' / 'results' / 'accuracy.json').read_text())['suites']
-COLUMNS = ['cifar10_resnet_10', 'cifar10_resnet', 'cifar10_resnet_90', 'emoji_equal']
+COLUMNS = ['cifar10_resnet_10', 'cifar10_resnet', 'cifar10_resnet_90', 'cifar10_resnet_adamw', 'emoji_equal']
 ROWS = {
     'student alone': 'alone',
     'taught without a projector': 'no_projector',
