@@ -47,6 +47,7 @@ from timm_pe.config.run_config import parse_config
 from timm_pe.data.datasets import create_datasets
 from timm_pe.errors import UsageError
 from timm_pe.method.weight_files import check_model_name
+from timm_pe.process.folder_lock import FolderLock
 from timm_pe.process.runtime import has_fast_bfloat16, use_fast_kernels
 from timm_pe.train.build import build as build_parts
 from timm_pe.train.start import start
@@ -238,7 +239,8 @@ def create_run(argv: Sequence[str]) -> Trainer:
     with tempfile.TemporaryDirectory() as output:
         eval_of_teacher = ['--no-teacher-eval'] if '--teacher' in argv else []
         config = parse_config([*argv, '--output', output, '--experiment', 'run', *eval_of_teacher])
-        trainer = start(build_parts(config))
+        with FolderLock() as lock:
+            trainer = start(build_parts(config), lock)
     assert trainer is not None
     return trainer
 
