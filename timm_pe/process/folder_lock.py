@@ -39,6 +39,7 @@ class FolderLock:
     def __init__(self, flag: str = '--output', does: str = 'trains', instead: str = 'give another --experiment'):
         self.flag, self.does, self.instead = flag, does, instead
         self._fd: int | None = None
+        self._folder = Path()
 
     def __enter__(self) -> 'FolderLock':
         return self
@@ -78,11 +79,16 @@ class FolderLock:
         except OSError as e:  # such as NFS without a lock daemon
             _logger.warning(f"No lock in '{folder}' ({one_line(e, 120)}): do not start a second one in it.")
         self._release()
-        self._fd = fd
+        self._fd, self._folder = fd, folder
 
     def _release(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
+        if self._fd is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.listdir(self._folder) == [NAME] and _is_at(self._fd, self._folder / NAME):  # nothing was written
+                os.unlink(self._folder / NAME)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # loader workers that are still there have it open too
+        os.close(self._fd)
         self._fd = None
 
 
