@@ -56,6 +56,18 @@ class TripleGradientProjector(ThirdGradientProjector):
     factor = 3.0
 
 
+@register_projector('no_decay')
+class NoDecayProjector(nn.Linear):
+    """W x + b without the weight decay of the CIFAR suites: SGD adds it to the gradient, and here it is taken off before."""
+
+    decay = 5e-4
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim)
+        for parameter in self.parameters():
+            parameter.register_hook(lambda gradient, parameter=parameter: gradient - self.decay * parameter.detach())
+
+
 @register_projector('wide')
 class WideProjector(nn.Sequential):
     """W2 relu(W1 x + b1) + b2 with three times the teacher's width between: as many hidden units as three projectors have."""

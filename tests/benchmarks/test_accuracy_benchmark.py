@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 
 import train_distill
-from timm_pe import ProjectorEnsemble
+from timm_pe import ProjectorEnsemble, create_projector
 from timm_pe.config.run_config import parse_config
 from timm_pe.method import losses
 from timm_pe.method.names import FEATURE_LOSSES, PROJECTORS
@@ -336,6 +336,22 @@ def test_a_method_has_another_weight_after_its_name(accuracy, tiny, tmp_path, ca
             accuracy.main([*tiny, '--methods', name])
         assert e.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_projector_without_decay_moves_as_a_plain_one_whose_optimizer_has_none(ablations):
+    weights = []
+    for kind, decay in (('no_decay', 5e-4), ('linear', 0.0), ('linear', 5e-4)):
+        torch.manual_seed(0)
+        layer = create_projector(kind, 6, 4) if kind != 'linear' else torch.nn.Linear(6, 4)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9, nesterov=True, weight_decay=decay)
+        for seed in range(20):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+    assert (weights[1] - weights[2]).abs().max() > 1e-4
 
 
 def test_dist_is_one_minus_correlation_over_classes_and_over_the_batch(ablations):
