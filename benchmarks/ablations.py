@@ -58,7 +58,7 @@ class TripleGradientProjector(ThirdGradientProjector):
 
 @register_projector('no_decay')
 class NoDecayProjector(nn.Linear):
-    """W x + b without the weight decay of the CIFAR suites: SGD adds it to the gradient, and here it is taken off before."""
+    """W x + b without a weight decay of `decay`: SGD adds it to the gradient, and here it is taken off before."""
 
     decay = 5e-4
 

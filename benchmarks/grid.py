@@ -81,17 +81,17 @@ class Suite:
         """Run these alone; the results still have all that is there.
 
         Raises:
-            ValueError: A method that does nothing under the suite's optimizer.
+            ValueError: A method that means something else under the suite's optimizer.
         """
         self.methods, self.seeds = methods or self.methods, seeds or self.seeds
         self.show(self.methods, self.seeds)
-        opt = {'opt': 'sgd', **self.common, **self.student, **self.overrides}['opt']
+        settings = {'opt': 'sgd', **self.common, **self.student, **self.overrides}
         for method in self.methods:
-            needed = load_method(method).get('optimizers')
-            if needed and opt not in needed:
-                raise ValueError(
-                    f'{method} does nothing under --opt {opt} of {self.name}: it is for {", ".join(needed)}'
-                )
+            for name, allowed in load_method(method).get('only_with', {}).items():
+                if settings.get(name) not in allowed:
+                    raise ValueError(
+                        f'{method} is not for {name} {settings.get(name)} of {self.name}, but for {", ".join(map(str, allowed))}'
+                    )
 
     def finished(self) -> dict[str, dict[int, dict[str, Any]]]:
         """The results that are there, by method and seed; empty before the learning rate is tuned."""

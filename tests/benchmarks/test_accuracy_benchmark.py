@@ -228,11 +228,20 @@ def test_each_number_of_the_committed_results_is_in_the_archive_that_it_names():
     assert checked > 100
 
 
-def test_a_method_that_scales_gradients_is_refused_where_the_optimizer_scales_them_anew(accuracy, tiny, capsys):
+@pytest.mark.parametrize(
+    ('method', 'setting', 'message'),
+    [
+        ('pe_q1_third', 'opt=adamw', 'pe_q1_third is not for opt adamw of tiny, but for sgd, momentum'),
+        ('pe_q3_no_decay', 'weight_decay=0.02', 'pe_q3_no_decay is not for weight_decay 0.02 of tiny, but for 0.0005'),
+    ],
+)
+def test_a_method_that_changes_gradients_is_refused_where_the_optimizer_makes_something_else_of_them(
+    method, setting, message, accuracy, tiny, capsys
+):
     with pytest.raises(SystemExit) as e:
-        accuracy.main([*tiny, '--methods', 'pe_q1_third', '--set', 'opt=adamw'])
+        accuracy.main([*tiny, '--methods', method, '--set', setting])
     assert e.value.code == 2
-    assert 'pe_q1_third does nothing under --opt adamw of tiny: it is for sgd, momentum' in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_results_go_beside_the_runs_unless_said_otherwise(accuracy, tiny, tmp_path, capsys):

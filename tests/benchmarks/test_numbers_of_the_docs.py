@@ -60,6 +60,44 @@ def test_the_table_of_the_readme_has_the_means_and_seeds_of_the_results():
             assert title.strip().endswith(f'{SUITES[name]["common"]["epochs"]} epochs, {len(found["seeds"])} seeds')
 
 
+METHODS = {
+    '3 projectors, MSE': ('pe_mse', 25),
+    '3 projectors': ('pe_q3', 25),
+    'linear projector with batch norms, log-sum': ('bn_logsum', None),
+    'no projector': ('no_projector', 25),
+    "timm's feature distillation": ('timm_fd', None),
+    'KD (T = 4)': ('kd', 0.9),
+    'DIST (T = 4)': ('dist', None),
+    'orthogonal projector, teacher layer-normalized': ('orthogonal_layer', 1),
+    'the same, whitened over batches of 64': ('orthogonal_whiten', None),
+}
+
+
+def test_the_table_of_methods_has_the_weights_that_were_tried_and_the_best_of_them():
+    text = (
+        section('docs/results.md', 'In numbers')
+        .partition('Other methods there')[2]
+        .partition('\nWhat projectors add')[0]
+    )
+    rows = [[cell.strip(' *') for cell in line.strip('|').split('|')] for line in text.splitlines() if line[:1] == '|'][
+        2:
+    ]
+    of_seed_1 = {
+        name: found['top1_of_seeds'][found['seeds'].index(1)]
+        for name, found in SUITES['cifar10_resnet']['methods'].items()
+    }
+    assert rows.pop() == ['student alone', f'{of_seed_1["alone"]:.2f}', '']
+    assert [row[0] for row in rows] == list(METHODS)
+    for label, top1, weights in rows:
+        method, default = METHODS[label]
+        tried = {
+            float(n.partition('@')[2] or default or 0): v for n, v in of_seed_1.items() if n.partition('@')[0] == method
+        }
+        best = max(tried, key=lambda weight: tried[weight])
+        assert top1 == f'{tried[best]:.2f}'
+        assert weights == ', '.join(f'**{w:g}**' if w == best else f'{w:g}' for w in sorted(tried)).strip('*'), label
+
+
 @pytest.mark.parametrize(
     ('page', 'title'),
     [('README.md', 'What to expect'), ('docs/results.md', 'What the numbers say'), ('docs/results.md', 'In numbers')]

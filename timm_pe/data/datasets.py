@@ -186,9 +186,6 @@ class _ClassMap(dict[Any, int]):
             f"--class-map: '{self.path}' has no class {label!r}, which the data has; its first are {known}"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, dict(self))
-
 
 def _is_torch_folder(flags: DataFlags) -> bool:
     return flags.dataset.lower() in ('torch/image_folder', 'torch/folder')

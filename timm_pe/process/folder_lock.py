@@ -94,9 +94,9 @@ class FolderLock:
 
 def _open(file: Path) -> int:
     try:
-        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:  # of another user
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(file, os.O_RDONLY)
 
 
 def _lock(fd: int) -> bool:

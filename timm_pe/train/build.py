@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch.nn as nn
@@ -125,9 +124,10 @@ def _take_folder(config: RunConfig, runtime: Runtime, lock: FolderLock) -> None:
     """Hold the run's folder if there is one; a process that is about to end in it may write another checkpoint."""
     path = named_folder(config) or continued_folder(config)
     with ranks_together(runtime):
-        is_run = os.path.isfile(RunFolder(path).args_file) or (config.resume and os.path.isdir(path))
-        if runtime.is_primary and path and is_run:
-            lock.take(Path(path), OTHER_ENDS)
+        if runtime.is_primary and path:
+            folder = RunFolder(path)
+            if os.path.isfile(folder.args_file) or (config.resume and os.path.isdir(path)):
+                lock.take(folder.path, OTHER_ENDS)
 
 
 @contextmanager

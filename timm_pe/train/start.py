@@ -1,6 +1,5 @@
 """The start of a run: optimizer, resumed state, schedule, folder. It returns a complete `Trainer`."""
 
-import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -297,7 +296,7 @@ def _open_run_folder(
     with ranks_together(runtime):
         if runtime.is_primary:
             try:
-                folder = _make_folder(folder, by_time=not (named_folder(config) or continued_folder(config)))
+                folder = _make_folder(folder, is_own=not config.experiment and not _goes_on(found, span, folder.path))
                 saver, trackers = _fill_folder(parts, optimizer, found, span, folder, lock)
             except OSError as e:
                 raise UsageError(
@@ -314,17 +313,18 @@ def _folder_path(parts: Parts, span: Span) -> str:
     return named_folder(config) or continued or os.path.join(config.output or DEFAULT_OUTPUT, by_time)
 
 
-def _make_folder(folder: RunFolder, by_time: bool) -> RunFolder:
-    """Make the folder, if it is not there; one that is named by the time is the run's own, with a number if need be."""
-    for number in itertools.count(2):
+def _make_folder(folder: RunFolder, is_own: bool) -> RunFolder:
+    """Make the folder, if it is not there; one that must be the run's own has a number behind its name if it is there."""
+    path, number = folder.path, 1
+    while True:
         try:
-            folder.path.mkdir(parents=True, exist_ok=not by_time)
-            break
+            folder.path.mkdir(parents=True, exist_ok=not is_own)
+            return folder
         except FileExistsError:
-            if not by_time or not folder.path.is_dir():
+            if not is_own or not folder.path.is_dir():
                 raise
-            folder = RunFolder(f'{str(folder.path).removesuffix(f"_{number - 1}")}_{number}')
-    return folder
+            number += 1
+            folder = RunFolder(f'{path}_{number}')
 
 
 def _goes_on(found: Found, span: Span, folder: str | os.PathLike[str]) -> bool:
